@@ -1,0 +1,192 @@
+"""A routed classifier as a tree of smoothed votes (structure only; the certificate is in `certificates`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsrouter.core.errors import PlanError
+from rsrouter.core.types import ABSTAIN
+
+#: Where an outcome leads: a class index (an answer; ABSTAIN answers nothing) or the name of the next stage.
+Target = int | str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One smoothed vote: a base model under isotropic Gaussian noise, a decision, and where outcomes lead.
+
+    Args:
+        name: unique in its tree; the stage's alpha belongs to this name.
+        sigma: standard deviation of the noise, in [0,1]-pixel units.
+        kind: `"plurality"` (the likeliest outcome wins) or `"threshold"` (an outcome wins where its
+            probability reaches `tau`; otherwise the stage defers).
+        tau: threshold in (1/2, 1); only for threshold stages.
+        leads_to: one target per vote outcome, in vote order. A threshold stage has one more target at the
+            end: where it leads when it defers.
+        reference: the outcome whose lower bound is used (an index, or one per image), fixed by selection
+            votes alone. None: an outcome that answers the certified class, where the stage has one.
+        network: stages with the same network share one forward pass and one stream of votes; by default
+            each stage has its own.
+        expert: name of the expert whose classes the stage answers, if it is one.
+    """
+
+    name: str
+    sigma: float
+    kind: str = "plurality"
+    tau: float | None = None
+    leads_to: tuple[Target, ...] = ()
+    reference: int | NDArray[np.int64] | None = None
+    network: str = ""
+    expert: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "leads_to", tuple(self.leads_to))
+        if not self.network:
+            object.__setattr__(self, "network", self.name)
+        if not (isinstance(self.sigma, int | float) and isfinite(self.sigma) and self.sigma > 0):
+            raise PlanError(f"Stage {self.name!r} has no usable sigma", expected="a finite number above 0",
+                            received=repr(self.sigma), remedy="give the standard deviation in [0,1]-pixel units")
+        if self.kind not in ("plurality", "threshold"):
+            raise PlanError(f"Stage {self.name!r} has an unknown kind", expected="'plurality' or 'threshold'",
+                            received=repr(self.kind), remedy="use one of the two")
+        if self.kind == "threshold" and not (self.tau is not None and 0.5 < self.tau < 1.0):
+            raise PlanError(f"Threshold stage {self.name!r} needs tau", expected="1/2 < tau < 1",
+                            received=repr(self.tau), remedy="below 1/2 two outcomes could win at once")
+        if self.kind == "plurality" and self.tau is not None:
+            raise PlanError(f"Plurality stage {self.name!r} takes no tau", expected="tau=None",
+                            received=repr(self.tau), remedy="use kind='threshold'")
+        if len(self.leads_to) < (3 if self.kind == "threshold" else 2):
+            raise PlanError(f"Stage {self.name!r} needs a target per outcome", expected="two outcomes or more",
+                            received=f"{len(self.leads_to)} targets",
+                            remedy="list each outcome's class or stage (and where a threshold stage defers to)")
+
+    @property
+    def num_outcomes(self) -> int:
+        """How many different votes the base model can cast (a threshold's deferral is not a vote)."""
+        return len(self.leads_to) - (self.kind == "threshold")
+
+    @cached_property
+    def children(self) -> tuple[str, ...]:
+        """Names of the stages this one can lead to, each once, in outcome order."""
+        return tuple(dict.fromkeys(t for t in self.leads_to if isinstance(t, str)))
+
+    @cached_property
+    def answers(self) -> NDArray[np.int64]:
+        """Per target: the class it answers, ABSTAIN, or -2 where it leads to another stage."""
+        return np.array([-2 if isinstance(t, str) else int(t) for t in self.leads_to], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Stages and a root; every path from the root ends in an answer.
+
+    Raises:
+        PlanError: a name twice, an unknown target or root, a cycle, or an unreachable stage.
+    """
+
+    stages: Mapping[str, Stage]
+    root: str
+
+    @classmethod
+    def of(cls, stages: Sequence[Stage], root: str | None = None) -> Tree:
+        """A tree of `stages`, rooted at `root` (default: the first)."""
+        names = [stage.name for stage in stages]
+        if not names or len(set(names)) != len(names):
+            raise PlanError("A tree needs stages with different names", expected="unique names", received=str(names),
+                            remedy="rename the stages")
+        return cls({stage.name: stage for stage in stages}, names[0] if root is None else root)
+
+    def __post_init__(self) -> None:
+        if self.root not in self.stages:
+            raise PlanError("The root is not a stage", expected=f"one of {sorted(self.stages)}", received=repr(self.root),
+                            remedy="name the stage that sees the input first")
+        unreachable = set(self.stages) - set(self.order)
+        if unreachable:
+            raise PlanError("Some stages cannot be reached", expected="every stage below the root",
+                            received=str(sorted(unreachable)), remedy="drop them or let an outcome lead there")
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """Stage names, children before parents."""
+        done: dict[str, bool] = {}
+
+        def visit(name: str) -> None:
+            if name not in self.stages:
+                raise PlanError("An outcome leads to an unknown stage", expected=f"one of {sorted(self.stages)}",
+                                received=repr(name), remedy="add the stage or lead elsewhere")
+            if name in done:
+                if not done[name]:
+                    raise PlanError("The stages form a cycle", expected="a tree (or a graph without cycles)",
+                                    received=f"a way from {name!r} back to itself",
+                                    remedy="a stage may only lead to later stages")
+                return
+            done[name] = False
+            for child in self.stages[name].children:
+                visit(child)
+            done[name] = True
+            ordered.append(name)
+
+        ordered: list[str] = []
+        visit(self.root)
+        return tuple(ordered)
+
+    @cached_property
+    def paths(self) -> tuple[tuple[str, ...], ...]:
+        """Every maximal chain of stages from the root down (the longest that an input can walk)."""
+
+        def walk(name: str) -> list[tuple[str, ...]]:
+            below = [(name, *rest) for child in self.stages[name].children for rest in walk(child)]
+            return below or [(name,)]
+
+        return tuple(dict.fromkeys(walk(self.root)))
+
+    @cached_property
+    def networks(self) -> tuple[str, ...]:
+        """Networks that draw votes, each once, the root's first."""
+        return tuple(dict.fromkeys(self.stages[name].network for name in reversed(self.order)))
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Every class some outcome answers."""
+        found = {int(a) for stage in self.stages.values() for a in stage.answers if a >= 0}
+        return tuple(sorted(found))
+
+
+#: The number of an invalid vote's target: it answers nothing.
+INVALID_TARGET: Target = ABSTAIN
+
+
+def expert_stage(name: str, sigma: float, num_classes: int, *, network: str = "", expert: str | None = None) -> Stage:
+    """A plurality stage over `num_classes` classes and one invalid outcome."""
+    return Stage(name, sigma, "plurality", None, (*range(num_classes), INVALID_TARGET), None, network, expert or name)
+
+
+def flat_tree(
+    router: str, router_sigma: float, experts: Sequence[Stage], *, network: str = ""
+) -> Tree:
+    """Dual RS: a router whose outcome k leads to expert k (arXiv 2512.01782)."""
+    targets: tuple[Target, ...] = (*(stage.name for stage in experts), INVALID_TARGET)
+    return Tree.of([Stage(router, router_sigma, "plurality", None, targets, None, network), *experts])
+
+
+def cascade_tree(experts: Sequence[Stage], thresholds: Sequence[float]) -> Tree:
+    """Threshold stages in a row, then a plurality stage (Multiscale; Jeong and Shin 2023).
+
+    Args:
+        experts: plurality stages in the order in which they are asked.
+        thresholds: one tau per expert but the last.
+    """
+    if len(thresholds) != len(experts) - 1:
+        raise PlanError("A cascade needs a threshold for each expert but the last", expected=f"{len(experts) - 1} thresholds",
+                        received=f"{len(thresholds)}", remedy="give one tau in (1/2, 1) per expert that may defer")
+    stages = [
+        Stage(e.name, e.sigma, "threshold", float(tau), (*e.leads_to, following.name), None, e.network, e.expert)
+        for e, following, tau in zip(experts, experts[1:], thresholds, strict=False)
+    ]
+    return Tree.of([*stages, experts[-1]])

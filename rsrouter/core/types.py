@@ -1,0 +1,46 @@
+"""Plain data that crosses every boundary; numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+#: The prediction that says "no certified class".
+ABSTAIN = -1
+
+#: Two-sided or one-sided confidence bounds; fixed before any vote is drawn.
+SIDES = ("two", "one")
+
+#: `tree` uses every stage that can pay; `min` is Dual RS's rule (router and chosen expert only).
+RULES = ("tree", "min")
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What is certified for one image.
+
+    With probability at least `1 - alpha` over the certification noise, the smoothed (routed) classifier
+    answers `predict` on every input within L2 distance `radius` (in [0,1]-pixel units) of the image.
+
+    Attributes:
+        predict: class index, or `ABSTAIN` (-1).
+        radius: certified L2 radius, 0.0 when abstaining.
+        expert: name of the expert on the selected path; None for a single smoothed classifier without one.
+        n_drawn: votes drawn for this image over all stages, selection included.
+        counts: estimation votes of every sampled stage: one entry per class (or expert), then the count of
+            invalid votes (NaN or Inf logits) last.
+        bound_by: name of the stage whose votes limit the radius.
+        selection: selection votes, the same layout as `counts`; they fix `predict` and enter no bound.
+        r_router: radius within which the routing decisions stay on the selected path (inf without routing).
+        r_expert: radius of the answering stage alone; `min(r_router, r_expert)` is Dual RS's min rule.
+    """
+
+    predict: int
+    radius: float
+    expert: str | None
+    n_drawn: int
+    counts: Mapping[str, tuple[int, ...]]
+    bound_by: str
+    selection: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    r_router: float = float("inf")
+    r_expert: float = 0.0
