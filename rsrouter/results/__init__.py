@@ -1,0 +1,22 @@
+"""The results table: its rows, a crash-safe writer, a reader for ours and the field's, and merging of shards."""
+
+from rsrouter.results.merge import merge_tables
+from rsrouter.results.metadata import metadata_path, read_metadata
+from rsrouter.results.rows import COLUMNS, FIELD_COLUMNS, RADIUS_DECIMALS, Row, format_radius
+from rsrouter.results.table import Table, align, read_table
+from rsrouter.results.writer import ResultsWriter
+
+__all__ = [
+    "COLUMNS",
+    "FIELD_COLUMNS",
+    "RADIUS_DECIMALS",
+    "ResultsWriter",
+    "Row",
+    "Table",
+    "align",
+    "format_radius",
+    "merge_tables",
+    "metadata_path",
+    "read_metadata",
+    "read_table",
+]

@@ -1,0 +1,207 @@
+"""Shards into one table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rsrouter.core.errors import ResultsError
+from rsrouter.results.metadata import (
+    NOT_COMPARED,
+    describe,
+    differences,
+    metadata_path,
+    normalise,
+    read_metadata,
+    sync_folder,
+    write_atomically,
+    write_metadata,
+)
+from rsrouter.results.rows import COLUMNS, FIELD_COLUMNS, HEADER
+from rsrouter.results.table import read_bytes, read_table
+
+_TIME = FIELD_COLUMNS.index("time")
+
+
+def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, partial: bool = False) -> Path:
+    """Merges shards of one run into the table one uninterrupted run over ascending image ids writes.
+
+    Rows are sorted by image id and copied byte for byte, so the result depends neither on the number of
+    shards nor on the order in which they are named (time column aside). A row that several shards hold is
+    kept once; its other cells must agree (of the times the smallest is kept).
+
+    Metadata: every key must agree but `info` and `shard`. `shard`, if present, is
+    `{"index": i, "count": N}` with 0 <= i < N; all N must be there. `num_images`, if present, is the number of
+    rows of the whole table.
+
+    Args:
+        paths: the shards' tables, each with its metadata beside it.
+        out: where to write; its metadata goes beside it. Refused if it exists, unless it is the same result.
+        partial: accept missing shards and rows.
+
+    Raises:
+        ResultsError: no shards, different metadata (with what differs), duplicates that differ, a missing shard
+            or missing rows, or `out` is taken.
+    """
+    if not paths:
+        raise ResultsError(
+            "There is nothing to merge",
+            expected="at least one results table",
+            received="none",
+            remedy="name the shards' TSV files",
+        )
+    out = Path(out)
+    metadata: dict[str, Any] = {}
+    first: Path | None = None
+    rows: dict[int, tuple[list[str], Path]] = {}
+    present: set[int] = set()
+    count = None
+    for path in map(Path, paths):
+        if path.resolve() == out.resolve():
+            raise ResultsError(
+                "The merged table would replace one of its shards",
+                expected="an output that is not a shard",
+                received=str(out),
+                remedy="give another output",
+            )
+        stored = read_metadata(metadata_path(path))
+        if stored is None:
+            read_bytes(path)  # a missing table is the better message
+            raise ResultsError(
+                f"{path.name} has no metadata",
+                expected=f"{metadata_path(path).name} beside it",
+                received="none",
+                remedy="only tables of this package can be merged",
+            )
+        shard = stored.pop("shard", None)
+        if first is None:
+            first, metadata = path, stored
+        found = differences(metadata, stored)
+        if found:
+            raise ResultsError(
+                f"{path} belongs to another run than {first}",
+                expected="shards of one configuration",
+                received=describe(found),
+                remedy="merge only shards of the same certify command",
+            )
+        index, total = _shard(shard, path)
+        if total is not None:
+            if count not in (None, total):
+                raise ResultsError(
+                    f"{path} was cut differently from {first}",
+                    expected=f"one of {count} shards",
+                    received=f"one of {total} shards",
+                    remedy="merge only shards of the same certify command",
+                )
+            count = total
+            present.add(index)
+        for idx, cells in _cells(path):
+            if idx not in rows:
+                rows[idx] = cells, path
+                continue
+            other, source = rows[idx]
+            if _untimed(other) != _untimed(cells):
+                column = next(c for c, a, b in zip(COLUMNS, other, cells) if a != b and c != "time")
+                raise ResultsError(
+                    f"Two shards disagree about image {idx}",
+                    expected=f"{column} {other[COLUMNS.index(column)]!r} as in {source}",
+                    received=f"{cells[COLUMNS.index(column)]!r} in {path}",
+                    remedy="certify this image again; one of the files is damaged",
+                )
+            if float(cells[_TIME]) < float(other[_TIME]):
+                rows[idx] = cells, path
+    if not partial:
+        _check_complete(metadata, rows, present, count)
+    metadata = {k: v for k, v in metadata.items() if k not in NOT_COMPARED}
+    text = HEADER + "".join("\t".join(rows[idx][0]) + "\n" for idx in sorted(rows))
+    _write(out, text.encode(), metadata)
+    return out
+
+
+def _shard(shard: Any, path: Path) -> tuple[int, int | None]:
+    if shard is None:
+        return 0, None
+    try:
+        index, count = int(shard["index"]), int(shard["count"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ResultsError(
+            f"{path.name} says in no readable way which shard it is",
+            expected='"shard": {"index": i, "count": N}',
+            received=repr(shard),
+            remedy="restore its metadata",
+        ) from error
+    if not 0 <= index < count:
+        raise ResultsError(
+            f"{path.name} is a shard that cannot be",
+            expected=f"an index from 0 to {count - 1}",
+            received=str(index),
+            remedy="restore its metadata",
+        )
+    return index, count
+
+
+def _cells(path: Path) -> list[tuple[int, list[str]]]:
+    table = read_table(path)
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines[0] + "\n" != HEADER:
+        raise ResultsError(
+            f"{path.name} is not a table of this package",
+            expected=f"the header {' '.join(COLUMNS)}",
+            received=repr(lines[0][:80]),
+            remedy="only tables of this package can be merged",
+        )
+    return [(int(idx), line.split("\t")) for idx, line in zip(table.idx, lines[1:], strict=False)]
+
+
+def _untimed(cells: list[str]) -> list[str]:
+    return cells[:_TIME] + cells[_TIME + 1 :]
+
+
+def _check_complete(metadata: dict[str, Any], rows: dict[int, Any], present: set[int], count: int | None) -> None:
+    missing = sorted(set(range(count or 0)) - present)
+    if missing:
+        raise ResultsError(
+            "Shards are missing",
+            expected=f"all {count} shards",
+            received=f"no shard {', '.join(map(str, missing[:20]))}",
+            remedy="certify them, or merge what there is with partial",
+        )
+    whole = metadata.get("num_images")
+    if isinstance(whole, int) and len(rows) != whole:
+        raise ResultsError(
+            "The shards do not hold every image",
+            expected=f"{whole} rows",
+            received=f"{len(rows)} rows",
+            remedy="run the unfinished shards' certify commands again, or merge what there is with partial",
+        )
+
+
+def _write(out: Path, text: bytes, metadata: dict[str, Any]) -> None:
+    beside = metadata_path(out)
+    taken = [p for p in (out, beside) if p.exists()]
+    if taken:
+        same = out.is_file() and out.read_bytes() == text and read_metadata(beside) == normalise(metadata)
+        if same:
+            return
+        # metadata that a killed merge left alone is ours to complete
+        if taken != [beside] or read_metadata(beside) != normalise(metadata):
+            raise ResultsError(
+                f"{taken[0]} exists and is something else",
+                expected="an output that does not exist",
+                received=str(taken[0]),
+                remedy="give another output; nothing was changed",
+            )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_metadata(beside, metadata)
+        write_atomically(out, text)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise ResultsError(
+            f"Cannot write the merged table {out}",
+            expected="room on the disk and permission to write",
+            received=str(error),
+            remedy="make room and merge again",
+        ) from error

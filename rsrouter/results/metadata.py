@@ -1,0 +1,143 @@
+"""The JSON beside a results table: what makes it reproducible, and what tells two runs apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rsrouter.core.errors import ResultsError
+
+#: Keys that describe a run without being part of it; never compared.
+NOT_COMPARED = ("info",)
+
+
+def metadata_path(table: str | os.PathLike[str]) -> Path:
+    """`certificates.tsv` -> `certificates.json`."""
+    path = Path(table)
+    if path.suffix == ".json" or not path.name:
+        raise ResultsError(
+            "A results table cannot have this name",
+            expected="a file such as certificates.tsv",
+            received=str(path),
+            remedy="its metadata is written to the same name with .json",
+        )
+    return path.with_suffix(".json")
+
+
+def normalise(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """`metadata` as it reads back from JSON.
+
+    Raises:
+        ResultsError: values that JSON cannot hold (arrays, paths, NaN).
+    """
+    try:
+        return dict(json.loads(json.dumps(dict(metadata), allow_nan=False, sort_keys=True)))
+    except (TypeError, ValueError) as error:
+        raise ResultsError(
+            "The metadata cannot be written as JSON",
+            expected="text, finite numbers, booleans, lists and mappings",
+            received=str(error),
+            remedy="convert arrays with .tolist() and paths with str()",
+        ) from error
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys: `{"plan": {"n": 1}}` -> `{"plan.n": 1}`; lists stay whole."""
+    if isinstance(value, Mapping) and value:
+        flat: dict[str, Any] = {}
+        for key, inner in value.items():
+            flat.update(flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
+        return flat
+    return {prefix: value}
+
+
+def differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], *, ignore: tuple[str, ...] = NOT_COMPARED
+) -> list[tuple[str, str, str]]:
+    """`(key, ours, theirs)` for every dotted key on which two metadata differ; `(absent)` where one lacks it."""
+    left = flatten({k: v for k, v in ours.items() if k not in ignore})
+    right = flatten({k: v for k, v in theirs.items() if k not in ignore})
+    texts = []
+    for key in sorted(set(left) | set(right)):
+        a, b = ("(absent)" if key not in side else json.dumps(side[key]) for side in (left, right))
+        if a != b:
+            texts.append((key, a, b))
+    return texts
+
+
+def describe(found: list[tuple[str, str, str]], limit: int = 8) -> str:
+    """The keys of `differences` in words, for an error text."""
+    words = [f"{key}: {_short(a)} against {_short(b)}" for key, a, b in found[:limit]]
+    return "; ".join(words) + (f"; and {len(found) - limit} more" if len(found) > limit else "")
+
+
+def _short(text: str, width: int = 80) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """The metadata file at `path`, None if there is none.
+
+    Raises:
+        ResultsError: unreadable, or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ResultsError(
+            f"Cannot read the metadata {path.name}",
+            expected="a JSON object",
+            received=str(error),
+            remedy="it belongs to the table of the same name; restore it or start in a new folder",
+        ) from error
+    if not isinstance(data, dict):
+        raise ResultsError(
+            f"Cannot read the metadata {path.name}",
+            expected="a JSON object",
+            received=type(data).__name__,
+            remedy="it belongs to the table of the same name; restore it or start in a new folder",
+        )
+    return data
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes new or renamed entries of `folder` survive a power loss (where the system can)."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:  # not every system opens folders
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes `path` whole or not at all: a temporary file, fsync, rename, fsync of the folder."""
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    """`normalise`d metadata as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(normalise(metadata), indent=2, sort_keys=True) + "\n").encode())

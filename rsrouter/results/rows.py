@@ -1,0 +1,202 @@
+"""One row of the results table: how a certificate becomes a line of text, and a line becomes a row again."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal
+
+from rsrouter.core.errors import ResultsError
+from rsrouter.core.types import ABSTAIN, Certificate
+
+#: The field's own columns (Cohen et al. 2019, `certify.py`), which every existing analysis reads.
+FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
+
+#: Columns of our tables, in file order.
+COLUMNS = (*FIELD_COLUMNS, "expert", "rule", "r_router", "r_expert", "n_drawn", "seed", "bound_by", "counts")
+
+HEADER = "\t".join(COLUMNS) + "\n"
+
+#: Decimals of a written radius. Fewer than float64 holds, on purpose: readers that do not parse decimals
+#: exactly (pandas' default) err by an ulp, which this leaves room for; it costs less than 1e-8 of radius.
+RADIUS_DECIMALS = 8
+
+_STEP = Decimal(1).scaleb(-RADIUS_DECIMALS)
+_TIMEDELTA = re.compile(r"(?:(-?\d+) days?, )?(\d+):(\d\d):(\d\d(?:\.\d+)?)")
+
+
+def format_radius(radius: float) -> str:
+    """`radius` in decimal, rounded *down*: reading the text back never gives more than was certified.
+
+    The exact decimal value of the float64 is floored to 8 decimals; rounding to the nearest float64 is
+    monotone, so the text's value is at most `radius`. Infinity is written `inf`.
+
+    Raises:
+        ResultsError: NaN or negative.
+    """
+    if not radius >= 0.0:
+        raise ResultsError(
+            "A radius must not be negative or NaN",
+            expected="0 or more",
+            received=repr(radius),
+            remedy="write 0 where nothing is certified",
+        )
+    if math.isinf(radius):
+        return "inf"
+    return f"{Decimal(float(radius)).quantize(_STEP, rounding=ROUND_FLOOR):f}"
+
+
+def correctness(label: int, predict: int) -> int:
+    """The `correct` column: 1 or 0, and -1 where the label is unknown (negative)."""
+    return -1 if label < 0 else int(label == predict)
+
+
+def parse_time(text: str) -> float:
+    """Seconds from our own `12.345` or the field's `0:00:14.1` (a printed `timedelta`).
+
+    Raises:
+        ValueError: neither.
+    """
+    match = _TIMEDELTA.fullmatch(text.strip())
+    if match is None:
+        return float(text)
+    days, hours, minutes, seconds = match.groups()
+    return int(days or 0) * 86400.0 + int(hours) * 3600.0 + int(minutes) * 60.0 + float(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One certified image.
+
+    Attributes:
+        idx: image id, 0 or more.
+        label: true class, -1 where unknown. Never seen by certify.
+        predict: certified class, -1 when abstaining.
+        radius: certified L2 radius in [0,1]-pixel units, 0 when abstaining.
+        time: seconds spent; the only column that differs between two runs of the same job.
+        expert: the selected expert's name, "" for none.
+        rule: "tree", "min", or "" for a single smoothed classifier.
+        r_router: radius of the routing decisions alone (inf without routing), rounded down like every radius.
+        r_expert: radius of the answering stage alone.
+        n_drawn: votes drawn over all stages, selection included.
+        seed: certification seed; None where there is none.
+        bound_by: name of the stage that limits the radius.
+        counts: `{"select": {stage: [votes]}, "estimate": {stage: [votes]}}`.
+    """
+
+    idx: int
+    label: int
+    predict: int
+    radius: float
+    time: float
+    expert: str = ""
+    rule: str = ""
+    r_router: float = math.inf
+    r_expert: float = 0.0
+    n_drawn: int = 0
+    seed: int | None = None
+    bound_by: str = ""
+    counts: Mapping[str, Mapping[str, Sequence[int]]] | None = None
+
+    @classmethod
+    def from_certificate(
+        cls, certificate: Certificate, *, idx: int, label: int = -1, seconds: float = 0.0, rule: str = "", seed: int | None = None
+    ) -> Row:
+        """The row of `certificate` for image `idx`; `label` enters here and nowhere before."""
+        return cls(
+            idx=int(idx),
+            label=int(label),
+            predict=certificate.predict,
+            radius=certificate.radius,
+            time=float(seconds),
+            expert=certificate.expert or "",
+            rule=rule,
+            r_router=certificate.r_router,
+            r_expert=certificate.r_expert,
+            n_drawn=certificate.n_drawn,
+            seed=None if seed is None else int(seed),
+            bound_by=certificate.bound_by,
+            counts={"select": certificate.selection, "estimate": certificate.counts},
+        )
+
+    @property
+    def correct(self) -> int:
+        """1, 0, or -1 where the label is unknown."""
+        return correctness(self.label, self.predict)
+
+    def to_line(self) -> str:
+        """The row as one line of text, newline included.
+
+        Raises:
+            ResultsError: a value that the table must not hold.
+        """
+        if self.idx < 0 or self.label < -1 or self.predict < ABSTAIN or self.n_drawn < 0:
+            raise ResultsError(
+                "A row holds a number that no table may hold",
+                expected="idx >= 0, label >= -1, predict >= -1, n_drawn >= 0",
+                received=f"idx {self.idx}, label {self.label}, predict {self.predict}, n_drawn {self.n_drawn}",
+                remedy="use -1 for an unknown label and for abstention",
+            )
+        if self.predict == ABSTAIN and self.radius != 0.0:
+            raise ResultsError(
+                "An abstention has no radius",
+                expected="radius 0 where predict is -1",
+                received=f"radius {self.radius!r} for image {self.idx}",
+                remedy="write Certificates as certify returns them",
+            )
+        if not math.isfinite(self.radius) or not math.isfinite(self.time):
+            raise ResultsError(
+                "A row holds a number that is not finite",
+                expected="finite radius and time",
+                received=f"radius {self.radius!r}, time {self.time!r}",
+                remedy="write Certificates as certify returns them",
+            )
+        for what, text in (("expert", self.expert), ("rule", self.rule), ("bound_by", self.bound_by)):
+            if re.search(r"[\t\r\n\x00]", text) or text.startswith('"') or text.splitlines() not in ([], [text]):
+                raise ResultsError(
+                    f"The {what} of a row cannot be written to a table",
+                    expected="a name without tabs, line breaks or a leading quote",
+                    received=repr(text),
+                    remedy="rename the expert or stage",
+                )
+        counts = {
+            purpose: {stage: [int(v) for v in votes] for stage, votes in sorted((self.counts or {}).get(purpose, {}).items())}
+            for purpose in ("select", "estimate")
+        }
+        cells = (
+            self.idx,
+            self.label,
+            self.predict,
+            format_radius(self.radius),
+            self.correct,
+            # a clock that jumped backwards must not make the row unreadable
+            f"{max(self.time, 0.0):.3f}",
+            self.expert,
+            self.rule,
+            format_radius(self.r_router),
+            format_radius(self.r_expert),
+            self.n_drawn,
+            "" if self.seed is None else self.seed,
+            self.bound_by,
+            json.dumps(counts, separators=(",", ":")),
+        )
+        return "\t".join(str(cell) for cell in cells) + "\n"
+
+
+def parse_counts(text: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The `counts` column as a mapping.
+
+    Raises:
+        ValueError: not the JSON that `Row.to_line` writes.
+    """
+    data = json.loads(text)
+    if not isinstance(data, dict) or set(data) != {"select", "estimate"} or not all(isinstance(v, dict) for v in data.values()):
+        raise ValueError('not {"select": {...}, "estimate": {...}}')
+    for stages in data.values():
+        for name, votes in stages.items():
+            if not isinstance(votes, list) or not all(type(v) is int and v >= 0 for v in votes):
+                raise ValueError(f"votes of stage {name!r} are not a list of whole numbers")
+    return {purpose: {name: tuple(votes) for name, votes in stages.items()} for purpose, stages in data.items()}
