@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import isfinite
@@ -32,6 +33,8 @@ class Provenance:
         architecture: name in the architecture registry, or a timm model name.
         kwargs: keyword arguments of the architecture.
         licence: licence of the weights, as stated by their publisher; None if nothing is stated.
+        parts: for composite experts (`source="composite"`), the settings of each member as JSON-ready dictionaries,
+            with its own `provenance`.
     """
 
     source: str
@@ -43,10 +46,20 @@ class Provenance:
     architecture: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     licence: str | None = None
+    parts: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready copy."""
-        return asdict(self)
+        content = asdict(self)
+        content["parts"] = list(content["parts"])
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Provenance:
+        """Back from JSON; InputError where something is missing."""
+        from rsrouter.experts.pool_file import provenance_from_dict
+
+        return provenance_from_dict(content)
 
 
 class Normalise(nn.Module):
@@ -167,13 +180,15 @@ class ExpertPool(Sequence[Expert]):
     """The experts of one router, ordered by (sigma, name), over one label set and one input shape.
 
     Args:
-        experts: at least one; names must differ.
+        experts: at least one, with different names; or the path of a saved pool or of a spec file.
 
     Raises:
         InputError: no expert, a name twice, or class counts or input shapes that differ.
     """
 
-    def __init__(self, experts: Iterable[Expert]) -> None:
+    def __init__(self, experts: Iterable[Expert] | str | os.PathLike[str]) -> None:
+        if isinstance(experts, str | os.PathLike):
+            experts = type(self).load(experts)
         members = sorted(experts, key=lambda e: (e.sigma, e.name))
         if not members:
             raise InputError("A pool needs experts", expected="at least one Expert", received="none", remedy="wrap a checkpoint")
@@ -187,6 +202,32 @@ class ExpertPool(Sequence[Expert]):
                 raise InputError(f"Experts of one pool must agree on {what}", expected="one label set, one input size",
                                  received=str(values), remedy="leave out the experts that differ")
         self.experts = tuple(members)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, lazy: bool = False) -> ExpertPool:
+        """The pool of a `pool.json`, a folder with one, or a spec file.
+
+        Args:
+            path: relative locations inside count from its folder.
+            lazy: read and verify the weights when first needed instead of now.
+
+        Raises:
+            InputError: no pool there. IntegrityError: an expert that is not what was pinned.
+            CheckpointError, HubError: an expert that cannot be read or fetched.
+        """
+        from rsrouter.experts.pool_file import load_pool
+
+        return load_pool(path, lazy=lazy)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `pool.json`: where each expert comes from, its sha256 and settings; not the weights.
+
+        Raises:
+            InputError: an expert without provenance.
+        """
+        from rsrouter.experts.pool_file import save_pool
+
+        save_pool(self, path)
 
     @property
     def names(self) -> tuple[str, ...]:

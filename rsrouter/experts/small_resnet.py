@@ -39,7 +39,8 @@ class SmallResNet(nn.Module):
         width: channels after the stem, which halves the resolution.
         blocks: `(channels, stride)` of each residual block.
 
-    Shapes: `(B, in_channels, H, W)` to `(B, num_classes)`; `forward_features` gives `(B, blocks[-1][0])`.
+    Shapes: `(B, in_channels, H, W)` to `(B, num_classes)`; `forward_features`,
+    `forward_head` and `get_classifier` follow timm, so a router head can stand on the features.
     """
 
     def __init__(
@@ -62,14 +63,18 @@ class SmallResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Pooled features, `(B, num_features)`."""
-        x = self.layers(F.relu(self.bn1(self.conv1(x))))
-        return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+        """Feature map `(B, num_features, h, w)`."""
+        features: Tensor = self.layers(F.relu(self.bn1(self.conv1(x))))
+        return features
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of pooled features."""
-        logits: Tensor = self.fc(features)
-        return logits
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits `(B, num_classes)` of a feature map, or with `pre_logits` its pooled features `(B, num_features)`."""
+        pooled = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+        return pooled if pre_logits else self.fc(pooled)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer, as in timm."""
+        return self.fc
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
