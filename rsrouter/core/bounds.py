@@ -12,12 +12,15 @@ from math import fsum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import special
 
 from rsrouter.core.errors import PlanError
 
 #: Relative shrinkage of every bound: scipy's beta quantile errs by about an ulp either way.
 SAFETY = 1e-12
+
+#: The part of a two-sided plurality stage's alpha that its lower bound gets, unless told otherwise.
+LOWER_SHARE = 0.9
 
 Array = NDArray[np.float64]
 
@@ -76,7 +79,7 @@ def binom_lower(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Array:
     counts, totals, level = np.broadcast_arrays(counts, totals, check_alpha(alpha))
     inner = np.clip(counts, 1, np.maximum(totals - 1, 1))
     with np.errstate(all="ignore"):
-        bound = stats.beta.ppf(level, inner, totals - inner + 1)
+        bound = special.betaincinv(inner.astype(np.float64), (totals - inner + 1).astype(np.float64), level)
         bound = np.where(counts == totals, np.exp(np.log(level) / totals), bound)
     bound = np.where(counts == 0, 0.0, bound) * (1.0 - SAFETY)
     return np.where(np.isfinite(bound), np.clip(bound, 0.0, 1.0), 0.0)
@@ -92,52 +95,96 @@ def binom_upper(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Array:
     counts, totals, level = np.broadcast_arrays(counts, totals, check_alpha(alpha))
     inner = np.clip(counts, 1, np.maximum(totals - 1, 1))
     with np.errstate(all="ignore"):
-        bound = stats.beta.isf(level, inner + 1, np.maximum(totals - inner, 1))
+        left = np.maximum(totals - inner, 1).astype(np.float64)
+        bound = special.betainccinv((inner + 1).astype(np.float64), left, level)
         bound = np.where(counts == 0, -np.expm1(np.log(level) / totals), bound)
     bound = np.where(counts == totals, 1.0, bound) * (1.0 + SAFETY)
     return np.where(np.isfinite(bound), np.clip(bound, 0.0, 1.0), 1.0)
 
 
-def _log_mixture(k: Array, n: Array, p: Array, a: float, b: float) -> Array:
-    """Log of the mixture e-value against H0: proportion <= p (Howard et al. 2021, Proposition 7)."""
+def multiclass_bounds(
+    counts: ArrayLike, top: ArrayLike, alpha: float, *, lower_share: float = LOWER_SHARE
+) -> tuple[Array, Array]:
+    """Two-sided bounds for one plurality vote: `p_top >= lower`, and `p_l <= upper` for the best rival.
+
+    Theorem: let A be fixed before the votes and b the rival with the largest probability (fixed, unknown). The
+    Clopper-Pearson upper bound U grows with the count, so `U(max over rivals) >= U(count of b) >= p_b` with
+    probability at least `1 - alpha_hi`: no correction over the rivals. With
+    `upper = min(U(most voted rival), 1 - lower)` both statements hold with probability at least `1 - alpha`,
+    and `vote_radius(sigma, lower, upper)` is a certified radius.
+
+    Args:
+        counts: `(N, L)` estimation votes, every vote counted once (invalid ones in a column of their own).
+        top: `(N,)` the outcome A of each row, from selection votes alone.
+        alpha: failure probability of the pair of bounds.
+        lower_share: the part of alpha that the lower bound gets.
+
+    Returns:
+        `lower (N,)` and `upper (N,)`, float64.
+
+    Raises:
+        PlanError: bad counts or alpha, `top` out of range.
+    """
+    votes = np.asarray(counts)
+    chosen = np.atleast_1d(np.asarray(top))
+    if votes.ndim != 2 or votes.shape[1] < 2 or chosen.shape != votes.shape[:1] or chosen.dtype.kind not in "iu":
+        raise PlanError("Votes and top outcomes do not fit", expected="counts (N, L) with L >= 2 and integer top (N,)",
+                        received=f"{votes.shape} and {chosen.dtype} {chosen.shape}", remedy="one row per image")
+    if np.any((chosen < 0) | (chosen >= votes.shape[1])):
+        raise PlanError("A top outcome does not exist", expected=f"0 to {votes.shape[1] - 1}",
+                        received=f"{chosen.min()} to {chosen.max()}", remedy="leave out images that selected nothing")
+    whole, _ = check_counts(votes, np.maximum(votes, 1))
+    total = whole.sum(1)
+    rows = np.arange(len(whole))
+    share = float(check_alpha(lower_share, "lower_share"))
+    lower = binom_lower(whole[rows, chosen], total, alpha * share)
+    rivals = whole.copy()
+    rivals[rows, chosen] = -1
+    upper = binom_upper(rivals.max(1), total, alpha * (1.0 - share))
+    return lower, np.minimum(upper, 1.0 - lower)
+
+
+def _log_mixture(s: Array, n: Array, p: Array) -> Array:
+    """Log e-value against H0: proportion <= p, mixing uniformly over (p, 1] (Howard et al. 2021, Proposition 7)."""
     return np.asarray(
-        special.betaln(a + k, b + n - k) - special.betaln(a, b)
-        + stats.beta.logsf(p, a + k, b + n - k) - stats.beta.logsf(p, a, b)
-        - special.xlogy(k, p) - special.xlog1py(n - k, -p)
+        special.betaln(1.0 + s, 1.0 + n - s) + np.log(special.betaincc(1.0 + s, 1.0 + n - s, p)) - np.log1p(-p)
+        - special.xlogy(s, p) - special.xlog1py(n - s, -p)
     )
 
 
-def sequence_lower(k: ArrayLike, n: ArrayLike, alpha: ArrayLike, *, a: float = 1.0, b: float = 1.0) -> Array:
+def sequence_lower(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Array:
     """Anytime-valid lower bound: a one-sided beta-binomial mixture confidence sequence.
 
     Theorem (Howard, Ramdas, McAuliffe and Sekhon 2021, Propositions 6 and 7; Ville's inequality): with
     probability at least `1 - alpha` the bound is at most p *simultaneously at every n*, so drawing may stop
-    for any reason. The mixing density is Beta(a, b) truncated to (p, 1].
+    for any reason. The e-value of s successes in n against p mixes the likelihood ratio uniformly over (p, 1];
+    the bound is the p in (0, s / (n + 1)] where it falls to 1 / alpha.
 
-    Arguments, shapes and errors as `binom_lower`; `a`, `b` > 0 shape the mixing density. The bound solves
-    `log e(p) = log(1 / alpha)` on (0, k / n) by bisection from the safe side.
+    Why bisection may look for it: with L(q) = q^s (1-q)^(n-s), log e has the derivative
+    `1/(1-p) * (1 - 1/e) - (s - n p) / (p (1-p))`, which is negative for p <= s / (n + 1); so e decreases there and
+    "e(low) >= 1/alpha" implies it for every smaller p, the true one included.
+
+    Arguments, shapes and errors as `binom_lower`; rounded down like it, and the level tightened by a relative
+    1e-6 for the rounding of logarithms at large n.
     """
     counts, totals = check_counts(k, n)
     counts, totals, level = np.broadcast_arrays(counts, totals, check_alpha(alpha))
-    if not (a > 0 and b > 0):
-        raise PlanError("The mixing density needs positive shapes", expected="a > 0 and b > 0",
-                        received=f"a = {a}, b = {b}", remedy="a = b = 1 is the uniform mixture")
     s, m = counts.astype(np.float64), totals.astype(np.float64)
-    goal = -np.log(level)
-    low, high = np.zeros(s.shape), s / m
+    goal = 1e-6 - np.log(level)
+    low, high = np.zeros(s.shape), s / (m + 1.0)
     with np.errstate(all="ignore"):
         for _ in range(60):
             mid = 0.5 * (low + high)
-            # `not (<)` keeps low where the e-value is NaN: an unreadable value rejects nothing
-            reject = _log_mixture(s, m, mid, a, b) >= goal
+            # `not (<)` is not the same as `>=`: an unreadable (NaN) e-value rejects nothing
+            reject = _log_mixture(s, m, mid) >= goal
             low, high = np.where(reject, mid, low), np.where(reject, high, mid)
     return np.asarray(np.clip(low * (1.0 - SAFETY), 0.0, 1.0))
 
 
-def sequence_upper(k: ArrayLike, n: ArrayLike, alpha: ArrayLike, *, a: float = 1.0, b: float = 1.0) -> Array:
-    """Anytime-valid upper bound: `1 - sequence_lower(n - k, n, alpha)` with the shapes exchanged."""
+def sequence_upper(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Array:
+    """Anytime-valid upper bound: `1 - sequence_lower(n - k, n, alpha)`, rounded up."""
     counts, totals = check_counts(k, n)
-    bound = 1.0 - sequence_lower(totals - counts, totals, alpha, a=b, b=a)
+    bound = 1.0 - sequence_lower(totals - counts, totals, alpha)
     return np.asarray(np.clip(bound * (1.0 + SAFETY), 0.0, 1.0))
 
 
@@ -153,7 +200,7 @@ class AlphaSplit:
         stages: stage name to its own alpha.
         paths: every root-to-leaf path as a tuple of stage names.
         lower_share: the part of a two-sided plurality stage's alpha that its lower bound gets; the rest goes
-            to the upper bounds (0.9 loses almost nothing against a single rival, PEERS of the field use 0.5).
+            to the upper bounds (0.9 loses almost nothing against a single rival; halves are the usual choice).
 
     Raises:
         PlanError: a path spends more than `total`, a stage has no alpha, or an alpha is not in (0, 1).
@@ -162,11 +209,15 @@ class AlphaSplit:
     total: float
     stages: Mapping[str, float]
     paths: tuple[tuple[str, ...], ...]
-    lower_share: float = 0.9
+    lower_share: float = LOWER_SHARE
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", dict(self.stages))  # a copy: the caller's mapping may change later
         check_alpha(self.total)
         check_alpha(self.lower_share, "lower_share")
+        if not self.paths:
+            raise PlanError("A split needs the paths it is for", expected="at least one path", received="none",
+                            remedy="AlphaSplit.even(alpha, tree.paths)")
         for path in self.paths:
             missing = [name for name in path if name not in self.stages]
             if missing:
@@ -179,7 +230,7 @@ class AlphaSplit:
                                 received=f"{spent} on {' -> '.join(path)}", remedy="lower the stages' alphas")
 
     @classmethod
-    def even(cls, total: float, paths: tuple[tuple[str, ...], ...], lower_share: float = 0.9) -> AlphaSplit:
+    def even(cls, total: float, paths: tuple[tuple[str, ...], ...], lower_share: float = LOWER_SHARE) -> AlphaSplit:
         """Gives each stage `total` over the length of the longest path through it (so no path exceeds it)."""
         check_alpha(total)
         longest: dict[str, int] = {}

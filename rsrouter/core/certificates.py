@@ -11,9 +11,9 @@ isotropic Gaussian noise of standard deviation sigma_j, with outcome probabiliti
 and, for a class c,
 
     U_j(c) = min over outcomes l of max(e_l, V_l(c)),
-    V_l(c) = infinity if l answers c, 0 if it answers anything else, U_i(c) if it leads to stage i.
+    V_l(c) = infinity if l answers c, 0 if it answers anything else, U_i(c) if it leads to stage i;
 
-Then g(x') = c for every x' with ||x' - x|| < U_root(c).
+a stage that was not sampled has every e_l = 0. Then g(x') = c for every x' with ||x' - x|| < U_root(c).
 
 Proof. Phi^-1(p_{j,l}(.)) is 1/sigma_j-Lipschitz (Salman et al. 2019, Lemma 2). At distance r a plurality
 outcome l != A can only win if p_l(x') >= p_A(x'), hence Phi^-1(lo_A) - r/sigma <= Phi^-1(hi_l) + r/sigma,
@@ -37,7 +37,7 @@ from scipy import special
 
 from rsrouter.core.bounds import Array
 from rsrouter.core.errors import PlanError
-from rsrouter.core.tree import Stage, Tree
+from rsrouter.core.tree import STAGE_TARGET, Stage, Tree
 from rsrouter.core.types import ABSTAIN
 
 #: Relative shrinkage of Phi^-1 (scipy's ndtri errs by a few ulp), before `nextafter`.
@@ -82,21 +82,23 @@ def vote_radius(sigma: float, lower: ArrayLike, upper: ArrayLike | None = None) 
     lo = np.asarray(lower, dtype=np.float64)
     if upper is None:
         return _distance(float(sigma), _ndtri_down(lo), np.zeros_like(lo))
-    hi = np.minimum(np.asarray(upper, dtype=np.float64), 1.0 - lo)
+    hi = np.asarray(np.minimum(np.asarray(upper, dtype=np.float64), 1.0 - lo))
     return _distance(float(sigma) / 2.0, _ndtri_down(lo), _ndtri_up(hi))
 
 
-def _reference(stage: Stage, c: NDArray[np.int64], answers: NDArray[np.int64]) -> NDArray[np.int64]:
+def fixed_reference(stage: Stage, c: NDArray[np.int64]) -> NDArray[np.int64]:
     """Per image the index of the outcome whose lower bound counts, -1 where there is none."""
     if stage.reference is not None:
-        reference = np.broadcast_to(np.asarray(stage.reference, dtype=np.int64), c.shape)
-        if np.any((reference < -1) | (reference >= stage.num_outcomes)):
-            raise PlanError(f"The reference of stage {stage.name!r} is not an outcome",
-                            expected=f"0 to {stage.num_outcomes - 1} (or -1 for none)", received=str(stage.reference),
-                            remedy="take the outcome that won the selection votes")
-        return reference
-    same = answers[None, : stage.num_outcomes] == c[:, None]
-    return np.where(same.any(1), same.argmax(1), -1)
+        reference = np.asarray(stage.reference)
+        if reference.dtype.kind not in "iu" or reference.shape not in ((), c.shape) or np.any(
+            (reference < -1) | (reference >= stage.num_outcomes)
+        ):
+            raise PlanError(f"The reference of stage {stage.name!r} is not an outcome per image",
+                            expected=f"0 to {stage.num_outcomes - 1} (or -1 for none), one or {c.shape}",
+                            received=str(stage.reference), remedy="take the outcome that won the selection votes")
+        return np.broadcast_to(reference.astype(np.int64), c.shape)
+    same = stage.answers[None, : stage.num_outcomes] == c[:, None]
+    return np.where(same.any(1) & (c > ABSTAIN), same.argmax(1), -1)
 
 
 def entry_radii(stage: Stage, lower: ArrayLike, upper: ArrayLike, reference: NDArray[np.int64]) -> Array:
@@ -106,8 +108,11 @@ def entry_radii(stage: Stage, lower: ArrayLike, upper: ArrayLike, reference: NDA
         stage: the smoothed vote.
         lower: `(N, L)` lower bounds on the outcome probabilities; only the reference's column is read
             (several columns would need a Bonferroni correction among them).
-        upper: `(N, L)` upper bounds.
+        upper: `(N, L)` upper bounds; the reference's column of a plurality stage is not read.
         reference: `(N,)` outcome indices; -1 means no lower bound may be used.
+
+    Raises:
+        PlanError: bounds of another shape.
     """
     lo, hi = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
     outcomes = stage.num_outcomes
@@ -130,6 +135,47 @@ def entry_radii(stage: Stage, lower: ArrayLike, upper: ArrayLike, reference: NDA
     return np.concatenate([entry, defer[:, None]], axis=1)
 
 
+def group_entries(stage: Stage, entry: Array, c: NDArray[np.int64]) -> Array:
+    """The entry radii that the recursion needs: `(N, 1 + len(stage.children))`.
+
+    Column 0 is the smallest entry radius of an outcome that answers something else than `c` (infinite where
+    there is none), then one column per child stage: the smallest entry radius of an outcome leading there.
+    Nothing is lost: `min over l of max(e_l, V)` with one V is `max(min over l of e_l, V)`.
+    """
+    wrong = (stage.answers[None, :] != c[:, None]) & (stage.answers[None, :] != STAGE_TARGET)
+    columns = [np.where(wrong, entry, np.inf).min(1)]
+    for child in stage.children:
+        columns.append(entry[:, [k for k, target in enumerate(stage.leads_to) if target == child]].min(1))
+    return np.stack(columns, axis=1)
+
+
+def no_entries(stage: Stage, c: NDArray[np.int64]) -> Array:
+    """`group_entries` of a stage that was not sampled: every entry radius is 0."""
+    return group_entries(stage, np.zeros((len(c), len(stage.leads_to))), c)
+
+
+def recursion(tree: Tree, grouped: Mapping[str, Array]) -> tuple[Array, NDArray[np.int64]]:
+    """U_root of the theorem from `group_entries` of every stage.
+
+    Returns:
+        `radius (N,)` and `bound_by (N,)`, the index in `tree.order` of the stage whose bounds limit it.
+    """
+    radius: dict[str, Array] = {}
+    bound: dict[str, NDArray[np.int64]] = {}
+    for code, name in enumerate(tree.order):
+        stage = tree.stages[name]
+        entry = grouped[name]
+        best, by = entry[:, 0], np.full(len(entry), code)
+        for column, child in enumerate(stage.children, start=1):
+            own = entry[:, column]
+            through = np.maximum(own, radius[child])
+            tighter = through < best
+            by = np.where(tighter, np.where(own >= radius[child], code, bound[child]), by)
+            best = np.where(tighter, through, best)
+        radius[name], bound[name] = best, by
+    return radius[tree.root], bound[tree.root]
+
+
 def tree_radius(
     stages: Sequence[Stage] | Mapping[str, Stage] | Tree,
     root: str | None,
@@ -145,7 +191,7 @@ def tree_radius(
         stages: the tree's stages (with `reference` per image where a stage routes).
         root: name of the first stage; None: the tree's own root, or the first stage.
         lower: stage name to `(N, L)` lower bounds on its outcome probabilities. A stage that is missing was
-            not sampled: it contributes 0, never an error.
+            not sampled: its entry radii are 0, never an error.
         upper: stage name to `(N, L)` upper bounds, the same keys.
         c: `(N,)` class to certify, fixed by selection votes; where it is negative the radius is 0.
         sampled: stage name to `(N,)` booleans, for stages sampled only for some images.
@@ -153,38 +199,44 @@ def tree_radius(
     Returns:
         `radius (N,)` float64 (0 where nothing is certified) and `bound_by (N,)`, the name of the stage that
         limits it.
+
+    Raises:
+        PlanError: bounds, classes, references or masks that do not fit the tree.
     """
-    tree = stages if isinstance(stages, Tree) else Tree.of(
-        list(stages.values()) if isinstance(stages, Mapping) else list(stages), root
-    )
-    root = tree.root if root is None else root
+    if isinstance(stages, Tree):
+        tree = stages if root is None or root == stages.root else Tree.of(_below(stages, root), root)
+    else:
+        tree = Tree.of(list(stages.values()) if isinstance(stages, Mapping) else list(stages), root)
     classes = np.atleast_1d(np.asarray(c))
-    if classes.dtype.kind not in "iu":
-        raise PlanError("The certified class must be an integer", expected="int array (N,)", received=str(classes.dtype),
-                        remedy="pass class indices")
+    if classes.dtype.kind not in "iu" or classes.ndim != 1:
+        raise PlanError("The certified class must be an integer per image", expected="int array (N,)",
+                        received=f"{classes.dtype} {classes.shape}", remedy="pass class indices")
     classes = classes.astype(np.int64)
-    size = len(classes)
-    names = tuple(tree.order)
-    radius: dict[str, Array] = {}
-    bound: dict[str, NDArray[np.int64]] = {}
-    rows = np.arange(size)
-    for code, name in enumerate(names):
+    grouped: dict[str, Array] = {}
+    for name in tree.order:
         stage = tree.stages[name]
         if name not in lower or name not in upper:
-            radius[name], bound[name] = np.zeros(size), np.full(size, code)
+            grouped[name] = no_entries(stage, classes)
             continue
-        entry = entry_radii(stage, lower[name], upper[name], _reference(stage, classes, stage.answers))
-        value = np.where(stage.answers[None, :] == classes[:, None], np.inf, 0.0)
-        by = np.full(value.shape, code)
-        for column, target in enumerate(stage.leads_to):
-            if isinstance(target, str):
-                value[:, column], by[:, column] = radius[target], bound[target]
-        by = np.where(entry >= value, code, by)
-        total = np.maximum(entry, value)
-        tightest = total.argmin(axis=1)
-        radius[name], bound[name] = total[rows, tightest], by[rows, tightest]
-        if sampled is not None and name in sampled:
-            radius[name] = np.where(sampled[name], radius[name], 0.0)
-            bound[name] = np.where(sampled[name], bound[name], code)
-    result = np.where((classes > ABSTAIN) & ~np.isnan(radius[root]), radius[root], 0.0)
-    return result, np.array(names, dtype=object)[bound[root]]
+        entry = entry_radii(stage, lower[name], upper[name], fixed_reference(stage, classes))
+        mask = None if sampled is None else sampled.get(name)
+        if mask is not None:
+            mask = np.asarray(mask)
+            if mask.dtype != np.bool_ or mask.shape != classes.shape:
+                raise PlanError(f"The mask of stage {name!r} does not fit", expected=f"booleans {classes.shape}",
+                                received=f"{mask.dtype} {mask.shape}", remedy="True where the stage was sampled")
+            entry = np.where(mask[:, None], entry, 0.0)
+        grouped[name] = group_entries(stage, entry, classes)
+    radius, by = recursion(tree, grouped)
+    return np.where(classes > ABSTAIN, radius, 0.0), np.array(tree.order, dtype=object)[by]
+
+
+def _below(tree: Tree, root: str) -> list[Stage]:
+    """The stages that can be reached from `root`."""
+    names, todo = [], [root]
+    while todo:
+        name = todo.pop()
+        if name in tree.stages and name not in names:
+            names.append(name)
+            todo.extend(tree.stages[name].children)
+    return [tree.stages[name] for name in names]

@@ -6,48 +6,19 @@ scheduler and executor), so it is tested with scripted votes and runs no network
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsrouter.core.bounds import AlphaSplit, Array
-from rsrouter.core.certificates import entry_radii, tree_radius
+from rsrouter.core.certificates import entry_radii, group_entries, no_entries, recursion
 from rsrouter.core.errors import PlanError
-from rsrouter.core.plans import Plan, check_sides
+from rsrouter.core.estimates import check_sides
+from rsrouter.core.plans import Plan
+from rsrouter.core.requests import ESTIMATE, SELECT, VoteRequest, check_split, descend, group_votes, stages_by_network
 from rsrouter.core.tree import Stage, Tree
 from rsrouter.core.types import ABSTAIN, RULES, Certificate
-
-SELECT, ESTIMATE = "select", "estimate"
-
-
-@dataclass(frozen=True, slots=True)
-class VoteRequest:
-    """Votes `start` to `start + count` of one network's stream on one image.
-
-    Attributes:
-        image: position of the image in the call.
-        network: name of the network to run.
-        purpose: which stream: select, estimate, predict, label, train, tune, audit.
-        start: index of the first vote in the stream.
-        count: how many votes.
-    """
-
-    image: int
-    network: str
-    purpose: str
-    start: int
-    count: int
-
-
-def descend(tree: Tree, name: str, counts: NDArray[np.int64]) -> int:
-    """Index into `leads_to` of the target that the votes `counts (L,)` choose; ties go to the lower index."""
-    stage = tree.stages[name]
-    top = int(counts.argmax())
-    if stage.kind == "threshold" and not counts[top] >= stage.tau * counts.sum():  # type: ignore[operator]
-        return len(stage.leads_to) - 1
-    return top
 
 
 class CertifyPolicy:
@@ -58,13 +29,19 @@ class CertifyPolicy:
     are advanced to their next look. An image is finished when its certified radius and the radius it could
     still reach fall into one cell of the plan's grid.
 
+    What enters a certificate: estimation votes at completed looks only, under bounds that hold at all looks at
+    once. What only steers: selection votes, the hoped-for bounds, the grid.
+
     Args:
-        tree: stages of the routed classifier.
+        tree: stages of the routed classifier (their `reference` is ignored: selection votes set it).
         plan: how many votes, and the bounds.
         split: alpha of every stage.
         num_images: how many images take part.
         rule: `"tree"` may sample every stage; `"min"` only those on the selected path (Dual RS).
         sides: sidedness of plurality bounds.
+
+    Raises:
+        PlanError: an unknown rule or side, a split of another tree, stages of one network at different sigmas.
     """
 
     def __init__(
@@ -73,27 +50,27 @@ class CertifyPolicy:
         check_sides(sides)
         if rule not in RULES:
             raise PlanError("Unknown rule", expected=f"one of {RULES}", received=repr(rule), remedy="use rule='tree'")
-        missing = set(tree.stages) - set(split.stages)
-        if missing or set(split.paths) != set(tree.paths):
-            raise PlanError("The alpha split belongs to another tree", expected=f"paths {tree.paths}",
-                            received=f"paths {split.paths}", remedy="AlphaSplit.even(alpha, tree.paths)")
+        check_split(tree, split)
         self.tree, self.plan, self.split, self.rule, self.sides = tree, plan, split, rule, sides
         n = num_images
         self._networks = tree.networks
-        self._stages = {g: tuple(s for s in tree.order if tree.stages[s].network == g) for g in self._networks}
-        for g, names in self._stages.items():
-            if len({tree.stages[s].sigma for s in names}) != 1:
-                raise PlanError(f"Stages on network {g!r} have different sigmas", expected="one sigma per network",
-                                received=str({s: tree.stages[s].sigma for s in names}), remedy="give them networks of their own")
+        self._stages = stages_by_network(tree)
+        self._column = {g: column for column, g in enumerate(self._networks)}
         width = {s: tree.stages[s].num_outcomes for s in tree.order}
         self._selected = {s: np.zeros((n, width[s]), np.int64) for s in tree.order}
         self._counts = {s: np.zeros((n, width[s]), np.int64) for s in tree.order}
         self._lower = {s: np.zeros((n, width[s])) for s in tree.order}
         self._upper = {s: np.ones((n, width[s])) for s in tree.order}
         self._reference = {s: np.full(n, -1) for s in tree.order}
-        self._look = {g: np.full(n, -1) for g in self._networks}
-        self._drawn_select = {g: np.zeros(n, np.int64) for g in self._networks}
         self._on_path = {s: np.zeros(n, bool) for s in tree.order}
+        # grouped entry radii, certified and hoped for (certificates.group_entries)
+        self._now = {s: np.zeros((n, 1 + len(tree.stages[s].children))) for s in tree.order}
+        self._hope = {s: np.zeros((n, 1 + len(tree.stages[s].children))) for s in tree.order}
+        self._look = np.full((n, len(self._networks)), -1)
+        self._drawn_select = np.zeros((n, len(self._networks)), np.int64)
+        self._net_on_path = np.zeros((n, len(self._networks)), bool)
+        # networks whose stages still wait for selection votes of their own before they estimate
+        self._pending = np.zeros((n, len(self._networks)), bool)
         self._path: list[list[tuple[str, int]]] = [[] for _ in range(n)]
         self._at: list[str | None] = [tree.root] * n
         self.c = np.full(n, ABSTAIN)
@@ -108,51 +85,64 @@ class CertifyPolicy:
         for i in images:
             name = self._at[i]
             if name is not None:
-                requests.append(VoteRequest(i, self.tree.stages[name].network, SELECT, 0, self.plan.n0))
+                requests.append(VoteRequest(int(i), self.tree.stages[name].network, SELECT, 0, self.plan.n0))
             elif not self.done[i]:
                 estimating.append(i)
         if estimating:
             rows = np.asarray(estimating)
-            for column, network in zip(self._choose(rows).T, self._networks, strict=True):
-                for i in rows[column]:
-                    look = int(self._look[network][i])
-                    start = self.plan.looks[look] if look >= 0 else 0
-                    requests.append(VoteRequest(int(i), network, ESTIMATE, start, self.plan.looks[look + 1] - start))
+            looks = self.plan.looks
+            for position, column in zip(*np.nonzero(self._choose(rows)), strict=True):
+                i, network = int(rows[position]), self._networks[column]
+                if self._pending[i, column]:
+                    requests.append(VoteRequest(i, network, SELECT, 0, self.plan.n0))
+                    continue
+                look = int(self._look[i, column])
+                start = looks[look] if look >= 0 else 0
+                requests.append(VoteRequest(i, network, ESTIMATE, start, looks[look + 1] - start))
         return requests
 
-    def update(self, requests: Sequence[VoteRequest], counts: Sequence[dict[str, NDArray[np.int64]]]) -> None:
-        """Takes the votes of `requests`: per request a mapping of every stage on its network to `(L,)` counts."""
-        advanced: dict[str, list[int]] = {g: [] for g in self._networks}
-        estimated: set[int] = set()
-        for request, votes in zip(requests, counts, strict=True):
-            i, network = request.image, request.network
-            for name in self._stages[network]:
-                drawn = np.asarray(votes[name], dtype=np.int64)
-                if drawn.shape != (self.tree.stages[name].num_outcomes,) or drawn.sum() != request.count or (drawn < 0).any():
-                    raise PlanError(f"Votes of stage {name!r} do not answer the request",
-                                    expected=f"{self.tree.stages[name].num_outcomes} counts summing to {request.count}",
-                                    received=str(drawn.tolist()), remedy="count every vote once, invalid ones included")
-                if request.purpose == SELECT:
-                    self._selected[name][i] = drawn
-                else:
-                    self._counts[name][i] += drawn
-            if request.purpose == SELECT:
-                self._drawn_select[network][i] = request.count
-                self._walk(i)
+    def update(self, requests: Sequence[VoteRequest], counts: Sequence[Mapping[str, NDArray[np.int64]]]) -> None:
+        """Takes the votes of `requests`: per request a mapping of every stage on its network to `(L,)` counts.
+
+        Raises:
+            PlanError: votes that were not asked for (another start, a stream read twice, a finished image) or do not
+                sum to their request; the state is then unchanged.
+        """
+        grouped = group_votes(requests, counts, self._stages)
+        for (purpose, network), (asked, _) in grouped.items():
+            for request in asked:
+                self._check_open(request, purpose, self._column[network])
+        selected: list[int] = []
+        moved: list[int] = []
+        for (purpose, network), (asked, votes) in grouped.items():
+            rows = np.array([request.image for request in asked])
+            column = self._column[network]
+            if purpose == SELECT:
+                for name, matrix in votes.items():
+                    self._selected[name][rows] = matrix
+                self._drawn_select[rows, column] = self.plan.n0
+                late = rows[self._pending[rows, column]]
+                if late.size:
+                    self._pending[late, column] = False
+                    self._refer(network, late)
+                    for stage in self._stages[network]:
+                        self._dream(stage, late)
+                    moved.extend(late.tolist())
+                selected.extend(int(i) for i in rows if self._at[i] is not None and self._walk(i))
             else:
-                self._look[network][i] += 1
-                advanced[network].append(i)
-                estimated.add(i)
-        for network, members in advanced.items():
-            if members:
-                self._tighten(network, np.asarray(members))
-        if estimated:
-            self._settle(np.asarray(sorted(estimated)))
+                for name, matrix in votes.items():
+                    self._counts[name][rows] += matrix
+                self._look[rows, column] += 1
+                self._tighten(network, rows)
+                moved.extend(rows.tolist())
+        if selected:
+            self._start(np.array(selected))
+        if moved:
+            self._settle(np.unique(moved))
 
     def drawn(self, i: int) -> int:
         """Votes drawn for image `i`, selection included."""
-        estimate = sum(self.plan.looks[look[i]] for look in self._look.values() if look[i] >= 0)
-        return int(estimate + sum(int(drawn[i]) for drawn in self._drawn_select.values()))
+        return int(sum(self.plan.looks[look] for look in self._look[i] if look >= 0) + self._drawn_select[i].sum())
 
     def certificate(self, i: int) -> Certificate:
         """The certificate of image `i`, once it is done."""
@@ -162,8 +152,8 @@ class CertifyPolicy:
         certified = bool(self.radius[i] > 0.0 and self.c[i] > ABSTAIN)
         r_router, r_expert = self._min_rule(i)
         last = self._path[i][-1][0] if self._path[i] else self.tree.root
-        sampled = [s for s in self.tree.order if self._look[self.tree.stages[s].network][i] >= 0]
-        chosen = [s for s in self.tree.order if self._drawn_select[self.tree.stages[s].network][i] > 0]
+        sampled = [s for s in self.tree.order if self._look[i, self._column[self.tree.stages[s].network]] >= 0]
+        chosen = [s for s in self.tree.order if self._drawn_select[i, self._column[self.tree.stages[s].network]] > 0]
         return Certificate(
             predict=int(self.c[i]) if certified else ABSTAIN,
             radius=float(self.radius[i]) if certified else 0.0,
@@ -176,14 +166,33 @@ class CertifyPolicy:
             r_expert=r_expert,
         )
 
-    def _walk(self, i: int) -> None:
-        """Descends on selection votes as far as they go; fixes class and references at an answer."""
+    def _check_open(self, request: VoteRequest, purpose: str, column: int) -> None:
+        """Refuses votes that are not the next ones of their stream: a bound holds for exactly that many."""
+        i = request.image
+        fits = 0 <= i < len(self.done) and not self.done[i]
+        if fits and purpose == SELECT:
+            name = self._at[i]
+            open_here = self._pending[i, column] if name is None else self._column[self.tree.stages[name].network] == column
+            fits = bool(open_here) and request.start == 0 and request.count == self.plan.n0
+        elif fits:
+            look = int(self._look[i, column])
+            start = self.plan.looks[look] if look >= 0 else 0
+            fits = (purpose == ESTIMATE and self._at[i] is None and not self._pending[i, column]
+                    and look + 1 < len(self.plan.looks) and request.start == start
+                    and request.start + request.count == self.plan.looks[look + 1])
+        if not fits:
+            raise PlanError("Votes that no open request asked for", expected="answers to next_requests, each once",
+                            received=repr(request), remedy="hand each request's votes back exactly once, in order")
+
+    def _walk(self, i: int) -> bool:
+        """Descends on selection votes as far as they go; True where that reached an answer."""
         while (name := self._at[i]) is not None:
             stage = self.tree.stages[name]
-            if not self._drawn_select[stage.network][i]:
-                return
+            if not self._drawn_select[i, self._column[stage.network]]:
+                return False
             index = descend(self.tree, name, self._selected[name][i])
             self._on_path[name][i] = True
+            self._net_on_path[i, self._column[stage.network]] = True
             self._path[i].append((name, index))
             target = stage.leads_to[index]
             if isinstance(target, str):
@@ -191,77 +200,115 @@ class CertifyPolicy:
             else:
                 self._at[i] = None
                 self.c[i] = target
-        if self.c[i] <= ABSTAIN:
+        return True
+
+    def _start(self, rows: NDArray[np.int64]) -> None:
+        """Fixes the references of images whose selection reached an answer, and what they may hope for."""
+        void = self.c[rows] <= ABSTAIN
+        for i in rows[void]:
             self.done[i] = True
             self.bound_by[i] = self._path[i][-1][0]
+        rows = rows[~void]
+        if not rows.size:
             return
-        leaving = dict(self._path[i][:-1])
         for name in self.tree.order:
             stage = self.tree.stages[name]
-            if name in leaving and stage.kind == "plurality":
-                self._reference[name][i] = leaving[name]
-            else:
-                same = np.flatnonzero(stage.answers[: stage.num_outcomes] == self.c[i])
-                self._reference[name][i] = int(same[0]) if same.size else -1
+            # an outcome that answers the class, where there is one
+            same = stage.answers[None, : stage.num_outcomes] == self.c[rows][:, None]
+            self._reference[name][rows] = np.where(same.any(1), same.argmax(1), -1)
+        for i in rows:
+            last = len(self._path[i]) - 1
+            for position, (name, index) in enumerate(self._path[i]):
+                # on the path the outcome that won the selection, unless a threshold stage deferred
+                stage = self.tree.stages[name]
+                if index < stage.num_outcomes and (stage.kind == "plurality" or position == last):
+                    self._reference[name][i] = index
+        for column, network in enumerate(self._networks):
+            for stage in self._stages[network]:
+                off = rows[~self._on_path[stage.name][rows] & (self._reference[stage.name][rows] < 0)]
+                if stage.kind == "plurality" and self.rule == "tree" and off.size:
+                    self._pending[off, column] |= self._drawn_select[off, column] == 0
+            self._refer(network, rows[~self._pending[rows, column]])
+            for stage in self._stages[network]:
+                self._now[stage.name][rows] = no_entries(stage, self.c[rows])
+                self._dream(stage, rows)
+        self._settle(rows)
 
-    def _arguments(self, name: str, rows: NDArray[np.int64]) -> tuple[Stage, NDArray[np.int64], NDArray[np.int64]]:
-        return self.tree.stages[name], self._reference[name][rows], self.c[rows]
+    def _refer(self, network: str, rows: NDArray[np.int64]) -> None:
+        """References of routing stages off the path, from selection votes of their own."""
+        column = self._column[network]
+        for stage in self._stages[network]:
+            if stage.kind == "plurality":
+                free = (self._reference[stage.name][rows] < 0) & ~self._on_path[stage.name][rows]
+                voted = rows[free & (self._drawn_select[rows, column] > 0)]
+                self._reference[stage.name][voted] = self._selected[stage.name][voted].argmax(1)
 
     def _tighten(self, network: str, rows: NDArray[np.int64]) -> None:
         """Bounds at the look just completed; all looks hold at once, so the best so far stands."""
-        for name in self._stages[network]:
-            stage, reference, c = self._arguments(name, rows)
-            new = self.plan.bounds(stage, self._counts[name][rows], self._look[network][rows], reference, c,
+        look = self._look[rows, self._column[network]]
+        for stage in self._stages[network]:
+            name = stage.name
+            new = self.plan.bounds(stage, self._counts[name][rows], look, self._reference[name][rows], self.c[rows],
                                    alpha=self.split.stages[name], sides=self.sides, lower_share=self.split.lower_share)
             self._lower[name][rows] = np.maximum(self._lower[name][rows], new.lower)
             self._upper[name][rows] = np.minimum(self._upper[name][rows], new.upper)
-
-    def _allowed(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """`(rows, networks)`: which networks the rule may draw from and that have votes left."""
-        last = len(self.plan.looks) - 1
-        columns = []
-        for network in self._networks:
-            free = self._look[network][rows] < last
             if self.rule == "min":
-                free &= np.any([self._on_path[s][rows] for s in self._stages[network]], axis=0)
-            columns.append(free)
-        return np.stack(columns, axis=1)
+                kept = rows[self._on_path[name][rows]]
+            else:
+                kept = rows
+            if kept.size:
+                entry = entry_radii(stage, self._lower[name][kept], self._upper[name][kept], self._reference[name][kept])
+                self._now[name][kept] = group_entries(stage, entry, self.c[kept])
+            self._dream(stage, rows)
 
-    def _radius(self, rows: NDArray[np.int64], hope: NDArray[np.bool_] | None = None) -> tuple[Array, NDArray[np.object_]]:
-        """Certified radius of `rows`, with the networks marked in `hope (rows, networks)` at what they could reach."""
-        lower, upper, sampled, stages = {}, {}, {}, []
-        for g, network in enumerate(self._networks):
-            look = self._look[network][rows]
-            hoping = np.zeros(len(rows), bool) if hope is None else hope[:, g]
-            for name in self._stages[network]:
-                stage, reference, c = self._arguments(name, rows)
-                low, high = self._lower[name][rows], self._upper[name][rows]
-                if hoping.any():
-                    best = self.plan.hopes(stage, self._counts[name][rows], look, reference, c,
-                                           alpha=self.split.stages[name], sides=self.sides, lower_share=self.split.lower_share)
-                    low = np.where(hoping[:, None], np.maximum(low, best.lower), low)
-                    high = np.where(hoping[:, None], np.minimum(high, best.upper), high)
-                lower[name], upper[name] = low, high
-                allowed = True if self.rule == "tree" else self._on_path[name][rows]
-                sampled[name] = ((look >= 0) | hoping) & allowed
-                stages.append(Stage(name, stage.sigma, stage.kind, stage.tau, stage.leads_to, reference, network, stage.expert))
-        return tree_radius(Tree({s.name: s for s in stages}, self.tree.root), None, lower, upper, self.c[rows], sampled=sampled)
+    def _dream(self, stage: Stage, rows: NDArray[np.int64]) -> None:
+        """Entry radii that a stage could still reach: decides what to draw, enters no certificate."""
+        name, column = stage.name, self._column[stage.network]
+        self._hope[name][rows] = self._now[name][rows]
+        if self.rule == "min":
+            rows = rows[self._on_path[name][rows]]
+        rows = rows[self._look[rows, column] < len(self.plan.looks) - 1]
+        if not rows.size:
+            return
+        reference, c = self._reference[name][rows], self.c[rows]
+        # before its selection votes a routing stage may still be unanimous for any outcome
+        unknown = self._pending[rows, column] & (reference < 0)
+        reference = np.where(unknown, 0, reference)
+        best = self.plan.hopes(stage, self._counts[name][rows], self._look[rows, column], reference, c,
+                               alpha=self.split.stages[name], sides=self.sides, lower_share=self.split.lower_share)
+        entry = entry_radii(stage, np.maximum(self._lower[name][rows], best.lower),
+                            np.minimum(self._upper[name][rows], best.upper), reference)
+        entry = np.where(unknown[:, None], entry.max(1, keepdims=True), entry)
+        self._hope[name][rows] = np.maximum(self._now[name][rows], group_entries(stage, entry, c))
+
+    def _free(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """`(rows, networks)`: which networks the rule may draw from and that have votes left."""
+        free = self._look[rows] < len(self.plan.looks) - 1
+        return free & self._net_on_path[rows] if self.rule == "min" else free
+
+    def _ceiling(self, rows: NDArray[np.int64], hope: NDArray[np.bool_]) -> Array:
+        """The cell of the radius with the networks marked in `hope (rows, networks)` at what they could reach."""
+        grouped = {}
+        for column, network in enumerate(self._networks):
+            for stage in self._stages[network]:
+                now, best = self._now[stage.name][rows], self._hope[stage.name][rows]
+                grouped[stage.name] = np.where(hope[:, column, None], best, now)
+        return self.plan.cell(recursion(self.tree, grouped)[0])
 
     def _choose(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """`(rows, networks)`: which networks to advance to their next look; at least one per row."""
-        free = self._allowed(rows)
-        ceiling = self.plan.cell(self._radius(rows, free)[0])
-        without = np.stack(
-            [self.plan.cell(self._radius(rows, free & (np.arange(free.shape[1]) != g))[0]) for g in range(free.shape[1])], axis=1
-        )
+        free = self._free(rows)
+        if len(self._networks) == 1:
+            return free
+        ceiling = self._ceiling(rows, free)
+        columns = np.arange(len(self._networks))
+        without = np.stack([self._ceiling(rows, free & (columns != g)) for g in columns], axis=1)
         needed = free & (without < ceiling[:, None])
         # where no network is needed by itself, any free one may do
         needed = np.where(needed.any(1, keepdims=True), needed, free)
-        look = np.stack([self._look[g][rows] for g in self._networks], axis=1)
-        behind = np.where(needed, look, np.iinfo(np.int64).max)
-        needed &= look == behind.min(axis=1, keepdims=True)
-        path = np.stack([np.any([self._on_path[s][rows] for s in self._stages[g]], axis=0) for g in self._networks], axis=1)
-        on_path = needed & path
+        behind = np.where(needed, self._look[rows], np.iinfo(np.int64).max)
+        needed &= behind == behind.min(axis=1, keepdims=True)
+        on_path = needed & self._net_on_path[rows]
         worst = np.where(needed, without, np.inf).argmin(axis=1)
         single = np.zeros_like(needed)
         single[np.arange(len(rows)), worst] = True
@@ -269,11 +316,10 @@ class CertifyPolicy:
 
     def _settle(self, rows: NDArray[np.int64]) -> None:
         """Updates radii and finishes the images whose cell can no longer change."""
-        radius, by = self._radius(rows)
-        self.radius[rows], self.bound_by[rows] = radius, by
-        free = self._allowed(rows)
-        ceiling, _ = self._radius(rows, free)
-        self.done[rows] = ~free.any(1) | ~(self.plan.cell(ceiling) > self.plan.cell(radius))
+        radius, by = recursion(self.tree, {name: self._now[name][rows] for name in self.tree.order})
+        self.radius[rows], self.bound_by[rows] = radius, np.array(self.tree.order, dtype=object)[by]
+        free = self._free(rows)
+        self.done[rows] = ~free.any(1) | ~(self._ceiling(rows, free) > self.plan.cell(radius))
 
     def _min_rule(self, i: int) -> tuple[float, float]:
         """R_router and R_expert of image `i`: the two terms of Dual RS's min rule on the selected path."""
@@ -282,16 +328,16 @@ class CertifyPolicy:
         rows = np.array([i])
         r_router, r_expert = np.inf, 0.0
         for position, (name, index) in enumerate(self._path[i]):
-            stage, reference, _ = self._arguments(name, rows)
-            if self._look[stage.network][i] < 0:
-                entry = np.zeros(len(stage.leads_to))
+            stage = self.tree.stages[name]
+            if self._look[i, self._column[stage.network]] < 0:
+                nearest = 0.0
             else:
-                entry = entry_radii(stage, self._lower[name][rows], self._upper[name][rows], reference)[0]
-            others = np.delete(entry, index)
+                entry = entry_radii(stage, self._lower[name][rows], self._upper[name][rows], self._reference[name][rows])[0]
+                nearest = float(np.delete(entry, index).min())
             if position < len(self._path[i]) - 1:
-                r_router = min(r_router, float(others.min()))
+                r_router = min(r_router, nearest)
             else:
-                r_expert = float(others.min())
+                r_expert = nearest
         return float(r_router), r_expert
 
 

@@ -16,6 +16,13 @@ from rsrouter.core.types import ABSTAIN
 #: Where an outcome leads: a class index (an answer; ABSTAIN answers nothing) or the name of the next stage.
 Target = int | str
 
+#: Stands in `Stage.answers` for an outcome that leads to another stage.
+STAGE_TARGET = -2
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -49,9 +56,15 @@ class Stage:
         object.__setattr__(self, "leads_to", tuple(self.leads_to))
         if not self.network:
             object.__setattr__(self, "network", self.name)
-        if not (isinstance(self.sigma, int | float) and isfinite(self.sigma) and self.sigma > 0):
+        number = isinstance(self.sigma, int | float) and not isinstance(self.sigma, bool)
+        if not (number and isfinite(self.sigma) and self.sigma > 0):
             raise PlanError(f"Stage {self.name!r} has no usable sigma", expected="a finite number above 0",
                             received=repr(self.sigma), remedy="give the standard deviation in [0,1]-pixel units")
+        bad = [t for t in self.leads_to if not isinstance(t, str) and not (_is_whole(t) and t >= ABSTAIN)]
+        if bad:
+            raise PlanError(f"Stage {self.name!r} has targets that are neither a class nor a stage",
+                            expected="class indices >= 0, ABSTAIN (-1) or stage names", received=str(bad),
+                            remedy="list an int or a name per outcome")
         if self.kind not in ("plurality", "threshold"):
             raise PlanError(f"Stage {self.name!r} has an unknown kind", expected="'plurality' or 'threshold'",
                             received=repr(self.kind), remedy="use one of the two")
@@ -78,8 +91,8 @@ class Stage:
 
     @cached_property
     def answers(self) -> NDArray[np.int64]:
-        """Per target: the class it answers, ABSTAIN, or -2 where it leads to another stage."""
-        return np.array([-2 if isinstance(t, str) else int(t) for t in self.leads_to], dtype=np.int64)
+        """Per target: the class it answers, ABSTAIN, or STAGE_TARGET where it leads to another stage."""
+        return np.array([STAGE_TARGET if isinstance(t, str) else int(t) for t in self.leads_to], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -103,6 +116,10 @@ class Tree:
         return cls({stage.name: stage for stage in stages}, names[0] if root is None else root)
 
     def __post_init__(self) -> None:
+        misnamed = [key for key, stage in self.stages.items() if key != stage.name]
+        if misnamed:
+            raise PlanError("Stages are filed under another name than their own", expected="the stage's name as key",
+                            received=str(misnamed), remedy="use Tree.of(stages)")
         if self.root not in self.stages:
             raise PlanError("The root is not a stage", expected=f"one of {sorted(self.stages)}", received=repr(self.root),
                             remedy="name the stage that sees the input first")

@@ -1,0 +1,127 @@
+"""Votes of one stage turned into the bounds that the certificate reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rsrouter.core.bounds import Array, binom_lower, binom_upper, sequence_lower, sequence_upper
+from rsrouter.core.errors import PlanError
+from rsrouter.core.tree import STAGE_TARGET, Stage
+from rsrouter.core.types import SIDES
+
+Counts = NDArray[np.int64]
+Bound = Callable[[ArrayLike, ArrayLike, ArrayLike], Array]
+
+#: Bound families: lower and upper bound of a binomial proportion.
+FAMILIES: dict[str, tuple[Bound, Bound]] = {
+    "clopper-pearson": (binom_lower, binom_upper),
+    "mixture": (sequence_lower, sequence_upper),
+}
+
+
+@dataclass(frozen=True)
+class StageBounds:
+    """`(N, L)` lower and upper bounds on one stage's outcome probabilities."""
+
+    lower: Array
+    upper: Array
+
+
+def check_sides(sides: str) -> None:
+    """Raises PlanError unless `sides` is `"one"` or `"two"`."""
+    if sides not in SIDES:
+        raise PlanError("Unknown sidedness", expected="'one' or 'two'", received=repr(sides), remedy="choose before sampling")
+
+
+def check_rows(stage: Stage, counts: Counts, n: NDArray[np.int64]) -> None:
+    """Raises PlanError unless `counts (N, L)` are non-negative and every row sums to its `n`."""
+    if counts.ndim != 2 or counts.shape[1] != stage.num_outcomes or counts.shape[0] != n.shape[0]:
+        raise PlanError(f"Counts of stage {stage.name!r} have the wrong shape", expected=f"({n.shape[0]}, {stage.num_outcomes})",
+                        received=str(counts.shape), remedy="one column per vote outcome, invalid votes included")
+    if counts.dtype.kind not in "iu":
+        raise PlanError(f"Counts of stage {stage.name!r} are not integers", expected="an integer array",
+                        received=str(counts.dtype), remedy="count votes")
+    if np.any(counts < 0) or np.any(counts.sum(1) != n):
+        raise PlanError(f"Counts of stage {stage.name!r} do not sum to their look",
+                        expected=f"rows summing to {n[:3].tolist()}...", received=f"{counts.sum(1)[:3].tolist()}...",
+                        remedy="count every vote, invalid ones included")
+
+
+def needs_upper(stage: Stage, sides: str) -> bool:
+    """Whether outcomes are bounded from above by their own votes (a threshold stage has no other bound)."""
+    return sides == "two" or stage.kind == "threshold"
+
+
+def stage_bounds(
+    stage: Stage, counts: Counts, n: NDArray[np.int64], reference: NDArray[np.int64], c: NDArray[np.int64],
+    level: Array, *, sides: str, lower_share: float, family: str = "clopper-pearson",
+) -> StageBounds:
+    """Bounds at failure probability `level (N,)`; see `Plan.bounds` for the rest.
+
+    A plurality stage, two-sided: `lower_share` of the level for the reference's lower bound, the rest for the
+    upper bound of whichever *one* outcome the proof's path leaves by. One-sided: all of it for the lower bound,
+    and every other outcome is at most one minus it. A threshold stage: all of the level for each bound, for the
+    path leaves either by deferring (lower bound) or by one class (upper bound), never by both.
+    """
+    lower_of, upper_of = FAMILIES[family]
+    rows = np.arange(len(n))
+    plurality = stage.kind == "plurality"
+    both = needs_upper(stage, sides)
+    lower_level = level * lower_share if plurality and both else level
+    upper_level = level * (1.0 - lower_share) if plurality else level
+    chosen, known = np.maximum(reference, 0), reference >= 0
+    low = np.where(known, lower_of(counts[rows, chosen], n, lower_level), 0.0)
+    lower, upper = np.zeros(counts.shape), np.ones(counts.shape)
+    lower[rows, chosen] = low
+    if both:
+        answers = stage.answers[: stage.num_outcomes]
+        rival = (answers[None, :] != c[:, None]) & (answers[None, :] != STAGE_TARGET)
+        if plurality:
+            rival[rows, chosen] &= ~known
+        if rival.any():
+            # one bound for all of them: it grows with the count, so the most voted rival's holds for each
+            shared = upper_of(np.where(rival, counts, 0).max(1), n, upper_level)
+            upper = np.where(rival, shared[:, None], upper)
+        for column in np.flatnonzero(answers == STAGE_TARGET):
+            upper[:, column] = upper_of(counts[:, column], n, upper_level)
+    if plurality:
+        upper = np.minimum(upper, np.where(known, 1.0 - low, 1.0)[:, None])
+        upper[rows, chosen] = np.where(known, 1.0, upper[rows, chosen])
+    return StageBounds(lower, upper)
+
+
+def hoped_counts(
+    stage: Stage, counts: Counts, drawn: NDArray[np.int64], total: int, reference: NDArray[np.int64],
+    c: NDArray[np.int64], beta: float,
+) -> Counts:
+    """Counts at `total` votes if the rest falls as well as confidence bounds at level `beta` allow.
+
+    The reference gets its upper bound's share of the remaining votes, every other outcome its lower bound's.
+    Rows need not sum to `total`: each column is only read for itself. Used to decide what to draw next, never
+    for what is reported.
+    """
+    rows = np.arange(len(drawn))
+    left = total - drawn
+    some = np.maximum(drawn, 1)
+    seen = np.where(drawn[:, None] > 0, counts, 0)
+    chosen = np.maximum(reference, 0)
+    future = seen.copy()
+    answers = stage.answers[: stage.num_outcomes]
+    rival = (answers[None, :] != c[:, None]) & (answers[None, :] != STAGE_TARGET)
+    if stage.kind == "plurality":
+        rival[rows, chosen] = False
+    if rival.any():
+        # only the most voted rival counts in `stage_bounds`
+        most = np.where(rival, seen, 0).argmax(1)
+        worst = np.where(drawn > 0, binom_lower(seen[rows, most], some, beta), 0.0)
+        future[rows, most] += np.floor(left * worst).astype(np.int64)
+    for column in np.flatnonzero(answers == STAGE_TARGET):
+        worst = np.where(drawn > 0, binom_lower(seen[:, column], some, beta), 0.0)
+        future[:, column] = seen[:, column] + np.floor(left * worst).astype(np.int64)
+    best = np.where(drawn > 0, binom_upper(seen[rows, chosen], some, beta), 1.0)
+    future[rows, chosen] = seen[rows, chosen] + np.ceil(left * best).astype(np.int64)
+    return np.asarray(np.minimum(future, total))
