@@ -1,0 +1,34 @@
+"""Reports: the numbers (`curves`), and one self-contained page with its figures (`write_report`)."""
+
+from rsrouter.report.curves import (
+    Curve,
+    abstention_rate,
+    accuracy_difference,
+    average_certified_radius,
+    certified_accuracy,
+    certified_lower,
+    coverage,
+    coverage_interval,
+    envelope,
+    oracle,
+    wrong_certificates,
+)
+from rsrouter.report.page import write_report
+from rsrouter.report.summary import Summary, summarise
+
+__all__ = [
+    "Curve",
+    "Summary",
+    "abstention_rate",
+    "accuracy_difference",
+    "average_certified_radius",
+    "certified_accuracy",
+    "certified_lower",
+    "coverage",
+    "coverage_interval",
+    "envelope",
+    "oracle",
+    "summarise",
+    "wrong_certificates",
+    "write_report",
+]

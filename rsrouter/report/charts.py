@@ -1,0 +1,176 @@
+"""The page's charts, each in a wide and a narrow form (a style sheet shows the one that fits)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from rsrouter.report import curves
+from rsrouter.report.summary import OTHER, ROUTED, Series, Summary
+from rsrouter.report.svg import Plot
+from rsrouter.results import Table
+
+Array = NDArray[np.float64]
+
+WIDE, NARROW = "wide", "narrow"
+_SIZES = {WIDE: (860.0, 430.0), NARROW: (380.0, 360.0)}
+_SMALL = {WIDE: (420.0, 280.0), NARROW: (380.0, 270.0)}
+RADIUS = "L2 radius (pixels in [0, 1])"
+
+
+def both(build: object) -> Markup:
+    """The wide and the narrow form of one chart."""
+    return Markup("").join(build(form) for form in (WIDE, NARROW))  # type: ignore[operator]
+
+
+def colours(summary: Summary) -> dict[str, str]:
+    """Series name to its colour class, in drawing order."""
+    measured = [s.name for s in summary.series if s.role not in ("envelope", "oracle")]
+    return {name: f"c{i % 8}" for i, name in enumerate(measured)}
+
+
+def curve(summary: Summary) -> Markup:
+    """Certified accuracy over radius, with intervals and direct labels."""
+    what = "Certified accuracy" if summary.labelled else "Share of images with a certified class"
+    colour = colours(summary)
+    alone = not summary.named(ROUTED, OTHER)
+
+    def build(form: str) -> Markup:
+        x = summary.grid
+        top = max(float(np.max(s.fine if s.high is None else s.high)) for s in summary.series)
+        plot = Plot(
+            *_SIZES[form],
+            (0.0, float(x[-1])),
+            (0.0, min(1.0, np.ceil(top * 10 + 0.2) / 10)),
+            margins=(50, 26, 12, 46),
+            label=f"{what} by radius: " + "; ".join(_told(s, summary) for s in summary.series),
+        )
+        plot.linear_axes(RADIUS, what, x_most=9 if form == WIDE else 5)
+        for s in summary.series:
+            if s.role == "envelope":
+                plot.line(x, s.fine, "envelope", s.name)
+            elif s.role == "oracle":
+                plot.line(x, s.fine, "oracle", s.name)
+        for s in summary.series:
+            if s.low is not None and s.high is not None and (s.role != "expert" or alone):
+                plot.band(
+                    x, s.low, s.high, f"band {colour[s.name]}", f"{s.name}: {100 * summary.confidence:g}% interval over images"
+                )
+        for s in reversed(summary.series):
+            if s.name in colour:
+                plot.line(x, s.fine, f"{s.role} {colour[s.name]} d{colour[s.name][1:]}", s.name)
+        for s in summary.series:
+            classes = colour.get(s.name, "quiet")
+            classes += " strong" if s.role == ROUTED else ""
+            others = [o.fine for o in summary.series if o is not s]
+            plot.label_on_line(x, s.fine, _clip(s.name, 26 if form == WIDE else 16), classes, others)
+        return plot.render(form, f'data-right="{plot.right:g}" data-left="{plot.left:g}" data-xmax="{x[-1]:g}"')
+
+    return both(build)
+
+
+def _told(s: Series, summary: Summary) -> str:
+    values = ", ".join(f"{100 * v:.1f}% at {r:g}" for r, v in list(zip(summary.radii, s.at, strict=True))[:5])
+    return f"{s.name} {values}"
+
+
+def _clip(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def stacked(
+    table: Table, names: NDArray[np.object_], grid: Array, order: Sequence[str], colour: dict[str, str], title: str
+) -> Markup:
+    """Share of all images certified at r, stacked by name (selected expert, or binding stage)."""
+    shares = curves.shares_by_radius(names, table, grid)
+    present = [name for name in [*order, *(n for n in shares if n not in order)] if name in shares and shares[name].any()]
+
+    def build(form: str) -> Markup:
+        total = sum((shares[n] for n in present), np.zeros(len(grid)))
+        high = min(1.0, np.ceil(float(total.max()) * 10 + 0.2) / 10) if total.max() > 0 else 1.0
+        at_zero = ", ".join(f"{n} {100 * shares[n][0]:.0f}%" for n in present)
+        plot = Plot(
+            *_SMALL[form], (0.0, float(grid[-1])), (0.0, high), margins=(46, 24, 8, 44), label=f"{title}; at radius 0: {at_zero}"
+        )
+        plot.linear_axes(RADIUS, "images certified", x_most=5)
+        base = np.zeros(len(grid))
+        for name in present:
+            plot.band(
+                grid,
+                base,
+                base + shares[name],
+                f"area {colour.get(name, 'c7')}",
+                f"{name}: {100 * shares[name][0]:.1f}% at radius 0",
+            )
+            base = base + shares[name]
+        base = np.zeros(len(grid))
+        for name in present:
+            thick = (plot.py(0) - plot.py(1)) * shares[name]
+            # write the name where its area is thickest and the text fits
+            width = 7.2 * len(name) + 8
+            reach = int(np.ceil(width / max(plot.px(grid[1]) - plot.px(grid[0]), 1e-9)))
+            if reach < len(grid):
+                upper = np.array([(base + shares[name])[i : i + reach].min() for i in range(len(grid) - reach)])
+                lower = np.array([base[i : i + reach].max() for i in range(len(grid) - reach)])
+                i = int((upper - lower).argmax())
+                if (upper[i] - lower[i]) * (plot.py(0) - plot.py(1)) > 16 and thick[i] > 16:
+                    plot.text(plot.px(grid[i]) + 4, plot.py((upper[i] + lower[i]) / 2) + 4.5, name, "onarea")
+            base = base + shares[name]
+        return plot.render(form)
+
+    return both(build)
+
+
+def votes(table: Table, fixed: NDArray[np.int64] | None) -> Markup:
+    """Histogram of the votes drawn per image, on a logarithmic axis."""
+    drawn = table.n_drawn[table.n_drawn > 0].astype(np.float64)
+    low, high = (
+        np.floor(np.log10(drawn.min()) * 4) / 4,
+        np.ceil(np.log10(max(drawn.max(), 0 if fixed is None else fixed.max())) * 4 + 0.01) / 4,
+    )
+    edges = np.linspace(low, high, int(round((high - low) * 8)) + 1) if high > low else np.array([low - 0.5, low + 0.5])
+    counts, _ = np.histogram(np.log10(drawn), edges)
+
+    def build(form: str) -> Markup:
+        tallest = float(counts.max()) * 1.08
+        plot = Plot(
+            *_SMALL[form],
+            (float(edges[0]), float(edges[-1])),
+            (0.0, tallest),
+            margins=(46, 24, 8, 44),
+            label=f"Histogram of votes drawn per image: median {np.median(drawn):,.0f}, mean {drawn.mean():,.0f}, largest {drawn.max():,.0f}",
+        )
+        ticks = [
+            (e + np.log10(m), _votes(m * 10.0**e))
+            for e in range(int(np.floor(edges[0])), int(np.ceil(edges[-1])) + 1)
+            for m in (1, 3)
+        ]
+        inside = [(v, w) for v, w in ticks if edges[0] - 1e-9 <= v <= edges[-1] + 1e-9]
+        plot.axes(inside, [], "votes drawn for one image (logarithmic)", "images")
+        for a, b, count in zip(edges[:-1], edges[1:], counts, strict=True):
+            if count:
+                x, y = plot.px(a) + 1, plot.py(count)
+                plot.raw(
+                    f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{max(plot.px(b) - plot.px(a) - 2, 1):.1f}" '
+                    f'height="{max(plot.bottom - y, 1):.1f}"><title>{count} images: {10**a:,.0f} to {10**b:,.0f} votes</title></rect>'
+                )
+                plot.text((plot.px(a) + plot.px(b)) / 2, y - 4, str(count), "tick", "middle")
+        for value, word in ((drawn.mean(), "mean"), *(() if fixed is None else ((float(fixed.mean()), "fixed plan"),))):
+            x = plot.px(float(np.log10(value)))
+            plot.raw(f'<line class="marker" x1="{x:.1f}" x2="{x:.1f}" y1="{plot.top:.1f}" y2="{plot.bottom:.1f}"/>')
+            right = x > (plot.left + plot.right) / 2
+            plot.text(
+                x - 5 if right else x + 5, plot.top + 9, f"{word} {_votes(value)}", "onlabel strong", "end" if right else "start"
+            )
+        return plot.render(form)
+
+    return both(build)
+
+
+def _votes(value: float) -> str:
+    if value >= 999_500:
+        return f"{value / 1e6:.3g}M"
+    return f"{value / 1e3:.3g}k" if value >= 1000 else f"{value:.0f}"

@@ -1,0 +1,327 @@
+"""One self-contained HTML page from results tables: no network, no fonts, figures inline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rsrouter.core.errors import ResultsError
+from rsrouter.report import charts, curves
+from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Source, Summary, load_tables, summarise
+from rsrouter.report.thumbnails import as_arrays, gallery
+from rsrouter.results import Table
+from rsrouter.results.metadata import flatten, write_atomically
+
+#: Marks a folder as ours, so that a report may be made again over an earlier one.
+GENERATOR = "rsrouter report"
+
+FILES = ("index.html", "curve.svg", "curve.png", "curve.csv")
+
+#: Failure probability of the statement about a whole table.
+DELTA = 1e-3
+
+
+def write_report(
+    tables: Mapping[str, Source] | Sequence[Source] | Source,
+    out: str | os.PathLike[str],
+    *,
+    routed: str | Sequence[str] | None = None,
+    experts: Sequence[str] | None = None,
+    title: str | None = None,
+    images: Any = None,
+    classes: Sequence[str] | None = None,
+    radii: ArrayLike | None = None,
+    confidence: float = 0.95,
+    common: bool = False,
+) -> Path:
+    """Writes `out/index.html`, one self-contained page, with `curve.svg`, `curve.png` and `curve.csv` beside it.
+
+    Args:
+        tables: results, as `{name: Table or path}`, a list, or one; ours or the field's TSV.
+        out: folder for the report; it may hold an earlier report, which is replaced, but nothing else.
+        routed: names of the routed tables; default: the metadata's `role`, else tables that name a rule or several experts.
+        experts: names of the experts' own tables; default likewise, and every table that was not routed.
+        title: heading of the page.
+        images: what was certified, for thumbnails: a mapping from image id to `(C, H, W)`, or `(N, C, H, W)` in the order of
+            the (first) routed table's rows; floats in [0,1] or bytes.
+        classes: names of the classes.
+        radii: columns of the headline table; default 0, 0.25, ... up to the largest certified radius.
+        confidence: level of the intervals over images.
+        common: compare only the images that all tables hold, instead of refusing tables over different images.
+
+    Returns:
+        The path of `index.html`.
+
+    Raises:
+        InputError: no tables, tables over different images, images that do not fit.
+        ResultsError: a table that cannot be read, or an output folder that holds something else.
+    """
+    folder = Path(out)
+    check_folder(folder)
+    loaded = load_tables(tables)
+    summary = summarise(loaded, routed=routed, experts=experts, radii=radii, confidence=confidence, common=common)
+    title = title or default_title(summary)
+    pictures = None
+    if images is not None:
+        unsorted = next(t for t in loaded if t.name == summary.main.name)
+        pictures = gallery(summary.main, as_arrays(images, unsorted), classes)
+    # matplotlib is slow to import and only needed here
+    from rsrouter.report.figures import curve_csv, figure_files
+
+    files = {
+        "index.html": render(summary, title, pictures).encode(),
+        **figure_files(summary, title),
+        "curve.csv": curve_csv(summary),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:  # the page first: it marks the folder as ours
+            write_atomically(folder / name, files[name])
+    except OSError as error:
+        raise ResultsError(
+            f"Cannot write the report to {folder}",
+            expected="a folder that can be written",
+            received=str(error),
+            remedy="give another folder, or make room",
+        ) from error
+    return folder / "index.html"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses an output folder that holds anything but an earlier report."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ResultsError(
+            f"{folder} is not a folder", expected="a folder for the report", received="a file", remedy="give a folder"
+        )
+    page = folder / "index.html"
+    if page.is_file():
+        with page.open("rb") as file:
+            if f'content="{GENERATOR}"'.encode() in file.read(2048):
+                return
+    found = sorted(p.name for p in folder.iterdir())
+    if found:
+        raise ResultsError(
+            f"{folder} holds something else",
+            expected="an empty folder, or an earlier report",
+            received=", ".join(found[:5]),
+            remedy="give a folder of its own; nothing was changed",
+        )
+
+
+def default_title(summary: Summary) -> str:
+    """A heading from what was compared."""
+    routed, pool = summary.named(ROUTED), summary.named(EXPERT)
+    data = summary.main.metadata.get("dataset")
+    if isinstance(data, Mapping):
+        data = data.get("name")
+    over = f" on {data}" if isinstance(data, str) and data else ""
+    if routed and pool:
+        return f"Routing between {len(pool)} experts{over}" if len(pool) > 1 else f"Routed against one expert{over}"
+    return f"Certified accuracy{over}"
+
+
+def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = None) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rsrouter.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f}"
+    main = summary.main
+    colour = charts.colours(summary)
+    best = _best(summary)
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        generator=GENERATOR,
+        summary=summary,
+        main=main,
+        colour=colour,
+        best=best,
+        tiles=_tiles(summary),
+        lead=_lead(summary),
+        curve=charts.curve(summary),
+        readout=_readout(summary, colour),
+        who=_who(main, summary, colour),
+        bound=_bound(main, summary),
+        votes=_votes(main),
+        pictures=pictures or {},
+        runs=_differences(summary),
+        made=[(t.name, summary.roles[t.name], _made(t)) for t in summary.tables],
+        sure=_whole_table(summary),
+        printed=[t.name for t in summary.tables if not t.ours],
+        delta=DELTA,
+        zip=zip,
+    )
+
+
+def _best(summary: Summary) -> list[float]:
+    """Per headline radius the best figure among the measured series, to be set in bold."""
+    return [float(v) for v in np.max([s.at for s in summary.series if s.role not in ("envelope", "oracle")], axis=0)]
+
+
+def _lead(summary: Summary) -> str:
+    main, n = summary.main, len(summary.main)
+    pool = summary.named(EXPERT)
+    if main.name in summary.coverage:
+        value, low, high = summary.coverage[main.name]
+        return (
+            f"On {n:,} images, {main.name} keeps {100 * value:.0f}% of what the best of {len(pool)} experts reaches at each radius "
+            f"({100 * summary.confidence:g}% interval over images: {100 * low:.0f} to {100 * high:.0f}%)."
+        )
+    if len(summary.tables) > 1 and not summary.named(ROUTED):
+        return f"{len(summary.tables)} models certified on the same {n:,} images, at noise levels that each do best somewhere."
+    what = "certified accuracy" if summary.labelled else "share of images with a certified class"
+    return f"{main.name}: {what} on {n:,} images."
+
+
+def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
+    """`(figure, what, detail)` of the tiles on top."""
+    tiles = []
+    main = next(s for s in summary.series if s.name == summary.main.name)
+    if summary.main.name in summary.coverage:
+        value, low, high = summary.coverage[summary.main.name]
+        tiles.append(
+            (
+                f"{100 * value:.0f}%",
+                "of the envelope",
+                f"mean over {len(summary.radii)} radii; {100 * low:.0f} to {100 * high:.0f}%",
+            )
+        )
+    word = "certified accuracy" if summary.labelled else "certified share"
+    for r in _landmarks(summary):
+        i = int(np.flatnonzero(summary.radii == r)[0])
+        low, high = (
+            (main.at_low[i], main.at_high[i]) if main.at_low is not None and main.at_high is not None else (np.nan, np.nan)
+        )
+        tiles.append((f"{100 * main.at[i]:.1f}%", f"{word} at r = {r:g}", f"{100 * low:.1f} to {100 * high:.1f}%"))
+    if main.abstention is not None:
+        tiles.append(
+            (f"{100 * main.abstention:.1f}%", "abstained", f"{int(summary.main.abstained.sum())} of {len(summary.main):,} images")
+        )
+    saved = _votes(summary.main)
+    if saved and saved["saved"] is not None and saved["saved"] >= 0.005:
+        tiles.append((f"{100 * saved['saved']:.0f}%", "of the votes saved", f"{saved['mean']:,.0f} an image on average"))
+    return tiles
+
+
+def _landmarks(summary: Summary) -> list[float]:
+    """Two radii to put on top: 0 (or the smallest) and the one nearest to half of what is reached."""
+    radii = summary.radii
+    if len(radii) < 3:
+        return [float(radii[0])]
+    middle = radii[np.abs(radii - radii[-1] / 2).argmin()]
+    return [float(radii[0]), float(middle)]
+
+
+def _readout(summary: Summary, colour: Mapping[str, str]) -> dict[str, Any]:
+    """What the page's few lines of script show under the pointer."""
+    return {
+        "x": [round(float(v), 4) for v in summary.grid],
+        "series": [
+            {"name": s.name, "c": colour.get(s.name, s.role), "y": [round(100 * float(v), 1) for v in s.fine]}
+            for s in summary.series
+        ],
+    }
+
+
+def _who(table: Table, summary: Summary, colour: Mapping[str, str]) -> Any:
+    """Share routed to each expert by radius; None unless there is more than one expert."""
+    names = [n for n in dict.fromkeys(table.expert.tolist()) if n]
+    if len(names) < 2:
+        return None
+    pool = [t.name for t in summary.named(EXPERT) if t.name in names]
+    order = [*pool, *sorted(n for n in names if n not in pool)]
+    classes = {name: colour.get(name, f"c{(i + 1) % 8}") for i, name in enumerate(order)}
+    shares = curves.shares_by_radius(table.expert, table, summary.radii)
+    chosen = [(name, float(np.mean(table.expert == name)), shares[name]) for name in order]
+    return {
+        "chart": charts.stacked(
+            table, table.expert, summary.grid, order, classes, "Images certified, by the expert that answers"
+        ),
+        "rows": chosen,
+    }
+
+
+def _bound(table: Table, summary: Summary) -> Any:
+    """Which stage bounds the radius; None where the table does not say or there is only one."""
+    names = sorted({n for n in table.bound_by.tolist() if n})
+    if len(names) < 2:
+        return None
+    classes = {name: f"c{i % 8}" for i, name in enumerate(names)}
+    certified = ~table.abstained
+    shares = [(n, float(np.sum((table.bound_by == n) & certified) / max(int(certified.sum()), 1))) for n in names]
+    return {
+        "chart": charts.stacked(
+            table, table.bound_by, summary.grid, names, classes, "Images certified, by the stage that limits the radius"
+        ),
+        "rows": sorted(shares, key=lambda pair: -pair[1]),
+    }
+
+
+def _votes(table: Table) -> Any:
+    """Votes drawn and saved; None where the table does not say."""
+    drawn = table.n_drawn
+    if not np.any(drawn > 0):
+        return None
+    stages = table.metadata.get("networks")
+    fixed = curves.fixed_plan_votes(table, stages if isinstance(stages, Mapping) else None)
+    saved = None if fixed is None or not fixed.sum() else 1.0 - float(drawn.sum()) / float(fixed.sum())
+    same = len(set(drawn.tolist())) == 1
+    return {
+        "mean": float(drawn.mean()),
+        "median": float(np.median(drawn)),
+        "most": int(drawn.max()),
+        "least": int(drawn.min()),
+        "total": int(drawn.sum()),
+        "saved": saved,
+        "fixed": None if fixed is None else float(fixed.mean()),
+        "chart": None if same else charts.votes(table, fixed),
+    }
+
+
+def _differences(summary: Summary) -> Any:
+    """Paired differences of the other runs from the page's main table; None with a single run."""
+    others = [t for t in summary.named(ROUTED, OTHER) if t.name != summary.main.name]
+    if not others or not summary.labelled:
+        return None
+    return [(t.name, *curves.accuracy_difference(summary.main, t, summary.radii, confidence=summary.confidence)) for t in others]
+
+
+def _whole_table(summary: Summary) -> Any:
+    """The statement about all certificates of the main table at once; None without alpha or labels."""
+    table = summary.main
+    alpha = table.metadata.get("alpha")
+    if isinstance(alpha, Mapping):
+        alpha = alpha.get("total")
+    if not isinstance(alpha, float) or not 0.0 < alpha < 1.0 or not summary.labelled:
+        return None
+    independent = bool(table.metadata.get("independent_noise", True))
+    lower = curves.certified_lower(table, summary.radii, alpha=alpha, delta=DELTA, independent=independent)
+    return {
+        "alpha": alpha,
+        "independent": independent,
+        "lower": lower,
+        "q": curves.wrong_certificates(len(table), alpha, delta=DELTA, independent=independent),
+    }
+
+
+def _made(table: Table) -> list[tuple[str, str]]:
+    """The metadata as lines of a table, and where it was read from."""
+    lines = [(key, str(value)) for key, value in flatten(table.metadata).items()] if table.metadata else []
+    seeds = {s for s in table.seed.tolist() if s is not None}
+    if len(seeds) == 1 and "seed" not in table.metadata:
+        lines.append(("seed", str(seeds.pop())))
+    if table.path is not None:
+        lines.append(("file", table.path.name))
+    return lines

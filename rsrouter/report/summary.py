@@ -1,0 +1,231 @@
+"""From tables to the figures of a report: who is routed, who is an expert, and every number the page shows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rsrouter.core.errors import InputError
+from rsrouter.report import curves
+from rsrouter.results import Table, align, read_table
+
+Array = NDArray[np.float64]
+Source = Table | str | os.PathLike[str]
+
+ROUTED, EXPERT, OTHER = "routed", "expert", "other"
+ROLES = (ROUTED, EXPERT, OTHER)
+
+#: Points of a drawn curve: finer than a screen needs, small enough to inline.
+POINTS = 201
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of the figure and one row of the headline table.
+
+    Attributes:
+        name: what it is called; unique in its report.
+        role: "routed", "expert", "other", "envelope" or "oracle".
+        fine: accuracy on `Summary.grid`.
+        low, high: `(2, ...)` interval on `Summary.grid`; None for envelope and oracle.
+        at: accuracy, lower and upper end at `Summary.radii`.
+        acr, abstention: None for envelope and oracle.
+    """
+
+    name: str
+    role: str
+    fine: Array
+    low: Array | None
+    high: Array | None
+    at: Array
+    at_low: Array | None
+    at_high: Array | None
+    acr: float | None = None
+    abstention: float | None = None
+
+
+@dataclass
+class Summary:
+    """Everything a report shows, as numbers.
+
+    Attributes:
+        tables: the tables over the same images, sorted by image id.
+        roles: name to role.
+        radii: `(R,)` columns of the headline table.
+        grid: `(POINTS,)` radii at which curves are drawn.
+        labelled: whether accuracy can be told; without labels every figure is the certified share.
+        series: lines in drawing order: routed, other, experts, envelope, oracle.
+        coverage: routed (or other) name to coverage and its interval; empty without experts.
+    """
+
+    tables: list[Table]
+    roles: dict[str, str]
+    radii: Array
+    grid: Array
+    labelled: bool
+    confidence: float
+    series: list[Series]
+    coverage: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+    def named(self, *roles: str) -> list[Table]:
+        """The tables that have one of `roles`, in order."""
+        return [t for t in self.tables if self.roles[t.name] in roles]
+
+    @property
+    def main(self) -> Table:
+        """The table the page is about: the first routed one, else the first of all."""
+        return (self.named(ROUTED) or self.named(OTHER) or self.tables)[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: radii, and per series accuracy, interval, ACR and abstention."""
+        return {
+            "images": len(self.main),
+            "radii": self.radii.tolist(),
+            "confidence": self.confidence,
+            "quantity": "certified accuracy" if self.labelled else "certified share",
+            "series": [
+                {
+                    "name": s.name,
+                    "role": s.role,
+                    "accuracy": s.at.tolist(),
+                    "low": _listed(s.at_low),
+                    "high": _listed(s.at_high),
+                    "acr": s.acr,
+                    "abstention": s.abstention,
+                }
+                for s in self.series
+            ],
+            "coverage": {name: {"value": v, "low": low, "high": high} for name, (v, low, high) in self.coverage.items()},
+        }
+
+
+def _listed(values: Array | None) -> list[float] | None:
+    return None if values is None else values.tolist()
+
+
+def load_tables(tables: Mapping[str, Source] | Sequence[Source] | Source) -> list[Table]:
+    """Tables from paths or tables, as a mapping (its keys are the names), a list, or a single one.
+
+    Raises:
+        InputError: none at all, or something that is neither; ResultsError for unreadable files.
+    """
+    if isinstance(tables, Mapping):
+        pairs: list[tuple[str | None, Source]] = [(str(name), source) for name, source in tables.items()]
+    elif isinstance(tables, Table | str | os.PathLike):
+        pairs = [(None, tables)]
+    else:
+        pairs = [(None, source) for source in tables]
+    loaded: list[Table] = []
+    for name, source in pairs:
+        if isinstance(source, Table):
+            table = source if name is None else source.renamed(name)
+        elif isinstance(source, str | os.PathLike):
+            table = read_table(source, name=name)
+        else:
+            raise InputError(
+                "A report is made of results tables",
+                expected="Table or path",
+                received=type(source).__name__,
+                remedy="pass what read_table returns, or the path of a TSV",
+            )
+        loaded.append(table)
+    if not loaded or any(len(t) == 0 for t in loaded):
+        raise InputError(
+            "There is nothing to report",
+            expected="at least one results table with rows",
+            received=f"{len(loaded)} tables",
+            remedy="run certify first",
+        )
+    taken: dict[str, int] = {}
+    unique = []
+    for table in loaded:
+        taken[table.name] = taken.get(table.name, 0) + 1
+        unique.append(table if taken[table.name] == 1 else table.renamed(f"{table.name} ({taken[table.name]})"))
+    return unique
+
+
+def find_roles(tables: Sequence[Table], routed: str | Sequence[str] | None, experts: Sequence[str] | None) -> dict[str, str]:
+    """Name to role: by argument, else by the metadata's `role`, else by what the rows show.
+
+    A table that names a rule or several experts was routed; any other is one model: an expert.
+    """
+    names = [t.name for t in tables]
+    asked = {ROUTED: [routed] if isinstance(routed, str) else list(routed or []), EXPERT: list(experts or [])}
+    unknown = [n for group in asked.values() for n in group if n not in names]
+    if unknown:
+        raise InputError(
+            "A report was asked about a table it does not have",
+            expected=f"one of {names}",
+            received=str(unknown),
+            remedy="use the names the tables were given under",
+        )
+    roles = {}
+    for table in tables:
+        told = table.metadata.get("role")
+        if table.name in asked[ROUTED]:
+            roles[table.name] = ROUTED
+        elif table.name in asked[EXPERT]:
+            roles[table.name] = EXPERT
+        elif told in ROLES:
+            roles[table.name] = str(told)
+        elif any(table.rule) or len(set(table.expert.tolist())) > 1:
+            roles[table.name] = ROUTED
+        else:
+            roles[table.name] = OTHER if routed and experts else EXPERT
+    return roles
+
+
+def summarise(
+    tables: Mapping[str, Source] | Sequence[Source] | Source,
+    *,
+    routed: str | Sequence[str] | None = None,
+    experts: Sequence[str] | None = None,
+    radii: ArrayLike | None = None,
+    confidence: float = 0.95,
+    common: bool = False,
+) -> Summary:
+    """Every number of a report; the arguments and errors of `write_report`."""
+    loaded = load_tables(tables)
+    roles = find_roles(loaded, routed, experts)
+    aligned = align(loaded, common=common)
+    labelled = all(t.labelled for t in aligned)
+    columns = curves.default_radii(aligned) if radii is None else curves.check_radii(radii)
+    top = max(float(t.radius.max()) for t in aligned)
+    grid = np.linspace(0.0, max(top * 1.02, float(columns[0]), 1e-3), POINTS)
+    measure = curves.certified_accuracy if labelled else curves.certified_share
+    series = []
+    by_role = sorted(aligned, key=lambda t: (ROUTED, OTHER, EXPERT).index(roles[t.name]))
+    for table in by_role:
+        fine, at = (measure(table, r, confidence=confidence) for r in (grid, columns))
+        series.append(
+            Series(
+                table.name,
+                roles[table.name],
+                fine.accuracy,
+                fine.low,
+                fine.high,
+                at.accuracy,
+                at.low,
+                at.high,
+                curves.average_certified_radius(table) if labelled else None,
+                curves.abstention_rate(table),
+            )
+        )
+    summary = Summary(by_role, roles, columns, grid, labelled, confidence, series)
+    pool = summary.named(EXPERT)
+    if labelled and len(pool) > 1:
+        for name, function in (("envelope", curves.envelope), ("oracle", curves.oracle)):
+            series.append(Series(_free(name, roles), name, function(pool, grid), None, None, function(pool, columns), None, None))
+        for table in summary.named(ROUTED, OTHER):
+            interval = curves.coverage_interval(table, pool, columns, confidence=confidence)
+            summary.coverage[table.name] = (curves.coverage(table, pool, columns), *interval)
+    return summary
+
+
+def _free(name: str, taken: Mapping[str, str]) -> str:
+    return name if name not in taken else f"{name} of the experts"
