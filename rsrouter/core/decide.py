@@ -98,12 +98,13 @@ def confidence_set(stage: Stage, counts: NDArray[np.int64], alpha: float) -> NDA
         kept = binom_upper(votes, totals[:, None], level) >= stage.tau
         sure = _tail(top, totals, stage.tau) + _tail(top, totals, 1.0 - stage.tau) <= level
         sure &= top - 1 >= stage.tau * (totals - 1)
+        kept |= sure[:, None] & (votes == top[:, None])
         return np.concatenate([kept, ~sure[:, None]], axis=1)
     if not stage.children and len(set(stage.leads_to)) == len(stage.leads_to):
         decided = 2.0 * _tail(top, top + runner_up, 0.5) <= level
         return np.where(decided[:, None], votes == top[:, None], True)
     pair = _tail(np.broadcast_to(top[:, None], votes.shape), top[:, None] + votes, 0.5)
-    return np.asarray(~(pair <= level / (stage.num_outcomes - 1)))
+    return np.asarray(~(pair <= level / (stage.num_outcomes - 1)) | (votes == top[:, None]))
 
 
 class PredictPolicy:
