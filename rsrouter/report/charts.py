@@ -44,16 +44,16 @@ def curve(summary: Summary) -> Markup:
         plot = Plot(
             *_SIZES[form],
             (0.0, float(x[-1])),
-            (0.0, min(1.0, np.ceil(top * 10 + 0.2) / 10)),
-            margins=(50, 26, 12, 46),
+            (0.0, min(1.0, np.ceil(top * 10 + 0.05) / 10)),
+            margins=(46, 34, 12, 46),
             label=f"{what} by radius: " + "; ".join(_told(s, summary) for s in summary.series),
         )
         plot.linear_axes(RADIUS, what, x_most=9 if form == WIDE else 5)
         for s in summary.series:
             if s.role == "envelope":
-                plot.line(x, s.fine, "envelope", s.name)
+                plot.line(*until_zero(x, s.fine), "envelope", s.name)
             elif s.role == "oracle":
-                plot.line(x, s.fine, "oracle", s.name)
+                plot.line(*until_zero(x, s.fine), "oracle", s.name)
         for s in summary.series:
             if s.low is not None and s.high is not None and (s.role != "expert" or alone):
                 plot.band(
@@ -61,7 +61,7 @@ def curve(summary: Summary) -> Markup:
                 )
         for s in reversed(summary.series):
             if s.name in colour:
-                plot.line(x, s.fine, f"{s.role} {colour[s.name]} d{colour[s.name][1:]}", s.name)
+                plot.line(*until_zero(x, s.fine), f"{s.role} {colour[s.name]} d{colour[s.name][1:]}", s.name)
         for s in summary.series:
             classes = colour.get(s.name, "quiet")
             classes += " strong" if s.role == ROUTED else ""
@@ -70,6 +70,13 @@ def curve(summary: Summary) -> Markup:
         return plot.render(form, f'data-right="{plot.right:g}" data-left="{plot.left:g}" data-xmax="{x[-1]:g}"')
 
     return both(build)
+
+
+def until_zero(x: Array, y: Array) -> tuple[Array, Array]:
+    """A falling curve up to its first zero: a line along the axis says nothing and hides others."""
+    zero = np.flatnonzero(y <= 0.0)
+    end = int(zero[0]) + 1 if zero.size else len(y)
+    return x[:end], y[:end]
 
 
 def _told(s: Series, summary: Summary) -> str:
@@ -90,10 +97,10 @@ def stacked(
 
     def build(form: str) -> Markup:
         total = sum((shares[n] for n in present), np.zeros(len(grid)))
-        high = min(1.0, np.ceil(float(total.max()) * 10 + 0.2) / 10) if total.max() > 0 else 1.0
+        high = min(1.0, np.ceil(float(total.max()) * 10 + 0.05) / 10) if total.max() > 0 else 1.0
         at_zero = ", ".join(f"{n} {100 * shares[n][0]:.0f}%" for n in present)
         plot = Plot(
-            *_SMALL[form], (0.0, float(grid[-1])), (0.0, high), margins=(46, 24, 8, 44), label=f"{title}; at radius 0: {at_zero}"
+            *_SMALL[form], (0.0, float(grid[-1])), (0.0, high), margins=(46, 34, 8, 44), label=f"{title}; at radius 0: {at_zero}"
         )
         plot.linear_axes(RADIUS, "images certified", x_most=5)
         base = np.zeros(len(grid))
@@ -131,7 +138,7 @@ def votes(table: Table, fixed: NDArray[np.int64] | None) -> Markup:
         np.floor(np.log10(drawn.min()) * 4) / 4,
         np.ceil(np.log10(max(drawn.max(), 0 if fixed is None else fixed.max())) * 4 + 0.01) / 4,
     )
-    edges = np.linspace(low, high, int(round((high - low) * 8)) + 1) if high > low else np.array([low - 0.5, low + 0.5])
+    edges = np.linspace(low, high, round((high - low) * 8) + 1) if high > low else np.array([low - 0.5, low + 0.5])
     counts, _ = np.histogram(np.log10(drawn), edges)
 
     def build(form: str) -> Markup:
@@ -140,8 +147,9 @@ def votes(table: Table, fixed: NDArray[np.int64] | None) -> Markup:
             *_SMALL[form],
             (float(edges[0]), float(edges[-1])),
             (0.0, tallest),
-            margins=(46, 24, 8, 44),
-            label=f"Histogram of votes drawn per image: median {np.median(drawn):,.0f}, mean {drawn.mean():,.0f}, largest {drawn.max():,.0f}",
+            margins=(46, 34, 8, 44),
+            label=f"Histogram of votes drawn per image: median {np.median(drawn):,.0f}, mean {drawn.mean():,.0f}, "
+            f"largest {drawn.max():,.0f}",
         )
         ticks = [
             (e + np.log10(m), _votes(m * 10.0**e))
@@ -155,10 +163,12 @@ def votes(table: Table, fixed: NDArray[np.int64] | None) -> Markup:
                 x, y = plot.px(a) + 1, plot.py(count)
                 plot.raw(
                     f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{max(plot.px(b) - plot.px(a) - 2, 1):.1f}" '
-                    f'height="{max(plot.bottom - y, 1):.1f}"><title>{count} images: {10**a:,.0f} to {10**b:,.0f} votes</title></rect>'
+                    f'height="{max(plot.bottom - y, 1):.1f}">'
+                    f"<title>{count} images: {10**a:,.0f} to {10**b:,.0f} votes</title></rect>"
                 )
                 plot.text((plot.px(a) + plot.px(b)) / 2, y - 4, str(count), "tick", "middle")
-        for value, word in ((drawn.mean(), "mean"), *(() if fixed is None else ((float(fixed.mean()), "fixed plan"),))):
+        markers = [(float(drawn.mean()), "mean"), *([] if fixed is None else [(float(fixed.mean()), "fixed plan")])]
+        for line, (value, word) in enumerate(markers):
             x = plot.px(float(np.log10(value)))
             plot.raw(f'<line class="marker" x1="{x:.1f}" x2="{x:.1f}" y1="{plot.top:.1f}" y2="{plot.bottom:.1f}"/>')
             right = x > (plot.left + plot.right) / 2

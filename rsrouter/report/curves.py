@@ -67,7 +67,7 @@ def _check_level(value: float, name: str) -> None:
 
 def certified(table: Table, radii: ArrayLike) -> NDArray[np.bool_]:
     """`(N, R)`: whether each image got a class and a radius of at least r, right or wrong."""
-    return ~table.abstained[:, None] & (table.radius[:, None] >= check_radii(radii)[None, :])
+    return np.asarray(~table.abstained[:, None] & (table.radius[:, None] >= check_radii(radii)[None, :]))
 
 
 def certified_correct(table: Table, radii: ArrayLike) -> NDArray[np.bool_]:
@@ -84,7 +84,7 @@ def certified_correct(table: Table, radii: ArrayLike) -> NDArray[np.bool_]:
             received=f"{unknown} of {len(table)} rows with correct -1",
             remedy="certify with labels at hand",
         )
-    return (table.correct == 1)[:, None] & certified(table, radii)
+    return np.asarray((table.correct == 1)[:, None] & certified(table, radii))
 
 
 def proportion_interval(
@@ -198,7 +198,10 @@ def _ratio(routed: Array, best: Array) -> Array:
 
 
 def coverage(routed: Table, experts: Sequence[Table], radii: ArrayLike) -> float:
-    """Mean over `radii` of routed accuracy / envelope (where the envelope is above 0): 1 keeps up with the best expert everywhere."""
+    """Mean over `radii` of routed accuracy / envelope, where the envelope is above 0.
+
+    1 keeps up with the best expert at every radius; the oracle is above 1.
+    """
     _stack([routed, *experts], [0.0])
     return float(_ratio(certified_correct(routed, radii).mean(0), envelope(experts, radii)))
 
@@ -252,8 +255,9 @@ def wrong_certificates(n: int, alpha: float, *, delta: float = 1e-3, independent
 
     Each certificate is wrong with probability at most alpha over its own noise. With independent noise across
     images the number of wrong ones is stochastically dominated by Binomial(n, alpha) (a sum of independent
-    indicators, each dominated by Bernoulli(alpha)), so q is the smallest with `P(Binomial(n, alpha) > q) <= delta`.
-    Without independence only its mean is known, at most n alpha, and Markov's inequality gives the smallest q with `n alpha / (q + 1) <= delta`.
+    indicators, each dominated by a Bernoulli(alpha)), so q is the smallest with `P(Binomial(n, alpha) > q) <= delta`.
+    Without independence only its mean is known, at most n alpha, and Markov's inequality gives the smallest q
+    with `n alpha / (q + 1) <= delta`.
     """
     _check_level(alpha, "alpha")
     _check_level(delta, "delta")
@@ -270,14 +274,16 @@ def certified_lower(
 ) -> Array:
     """`(R,)` lower bound on the *true* certified accuracy, valid with probability at least `1 - delta`.
 
-    Theorem. Let an image be truly robust at r if the ideal classifier answers its label everywhere within r. A row that claims this
-    without it being so is a wrong certificate. At most q rows are wrong, for all radii at once, with probability at
-    least `1 - delta` (`wrong_certificates`), and then the truly robust images at r number at least (claimed at r) - q.
-    Hence, simultaneously in r, the share of *these images* that is truly robust is at least `max(0, claimed(r) - q) / N`.
+    Theorem. Call an image truly robust at r if the ideal classifier answers its label everywhere within r. A row
+    that claims so without it being so is a wrong certificate. At most q rows are wrong, whatever the radius, with
+    probability at least `1 - delta` (`wrong_certificates`), and then the truly robust images at r number at
+    least (claimed at r) - q. Hence, simultaneously in r, the share of *these images* that is truly robust is
+    at least `max(0, claimed(r) - q) / N`.
 
-    With `population` (images drawn independently from the data distribution) half of delta goes to each step: the Clopper-Pearson lower
-    bound at delta / 2 on `max(0, claimed(r) - q)` successes of N, q taken at delta / 2. It holds because that bound is
-    increasing in the count; for each r by itself, not for all at once.
+    With `population` (images drawn independently from the data distribution, noise independent of them) half of
+    delta goes to each step: the Clopper-Pearson lower bound at delta / 2 on `max(0, claimed(r) - q)` successes
+    of N, q taken at delta / 2. It holds because that bound is increasing in the count; for each r by itself, not
+    for all at once.
 
     Args:
         table: results with labels.
@@ -327,7 +333,12 @@ def fixed_plan_votes(table: Table, networks: Mapping[str, str] | None = None) ->
     return total
 
 
-def default_radii(tables: Sequence[Table], *, step: float = 0.25, least: float = 1.0) -> Array:
-    """0, step, 2 step, ... up to the largest radius anything certified correctly: the columns of a headline table."""
-    top = max((float(t.radius.max(initial=0.0)) for t in tables), default=0.0)
-    return np.arange(0.0, max(np.floor(top / step) * step, least) + step / 2, step)
+def default_radii(tables: Sequence[Table], *, step: float = 0.25, most: int = 12) -> Array:
+    """`(R,)` columns of a headline table: 0, step, 2 step, ... as far as one image in a hundred is still certified.
+
+    The step doubles until at most `most` radii are left; the radii depend on the tables' radii only.
+    """
+    top = max((float(np.quantile(t.radius, 0.99, method="inverted_cdf")) for t in tables), default=0.0)
+    while top / step >= most:
+        step *= 2
+    return np.arange(0.0, max(np.floor(top / step), 1.0) + 0.5) * step

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from rsrouter.report.charts import until_zero
 from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Summary
 
 #: Okabe and Ito's palette (2008), told apart with every common colour blindness; black is left to the axes.
@@ -24,7 +25,7 @@ def curve_figure(summary: Summary, title: str) -> Figure:
     axes = figure.add_subplot()
     colour = 0
     for series in summary.series:
-        x, y = summary.grid, 100 * series.fine
+        x, y = until_zero(summary.grid, 100 * series.fine)
         if series.role == "envelope":
             axes.plot(
                 x, y, color="#bbbbbb", linewidth=6, alpha=0.6, label="envelope of the experts", zorder=1, solid_capstyle="round"
@@ -39,7 +40,9 @@ def curve_figure(summary: Summary, title: str) -> Figure:
             if DASHES[colour % 8]:
                 line.set_dashes(DASHES[colour % 8])
             if series.low is not None and series.high is not None and (wide or not summary.named(ROUTED)):
-                axes.fill_between(x, 100 * series.low, 100 * series.high, color=OKABE_ITO[colour % 8], alpha=0.15, linewidth=0)
+                axes.fill_between(
+                    summary.grid, 100 * series.low, 100 * series.high, color=OKABE_ITO[colour % 8], alpha=0.15, linewidth=0
+                )
             colour += 1
     axes.set_xlabel("L2 radius (pixels in [0, 1])")
     axes.set_ylabel("certified accuracy, %" if summary.labelled else "certified share, %")

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from rsrouter.core.errors import ResultsError
 from rsrouter.report import charts, curves
-from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Source, Summary, load_tables, summarise
+from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Source, Summary, load_tables, summarise
 from rsrouter.report.thumbnails import as_arrays, gallery
 from rsrouter.results import Table
 from rsrouter.results.metadata import flatten, write_atomically
@@ -162,6 +162,7 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
         printed=[t.name for t in summary.tables if not t.ours],
         delta=DELTA,
         zip=zip,
+        digits=1 if len(main) >= 2000 else 0,
     )
 
 
@@ -176,11 +177,11 @@ def _lead(summary: Summary) -> str:
     if main.name in summary.coverage:
         value, low, high = summary.coverage[main.name]
         return (
-            f"On {n:,} images, {main.name} keeps {100 * value:.0f}% of what the best of {len(pool)} experts reaches at each radius "
+            f"On {n:,} images, {main.name} reaches {100 * value:.0f}% of what the best of {len(pool)} experts has at each radius "
             f"({100 * summary.confidence:g}% interval over images: {100 * low:.0f} to {100 * high:.0f}%)."
         )
     if len(summary.tables) > 1 and not summary.named(ROUTED):
-        return f"{len(summary.tables)} models certified on the same {n:,} images, at noise levels that each do best somewhere."
+        return f"{len(summary.tables)} models certified on the same {n:,} images, and what choosing between them could gain."
     what = "certified accuracy" if summary.labelled else "share of images with a certified class"
     return f"{main.name}: {what} on {n:,} images."
 
@@ -198,13 +199,20 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
                 f"mean over {len(summary.radii)} radii; {100 * low:.0f} to {100 * high:.0f}%",
             )
         )
-    word = "certified accuracy" if summary.labelled else "certified share"
     for r in _landmarks(summary):
-        i = int(np.flatnonzero(summary.radii == r)[0])
-        low, high = (
-            (main.at_low[i], main.at_high[i]) if main.at_low is not None and main.at_high is not None else (np.nan, np.nan)
+        tiles.append(_tile_at(summary, main, r))
+    by_role = {s.role: s for s in summary.series}
+    if not summary.named(ROUTED, OTHER) and "oracle" in by_role:
+        gain = by_role["oracle"].at - by_role["envelope"].at
+        i = int(gain.argmax())
+        tiles.append(
+            (
+                f"+{100 * gain[i]:.1f}",
+                f"points at r = {summary.radii[i]:g}",
+                "what choosing the expert by image could add at most",
+            )
         )
-        tiles.append((f"{100 * main.at[i]:.1f}%", f"{word} at r = {r:g}", f"{100 * low:.1f} to {100 * high:.1f}%"))
+        return tiles
     if main.abstention is not None:
         tiles.append(
             (f"{100 * main.abstention:.1f}%", "abstained", f"{int(summary.main.abstained.sum())} of {len(summary.main):,} images")
@@ -213,6 +221,17 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     if saved and saved["saved"] is not None and saved["saved"] >= 0.005:
         tiles.append((f"{100 * saved['saved']:.0f}%", "of the votes saved", f"{saved['mean']:,.0f} an image on average"))
     return tiles
+
+
+def _tile_at(summary: Summary, main: Series, r: float) -> tuple[str, str, str]:
+    i = int(np.flatnonzero(summary.radii == r)[0])
+    if not summary.named(ROUTED, OTHER):
+        main = max((s for s in summary.series if s.role == EXPERT), key=lambda s: float(s.at[i]))
+    word = "certified accuracy" if summary.labelled else "certified share"
+    low, high = (main.at_low, main.at_high)
+    ends = "" if low is None or high is None else f"{100 * low[i]:.1f} to {100 * high[i]:.1f}%"
+    who = f"{main.name}; " if len(summary.tables) > 1 and not summary.named(ROUTED, OTHER) else ""
+    return f"{100 * main.at[i]:.1f}%", f"{word} at r = {r:g}", who + ends
 
 
 def _landmarks(summary: Summary) -> list[float]:
@@ -243,8 +262,7 @@ def _who(table: Table, summary: Summary, colour: Mapping[str, str]) -> Any:
     pool = [t.name for t in summary.named(EXPERT) if t.name in names]
     order = [*pool, *sorted(n for n in names if n not in pool)]
     classes = {name: colour.get(name, f"c{(i + 1) % 8}") for i, name in enumerate(order)}
-    shares = curves.shares_by_radius(table.expert, table, summary.radii)
-    chosen = [(name, float(np.mean(table.expert == name)), shares[name]) for name in order]
+    chosen = [(name, float(np.mean(table.expert == name)), classes[name]) for name in order]
     return {
         "chart": charts.stacked(
             table, table.expert, summary.grid, order, classes, "Images certified, by the expert that answers"
@@ -260,12 +278,12 @@ def _bound(table: Table, summary: Summary) -> Any:
         return None
     classes = {name: f"c{i % 8}" for i, name in enumerate(names)}
     certified = ~table.abstained
-    shares = [(n, float(np.sum((table.bound_by == n) & certified) / max(int(certified.sum()), 1))) for n in names]
+    shares = [(n, float(np.sum((table.bound_by == n) & certified) / max(int(certified.sum()), 1)), classes[n]) for n in names]
     return {
         "chart": charts.stacked(
             table, table.bound_by, summary.grid, names, classes, "Images certified, by the stage that limits the radius"
         ),
-        "rows": sorted(shares, key=lambda pair: -pair[1]),
+        "rows": sorted(shares, key=lambda row: -row[1]),
     }
 
 

@@ -195,8 +195,7 @@ def summarise(
     aligned = align(loaded, common=common)
     labelled = all(t.labelled for t in aligned)
     columns = curves.default_radii(aligned) if radii is None else curves.check_radii(radii)
-    top = max(float(t.radius.max()) for t in aligned)
-    grid = np.linspace(0.0, max(top * 1.02, float(columns[0]), 1e-3), POINTS)
+    grid = np.linspace(0.0, _last_radius(aligned, columns), POINTS)
     measure = curves.certified_accuracy if labelled else curves.certified_share
     series = []
     by_role = sorted(aligned, key=lambda t: (ROUTED, OTHER, EXPERT).index(roles[t.name]))
@@ -225,6 +224,13 @@ def summarise(
             interval = curves.coverage_interval(table, pool, columns, confidence=confidence)
             summary.coverage[table.name] = (curves.coverage(table, pool, columns), *interval)
     return summary
+
+
+def _last_radius(tables: Sequence[Table], columns: Array) -> float:
+    """Where the figure ends: a little past the last headline radius that anything reaches, at most past all."""
+    largest = max(float(t.radius.max()) for t in tables)
+    almost_all = max(float(np.quantile(t.radius, 0.995)) for t in tables)
+    return max(min(max(almost_all, float(columns[-1])), largest) * 1.03, 1e-3)
 
 
 def _free(name: str, taken: Mapping[str, str]) -> str:

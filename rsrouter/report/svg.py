@@ -81,11 +81,9 @@ class Plot:
             x = number(self.px(value))
             self.raw(f'<line class="tickmark" x1="{x}" x2="{x}" y1="{number(self.bottom)}" y2="{number(self.bottom + 5)}"/>')
             self.text(self.px(value), self.bottom + 19, word, "tick", "middle")
-        self.raw(
-            f'<line class="axis" x1="{number(self.left)}" x2="{number(self.right)}" y1="{number(self.bottom)}" y2="{number(self.bottom)}"/>'
-        )
+        self.raw(f'<path class="axis" d="M{number(self.left)} {number(self.bottom)}H{number(self.right)}"/>')
         self.text((self.left + self.right) / 2, self.height - 5, x_title, "title", "middle")
-        self.text(self.left - 38 if self.left > 40 else 2, self.top - 8, y_title, "title")
+        self.text(0, self.top - 14, y_title, "title")
 
     def linear_axes(self, x_title: str, y_title: str, *, x_most: int = 8, percent: bool = True) -> None:
         """Axes with round ticks; `percent` writes shares as percentages."""
@@ -158,5 +156,6 @@ def _gap(lines: Array, top: float, bottom: float) -> float:
     """Smallest vertical distance between lines (pixels) and the strip from `top` to `bottom`; negative inside."""
     if lines.size == 0:
         return 100.0
-    outside = np.maximum(top - lines, lines - bottom)
-    return float(outside.min())
+    # segments, not points: a curve that drops within one step crosses everything between
+    ends = np.stack([lines[:, :-1], lines[:, 1:]]) if lines.shape[1] > 1 else np.stack([lines, lines])
+    return float(np.maximum(top - ends.max(0), ends.min(0) - bottom).min())

@@ -26,6 +26,7 @@ class Thumbnail:
     uri: str
     idx: int
     caption: str
+    expert: str
     said: str
     alt: str
 
@@ -89,7 +90,7 @@ def data_uri(array: NDArray[np.uint8]) -> str:
 def gallery(
     table: Table, images: Mapping[int, NDArray[np.uint8]], classes: Sequence[str] | None = None, most: int = 8
 ) -> dict[str, list[Thumbnail]]:
-    """Easiest (largest correct radius), thinnest (smallest correct radius), wrong with the largest radius, and abstained images."""
+    """Images with the largest and smallest radius that are right, with the largest that are wrong, and abstained ones."""
     rows = np.array([i for i, idx in enumerate(table.idx) if int(idx) in images], dtype=np.int64)
     by_radius = rows[np.argsort(-table.radius[rows], kind="stable")]
     held = by_radius[~table.abstained[by_radius]]
@@ -113,6 +114,6 @@ def _thumbnail(table: Table, i: int, images: Mapping[int, NDArray[np.uint8]], cl
     said = word(label) if label >= 0 else ""
     if predict >= 0 and label != predict:
         said = f"{word(predict)}, is {word(label)}" if label >= 0 else word(predict)
-    if table.expert[i] and predict >= 0:
-        caption += f" · {table.expert[i]}"
-    return Thumbnail(data_uri(images[idx]), idx, caption, said, f"image {idx}: {said or 'unlabelled'}, {caption}")
+    expert = str(table.expert[i]) if predict >= 0 else ""
+    alt = ", ".join(text for text in (f"image {idx}: {said or 'unlabelled'}", caption, expert) if text)
+    return Thumbnail(data_uri(images[idx]), idx, caption, expert, said, alt)
