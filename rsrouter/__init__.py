@@ -1,0 +1,71 @@
+"""rsrouter: route between randomized-smoothing experts, and certify the result.
+
+Public names are imported on first use (PEP 562), so `import rsrouter.core` never loads torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rsrouter._version import __version__
+
+if TYPE_CHECKING:
+    from rsrouter import core
+    from rsrouter.core import (
+        ABSTAIN,
+        AdaptivePlan,
+        Certificate,
+        CheckpointError,
+        FixedPlan,
+        HubError,
+        InputError,
+        IntegrityError,
+        NetworkError,
+        PlanError,
+        ResultsError,
+        RSRouterError,
+    )
+    from rsrouter.experts import Expert, ExpertPool, load_expert, register_architecture
+    from rsrouter.report import write_report
+    from rsrouter.results import ResultsWriter, Table, merge_tables, read_table
+    from rsrouter.router import CascadeRouter, FlatRouter, Labels, MLPHead, label_images
+    from rsrouter.sampling import Execution
+    from rsrouter.smooth import RoutedSmooth, Smooth
+    from rsrouter.training import Recipe, train_router
+
+_WHERE = {
+    "rsrouter.core": (
+        "ABSTAIN", "AdaptivePlan", "Certificate", "CheckpointError", "FixedPlan", "HubError", "InputError", "IntegrityError",
+        "NetworkError", "PlanError", "RSRouterError", "ResultsError",
+    ),
+    "rsrouter.experts": ("Expert", "ExpertPool", "load_expert", "register_architecture"),
+    "rsrouter.report": ("write_report",),
+    "rsrouter.results": ("ResultsWriter", "Table", "merge_tables", "read_table"),
+    "rsrouter.router": ("CascadeRouter", "FlatRouter", "Labels", "MLPHead", "label_images"),
+    "rsrouter.sampling": ("Execution",),
+    "rsrouter.smooth": ("RoutedSmooth", "Smooth"),
+    "rsrouter.training": ("Recipe", "train_router"),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [
+    "ABSTAIN", "AdaptivePlan", "CascadeRouter", "Certificate", "CheckpointError", "Execution", "Expert", "ExpertPool", "FixedPlan",
+    "FlatRouter", "HubError", "InputError", "IntegrityError", "Labels", "MLPHead", "NetworkError", "PlanError", "RSRouterError",
+    "Recipe", "ResultsError", "ResultsWriter", "RoutedSmooth", "Smooth", "Table", "__version__", "core", "label_images",
+    "load_expert", "merge_tables", "read_table", "register_architecture", "train_router", "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "core":
+        return importlib.import_module("rsrouter.core")
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'rsrouter' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

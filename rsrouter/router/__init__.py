@@ -1,0 +1,49 @@
+"""Routers: flat (Dual RS), cascade, and how they are labelled."""
+
+from typing import Any
+
+from torch import nn
+
+from rsrouter.core.errors import CheckpointError
+from rsrouter.experts.registry import register_architecture
+from rsrouter.router.base import Routed, Router, single_tree
+from rsrouter.router.cascade import CascadeRouter
+from rsrouter.router.describe import build_module
+from rsrouter.router.flat import FlatRouter
+from rsrouter.router.labels import Labels, label_images, label_votes
+from rsrouter.router.trunk import HeadedTrunk, MLPHead, Trunk
+
+
+
+def _torch_layers(num_classes: int, description: dict[str, Any]) -> nn.Module:
+    """A stack of torch.nn layers written down by `describe_module`; its width is part of the description."""
+    return build_module(description)
+
+
+register_architecture("mlp_head", MLPHead)
+register_architecture("torch_layers", _torch_layers)
+
+ROUTERS: dict[str, type[FlatRouter] | type[CascadeRouter]] = {r.kind: r for r in (FlatRouter, CascadeRouter)}
+
+
+def router_from_config(config: dict[str, Any]) -> Router:
+    """The router a configuration describes, with fresh weights where it has any.
+
+    Raises:
+        CheckpointError: unknown kind, or a missing field.
+    """
+    kind = config.get("kind")
+    if kind not in ROUTERS:
+        raise CheckpointError("Unknown router kind", expected=f"one of {sorted(ROUTERS)}", received=repr(kind),
+                              remedy="was it saved by a newer rsrouter?")
+    try:
+        return ROUTERS[kind].from_config(config)
+    except KeyError as error:
+        raise CheckpointError(f"The {kind} router's configuration is incomplete", expected=f"a field {error}",
+                              received=str(sorted(config)), remedy="fetch config.json again") from error
+
+
+__all__ = [
+    "ROUTERS", "CascadeRouter", "FlatRouter", "HeadedTrunk", "Labels", "MLPHead", "Routed", "Router", "Trunk", "label_images",
+    "label_votes", "router_from_config", "single_tree",
+]

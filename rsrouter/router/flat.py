@@ -1,0 +1,82 @@
+"""The flat router of Dual RS: one smoothed vote that names an expert (arXiv 2512.01782, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from rsrouter.core.errors import InputError
+from rsrouter.core.tree import flat_tree
+from rsrouter.experts.base import ExpertPool, check_sigma, module_digest
+from rsrouter.router.base import Routed, Router, check_stage_name, stage_of, vote_model
+from rsrouter.router.describe import build_module, describe_module
+from rsrouter.router.trunk import HeadedTrunk
+from rsrouter.sampling.engine import VoteModel
+
+STAGE = "router"
+
+
+class FlatRouter(Router):
+    """A network h from a noisy image to K logits, smoothed at `sigma`; the class of most votes names the expert.
+
+    Args:
+        module: without `trunk`, any torch module from pixels in [0,1], `(B, C, H, W)`, to `(B, K)` logits; with
+            `trunk`, a head from that expert's features and logits `(B, F + C)` to `(B, K)`.
+        sigma: noise level of the router. The paper wants it at least the largest expert sigma, so that the
+            router is not what limits the radius; soundness does not need it.
+        experts: names of the experts that logits 0 .. K - 1 stand for; None: the pool's order.
+        trunk: name of the frozen expert whose features the head reads. Where that expert has the router's
+            sigma, one forward pass casts both votes.
+    """
+
+    kind: ClassVar[str] = "flat"
+
+    def __init__(self, module: nn.Module, *, sigma: float, experts: Sequence[str] | None = None, trunk: str | None = None) -> None:
+        if not isinstance(module, nn.Module):
+            raise InputError("A flat router needs a module", expected="a torch.nn.Module with K logits",
+                             received=type(module).__name__, remedy="wrap a function in a small nn.Module")
+        self.module, self.sigma = module, check_sigma(sigma, "the router")
+        self.experts = None if experts is None else tuple(experts)
+        self.trunk = trunk
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({STAGE: self.module})
+
+    def order(self, pool: ExpertPool) -> tuple[str, ...]:
+        """Names of the experts behind the logits, checked against the pool."""
+        names = pool.names if self.experts is None else self.experts
+        unknown = [n for n in names if n not in pool.names]
+        if unknown or len(set(names)) != len(names):
+            raise InputError("The router's experts do not fit the pool", expected=f"different names out of {list(pool.names)}",
+                             received=str(list(names)), remedy="pass experts= in the order of the logits")
+        return tuple(names)
+
+    def bind(self, pool: ExpertPool) -> Routed:
+        check_stage_name(STAGE, pool)
+        names = self.order(pool)
+        shared = self.trunk is not None and pool[self.trunk].sigma == self.sigma and self.trunk in names
+        stages = [stage_of(pool[n], STAGE if shared and n == self.trunk else "") for n in names]
+        models = []
+        own = module_digest(self.module, self.sigma, names, self.trunk)
+        if self.trunk is None:
+            models.append(VoteModel(STAGE, self.module, self.sigma, (STAGE,), (len(names),), own))
+        else:
+            trunk = pool[self.trunk]
+            headed = HeadedTrunk(trunk, [self.module], with_expert=shared)
+            voters = (self.trunk, STAGE) if shared else (STAGE,)
+            widths = (pool.num_classes, len(names)) if shared else (len(names),)
+            models.append(VoteModel(STAGE, headed, self.sigma, voters, widths, trunk.digest + own))
+        models += [vote_model(pool[n]) for n in names if not (shared and n == self.trunk)]
+        return Routed(flat_tree(STAGE, self.sigma, stages), tuple(models))
+
+    def to_config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "sigma": self.sigma, "experts": None if self.experts is None else list(self.experts),
+                "trunk": self.trunk, "module": describe_module(self.module)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FlatRouter:
+        """The router `to_config` described, with fresh weights."""
+        return cls(build_module(config["module"]), sigma=config["sigma"], experts=config["experts"], trunk=config["trunk"])

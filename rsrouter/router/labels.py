@@ -1,0 +1,101 @@
+"""Labels for the router: how far each expert holds the true class of each training image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rsrouter.core.bounds import binom_lower
+from rsrouter.core.certificates import vote_radius
+from rsrouter.core.plans import check_whole
+from rsrouter.core.policy import VoteRequest
+from rsrouter.experts.base import ExpertPool
+from rsrouter.inputs import check_images, check_labels
+from rsrouter.router.base import vote_model
+from rsrouter.sampling.engine import Engine, image_identity
+from rsrouter.sampling.execution import Execution
+
+LABEL = "label"
+
+
+class Labels(NamedTuple):
+    """Routing labels of N images and K experts (columns in the pool's order).
+
+    Attributes:
+        radius: `(N, K)` float64, the radius within which expert k holds the true class, 0 where it does not.
+        predict: `(N, K)` int64, the class of most votes.
+    """
+
+    radius: NDArray[np.float64]
+    predict: NDArray[np.int64]
+
+
+def label_votes(
+    pool: ExpertPool, images: Tensor, *, n: int = 100, seed: int = 0, device: str | None = None, purpose: str = LABEL,
+    execution: Execution | None = None, progress: Callable[[int], None] | None = None, block: int = 64,
+) -> NDArray[np.int64]:
+    """Votes of every expert on every image: `(N, K, classes + 1)`, invalid votes last.
+
+    Args:
+        pool: the experts.
+        images: `(N, C, H, W)` pixels in [0,1].
+        n: votes per expert and image.
+        seed, purpose: key the noise; no other purpose sees the same noise.
+        progress: called with the number of votes drawn since the last call.
+    """
+    check_whole("n", n, 1)
+    x = check_images(images, pool.input_shape)
+    models = [vote_model(e) for e in pool]
+    engine = Engine(models, pool.input_shape, seed=seed, device=device, execution=execution)
+    votes = np.zeros((len(x), len(pool), pool.num_classes + 1), dtype=np.int64)
+    for start in range(0, len(x), block):
+        part = x[start : start + block]
+        requests = [VoteRequest(i, m.name, purpose, 0, n) for m in models for i in range(len(part))]
+        counts = engine.run(part, [image_identity(image) for image in part], requests)
+        for request, count in zip(requests, counts, strict=True):
+            votes[start + request.image, pool.names.index(request.network)] = count[request.network]
+        if progress is not None:
+            progress(len(requests) * n)
+    return votes
+
+
+def radii_from_votes(votes: NDArray[np.int64], labels: NDArray[np.int64], sigmas: tuple[float, ...], alpha: float) -> Labels:
+    """Routing labels from vote counts `(N, K, classes + 1)`.
+
+    The true class is known beforehand, so one set of votes gives a valid bound on its probability; a label is
+    a training target all the same, not a certificate.
+    """
+    n = votes.sum(axis=2)
+    held = np.take_along_axis(votes, labels[:, None, None], axis=2)[:, :, 0]
+    lower = binom_lower(held, n, alpha)
+    radius = np.stack([vote_radius(sigma, lower[:, k]) for k, sigma in enumerate(sigmas)], axis=1)
+    return Labels(radius, votes[:, :, :-1].argmax(axis=2))
+
+
+def label_images(
+    pool: ExpertPool, images: Tensor, labels: Tensor, *, n: int = 100, alpha: float = 1e-3, seed: int = 0,
+    device: str | None = None, execution: Execution | None = None, progress: Callable[[int], None] | None = None,
+) -> Labels:
+    """Radius and prediction of every expert on every image (Dual RS, section 4: N = 100 votes).
+
+    Args:
+        pool: the experts.
+        images: `(N, C, H, W)` pixels in [0,1].
+        labels: `(N,)` class indices.
+        n: votes per expert and image.
+        alpha: failure probability of each lower bound.
+        seed: keys the noise, which no certificate ever sees.
+
+    Returns:
+        `Labels(radius (N, K), predict (N, K))`.
+
+    Raises:
+        InputError: images or labels that do not fit the pool.
+    """
+    target = check_labels(labels, len(images), pool.num_classes)
+    votes = label_votes(pool, images, n=n, seed=seed, device=device, execution=execution, progress=progress)
+    return radii_from_votes(votes, target.numpy(), pool.sigmas, alpha)

@@ -1,0 +1,78 @@
+"""Small heads on an expert's frozen features: one forward pass casts the expert's votes and the head's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rsrouter.core.errors import InputError
+from rsrouter.experts.base import Expert, Normalise
+
+
+def has_trunk(module: nn.Module) -> bool:
+    """Whether features can be taken: timm's `forward_features`, `forward_head(pre_logits=)`, `get_classifier`."""
+    return all(callable(getattr(module, name, None)) for name in ("forward_features", "forward_head", "get_classifier"))
+
+
+class Trunk(nn.Module):
+    """Pixels in [0,1] to `(features (B, F), logits (B, C))` of a frozen expert.
+
+    Raises:
+        InputError: the expert's module does not expose its features.
+    """
+
+    def __init__(self, expert: Expert) -> None:
+        super().__init__()
+        if not has_trunk(expert.module):
+            raise InputError(f"Expert {expert.name!r} does not expose its features",
+                             expected="forward_features, forward_head(x, pre_logits=True) and get_classifier, as in timm",
+                             received=type(expert.module).__name__, remedy="use a router with a backbone of its own, or a cascade")
+        self.normalise: nn.Module = nn.Identity()
+        if expert.mean is not None and expert.std is not None:
+            self.normalise = Normalise(expert.mean, expert.std)
+        self.module = expert.module
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.module.forward_head(self.module.forward_features(self.normalise(x)), pre_logits=True)
+        return features, self.module.get_classifier()(features)
+
+
+class HeadedTrunk(nn.Module):
+    """An expert and heads on it: pixels to `(expert logits, head logits, ...)`.
+
+    Each head gets `torch.cat([features, logits], 1)`, the input that `MLPHead` is made for.
+    """
+
+    def __init__(self, expert: Expert, heads: Sequence[nn.Module], *, with_expert: bool = True) -> None:
+        super().__init__()
+        self.trunk, self.heads, self.with_expert = Trunk(expert), nn.ModuleList(heads), with_expert
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        features, logits = self.trunk(x)
+        both = torch.cat([features, logits], 1)
+        outputs = tuple(head(both) for head in self.heads)
+        return (logits, *outputs) if self.with_expert else outputs
+
+
+class MLPHead(nn.Module):
+    """Two-layer perceptron on an expert's features and logits: a router of a few kilobytes.
+
+    Args:
+        num_classes: number of outputs (for a router: of experts).
+        in_features: width of features plus logits.
+        hidden: width of the hidden layer; 0 for a linear head.
+    """
+
+    def __init__(self, num_classes: int, in_features: int, hidden: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = in_features
+        if hidden:
+            layers, width = [nn.Linear(in_features, hidden), nn.ReLU()], hidden
+        self.layers = nn.Sequential(*layers, nn.Linear(width, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out

@@ -1,0 +1,10 @@
+"""Votes from networks: noise streams and the engine that turns requests into counts."""
+
+from rsrouter.sampling.engine import Engine, VoteModel, image_identity
+from rsrouter.sampling.execution import Execution, resolve_device
+from rsrouter.sampling.noise import CHUNK, GaussianNoise, SoundNoise, make_noise, stream_key
+
+__all__ = [
+    "CHUNK", "Engine", "Execution", "GaussianNoise", "SoundNoise", "VoteModel", "image_identity", "make_noise",
+    "resolve_device", "stream_key",
+]

@@ -1,0 +1,239 @@
+"""Vote requests in, vote counts out: the one vote loop of the project.
+
+The engine knows no statistics. It packs the requests of many images into full batches per network, makes
+noise on the device, counts votes on the device, and reads the host once per call of `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rsrouter.core.errors import InputError
+from rsrouter.core.policy import VoteRequest
+from rsrouter.sampling.execution import (
+    Execution,
+    as_input,
+    check_network,
+    default_batch,
+    heads,
+    prepare,
+    resolve_device,
+    warn_halved,
+)
+from rsrouter.sampling.noise import NoiseStream, check_eight_bit, make_noise, stream_key
+
+
+@dataclass(frozen=True)
+class VoteModel:
+    """A base model that casts votes.
+
+    Attributes:
+        name: network name in the tree.
+        module: pixels in [0,1] plus noise to logits `(B, width)`, or to a tuple of logits, one per stage.
+        sigma: standard deviation of its noise.
+        stages: names of the stages that vote in each forward pass, in the order of the module's outputs.
+        widths: number of logits of each stage.
+        digest: sha256 of everything that decides a vote; part of the noise stream's key.
+    """
+
+    name: str
+    module: nn.Module
+    sigma: float
+    stages: tuple[str, ...]
+    widths: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Rows of one batch that belong to one request."""
+
+    request: int
+    start: int
+    count: int
+
+
+class _Runner:
+    """One network on one device."""
+
+    def __init__(self, model: VoteModel, shape: tuple[int, ...], execution: Execution, device: torch.device) -> None:
+        self.model, self.shape, self.device = model, shape, device
+        self.module = prepare(model.module, execution, device)
+        batch = execution.batch or default_batch(int(np.prod(shape)), device)
+        self.execution = replace(execution, batch=batch)
+        while True:
+            try:
+                self.packs = check_network(self.module, model.name, model.widths, shape, self.batch, self.execution, device)
+                break
+            except torch.OutOfMemoryError:
+                self.halve()
+
+    @property
+    def batch(self) -> int:
+        return self.execution.batch
+
+    def halve(self) -> None:
+        """Halves the execution batch; re-raises the memory error at one row."""
+        if self.batch == 1:
+            raise  # noqa: PLE0704 - only called while a memory error is being handled
+        self.execution = replace(self.execution, batch=self.batch // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warn_halved(self.model.name, self.batch)
+
+    def batches(self, requests: Sequence[VoteRequest]) -> list[list[_Segment]]:
+        """Segments of each batch. Rows are packed freely, or, where bits depend on the position in the batch,
+        in blocks of one request that start at multiples of the batch (a few rows run for nothing)."""
+        packed: list[list[_Segment]] = []
+        room = 0
+        for index, request in enumerate(requests):
+            at, end = request.start, request.start + request.count
+            while at < end:
+                if not self.packs:
+                    block = at - at % self.batch
+                    packed.append([_Segment(index, block, self.batch)])
+                    at = block + self.batch
+                    continue
+                if room == 0:
+                    packed.append([])
+                    room = self.batch
+                take = min(room, end - at)
+                packed[-1].append(_Segment(index, at, take))
+                at, room = at + take, room - take
+        return packed
+
+    @torch.inference_mode()
+    def votes(
+        self, images: Tensor, position: dict[int, int], requests: Sequence[VoteRequest], keys: Sequence[bytes], noise: NoiseStream
+    ) -> NDArray[np.int64]:
+        """Counts `(len(requests), sum(widths) + len(widths))`; no host read before the end."""
+        widths = self.model.widths
+        columns = sum(widths) + len(widths)
+        counts = torch.zeros((len(requests) + 1) * columns, dtype=torch.int64, device=self.device)
+        ones = torch.ones(self.batch, dtype=torch.int64, device=self.device)
+        x = torch.zeros((self.batch, *self.shape), device=self.device)
+        for segments in self.batches(requests):
+            slots = np.full(self.batch, len(requests), dtype=np.int64)
+            row, bad = 0, []
+            for s in segments:
+                request = requests[s.request]
+                stop = row + s.count
+                marked = noise.add(images[position[request.image]], self.model.sigma, keys[s.request], s.start, x[row:stop])
+                if marked is not None:
+                    bad.append((row, stop, marked))
+                votes = np.arange(s.start, s.start + s.count)
+                wanted = (votes >= request.start) & (votes < request.start + request.count)
+                slots[row:stop] = np.where(wanted, s.request, len(requests))
+                row = stop
+            x[row:] = 0.0
+            slot = torch.from_numpy(slots).to(self.device, non_blocking=True) * columns
+            outputs = heads(self.module(as_input(x, self.execution)), widths, self.model.name, self.batch)
+            offset = 0
+            for logits, width in zip(outputs, widths, strict=True):
+                vote = torch.where(torch.isfinite(logits).all(1), logits.argmax(1), width)
+                for begin, stop, marked in bad:
+                    vote[begin:stop] = torch.where(marked, width, vote[begin:stop])
+                counts.scatter_add_(0, slot + vote + offset, ones)
+                offset += width + 1
+        return counts.view(-1, columns)[: len(requests)].cpu().numpy()
+
+
+class Engine:
+    """Draws votes for a set of networks.
+
+    Args:
+        models: the networks, names unique.
+        shape: `(C, H, W)` of one image.
+        seed: part of every stream's key.
+        device: where networks run; None is the CPU.
+        execution: how they run.
+        noise: `"gaussian"` or `"sound"`.
+
+    Raises:
+        NetworkError: a network that cannot be certified (see `check_network`).
+        InputError: an unusable device or noise.
+    """
+
+    def __init__(
+        self, models: Sequence[VoteModel], shape: Sequence[int], *, seed: int, device: str | torch.device | None = None,
+        execution: Execution | None = None, noise: str = "gaussian",
+    ) -> None:
+        self.device = resolve_device(device)
+        self.shape, self.seed, self.noise = tuple(shape), int(seed), noise
+        make_noise(noise, self.shape, self.device)
+        self._execution = execution or Execution()
+        self._models = {m.name: m for m in models}
+        if len(self._models) != len(models):
+            raise InputError("Networks must have different names", expected="unique names", received=str([m.name for m in models]),
+                             remedy="rename the stages")
+        self._runners: dict[str, _Runner] = {}
+
+    def runner(self, name: str) -> _Runner:
+        """The prepared network; weights move to the device when it is first asked for."""
+        if name not in self._runners:
+            self._runners[name] = _Runner(self._models[name], self.shape, self._execution, self.device)
+        return self._runners[name]
+
+    @property
+    def forward_batch(self) -> int:
+        """Rows per forward pass of the first network (a unit for how many votes make a round worthwhile)."""
+        return self._execution.batch or default_batch(int(np.prod(self.shape)), self.device)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides bits: device, versions, threads, and each network's execution as it runs."""
+        return {
+            "device": str(self.device) if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
+            "torch": torch.__version__, "numpy": np.__version__, "threads": torch.get_num_threads(), "noise": self.noise,
+            "execution": {name: {**r.execution.to_dict(), "packs": r.packs} for name, r in sorted(self._runners.items())},
+        }
+
+    def run(
+        self, images: Tensor, identity: Sequence[bytes], requests: Sequence[VoteRequest]
+    ) -> list[dict[str, NDArray[np.int64]]]:
+        """Draws the requested votes.
+
+        Args:
+            images: `(N, C, H, W)` pixels in [0,1], on any device.
+            identity: per image the bytes that name it in its noise streams (`image_identity`).
+            requests: what to draw; `image` indexes `images`.
+
+        Returns:
+            Per request a mapping of every stage of its network to `(width + 1,)` counts, invalid votes last.
+        """
+        if self.noise == "sound":
+            check_eight_bit(images)
+        wanted = sorted({r.image for r in requests})
+        position = {image: at for at, image in enumerate(wanted)}
+        on_device = images[torch.tensor(wanted, dtype=torch.int64)].to(self.device, torch.float32)
+        results: list[dict[str, NDArray[np.int64]] | None] = [None] * len(requests)
+        for name in dict.fromkeys(r.network for r in requests):
+            members = [i for i, r in enumerate(requests) if r.network == name]
+            model, runner = self._models[name], self.runner(name)
+            chosen = [requests[i] for i in members]
+            keys = [stream_key(r.purpose, self.seed, identity[r.image], model.digest, name) for r in chosen]
+            while True:
+                try:
+                    counts = runner.votes(on_device, position, chosen, keys, make_noise(self.noise, self.shape, self.device))
+                    break
+                except torch.OutOfMemoryError:
+                    runner.halve()
+            for i, row in zip(members, counts, strict=True):
+                offset, votes = 0, {}
+                for stage, width in zip(model.stages, model.widths, strict=True):
+                    votes[stage] = row[offset : offset + width + 1].copy()
+                    offset += width + 1
+                results[i] = votes
+        return [r for r in results if r is not None]
+
+
+def image_identity(image: Tensor, name: object = None) -> bytes:
+    """Names an image in its noise streams: its content, and the id the user gave it, if any."""
+    value = image.detach().to("cpu", torch.float32).contiguous()
+    return stream_key(value.numpy().tobytes(), tuple(value.shape), "" if name is None else name)

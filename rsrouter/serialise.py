@@ -1,0 +1,148 @@
+"""A routed classifier as files: `config.json` (pins and structure) and `router.safetensors` (router tensors only)."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from rsrouter._version import __version__
+from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
+from rsrouter.experts.base import Expert, ExpertPool, Provenance
+from rsrouter.experts.checkpoints import sha256_of
+from rsrouter.experts.pool_file import pool_from_dict, pool_to_dict
+from rsrouter.router import router_from_config
+from rsrouter.router.base import Router
+from rsrouter.router.describe import describe_module
+from rsrouter.sampling.execution import Execution
+
+SCHEMA_VERSION = 1
+CONFIG, WEIGHTS = "config.json", "router.safetensors"
+_KEYS = {"schema_version", "rsrouter_version", "library_name", "pool", "router", "router_digest", "execution", "noise", "training"}
+
+
+def _written_down(expert: Expert, folder: Path) -> Expert:
+    """The expert itself, or, for one made in memory, the same expert read from files written under `folder`.
+
+    Raises:
+        CheckpointError: its module is neither a registered architecture nor a stack of torch.nn layers.
+    """
+    if expert.provenance is not None:
+        return expert
+    target = folder / "experts" / expert.name
+    target.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in expert.module.state_dict().items()}, target / "model.safetensors")
+    provenance = Provenance("local", str(target), None, "model.safetensors", sha256_of(target / "model.safetensors"), "rsrouter",
+                            "torch_layers", {"description": describe_module(expert.module)})
+    return Expert(expert.module, sigma=expert.sigma, num_classes=expert.num_classes, input_shape=expert.input_shape,
+                  mean=expert.mean, std=expert.std, name=expert.name, provenance=provenance)
+
+
+def save_routed(folder: Path, pool: ExpertPool, router: Router, execution: Execution, noise: str) -> Path:
+    """Writes `config.json` and `router.safetensors` into `folder`; returns it. Experts are pinned, not copied
+    (those made in memory are written to `experts/`, and must be put on the Hub before publishing).
+
+    Raises:
+        CheckpointError: a router or expert whose structure cannot be written down.
+    """
+    folder = Path(os.path.abspath(folder))
+    router_config = router.to_config()
+    described = [describe_module(e.module) for e in pool if e.provenance is None]  # refuse before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    pinned = ExpertPool([_written_down(e, folder) for e in pool]) if described else pool
+    config = {"schema_version": SCHEMA_VERSION, "rsrouter_version": __version__, "library_name": "rsrouter",
+              "pool": pool_to_dict(pinned, folder), "router": router_config, "router_digest": router.digest,
+              "execution": execution.to_dict(), "noise": noise}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in router.modules.state_dict().items()}
+    _replace(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+    _replace(folder / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8"))
+    return folder
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Writes a file in one step: a crash leaves the old one, or none."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked content of `config.json`.
+
+    Raises:
+        InputError: no such file. CheckpointError: not ours, or another schema.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("No router there", expected=f"a folder with {CONFIG} and {WEIGHTS}, or a Hub repository", received=str(folder),
+                         remedy="write it with RoutedSmooth.save_pretrained or `rsrouter train`") from error
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG} is not JSON", expected="a JSON object", received=str(error), remedy="fetch or save it again") from error
+    if not isinstance(config, dict) or config.get("schema_version") != SCHEMA_VERSION:
+        received = config.get("schema_version") if isinstance(config, dict) else type(config).__name__
+        raise CheckpointError(f"{CONFIG} has another schema", expected=f"schema_version {SCHEMA_VERSION}", received=repr(received),
+                              remedy="upgrade rsrouter, or check that this is an rsrouter repository")
+    missing = sorted({"pool", "router", "router_digest", "execution", "noise"} - config.keys())
+    if missing:
+        raise CheckpointError(f"{CONFIG} is incomplete", expected=f"the keys {sorted(_KEYS)}", received=f"without {missing}",
+                              remedy="fetch or save it again")
+    if unknown := sorted(config.keys() - _KEYS):
+        warnings.warn(f"{CONFIG}: unknown keys {unknown} are ignored; they may need a newer rsrouter", stacklevel=3)
+    return config
+
+
+def load_folder(folder: Path) -> tuple[ExpertPool, Router, Execution, str]:
+    """Pool, router, execution and noise of a folder; every expert and the router verified against their digests.
+
+    Raises:
+        IntegrityError: weights that are not the ones that were saved.
+        CheckpointError, InputError: files that are missing or do not fit.
+    """
+    config = read_config(folder)
+    pool = pool_from_dict(config["pool"], folder)
+    router = router_from_config(config["router"])
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{WEIGHTS} cannot be read", expected="a safetensors file", received=f"{folder / WEIGHTS}: {error}",
+                              remedy="fetch or save it again") from error
+    state = router.modules.state_dict()
+    if {k: tuple(v.shape) for k, v in state.items()} != {k: tuple(v.shape) for k, v in tensors.items()}:
+        raise CheckpointError(f"{WEIGHTS} does not fit {CONFIG}", expected=str({k: tuple(v.shape) for k, v in state.items()}),
+                              received=str({k: tuple(v.shape) for k, v in tensors.items()}), remedy="the two files belong to different routers")
+    router.modules.load_state_dict(tensors, strict=True)
+    for module in router.modules.values():
+        module.eval().requires_grad_(False)
+    if router.digest != config["router_digest"]:
+        raise IntegrityError("The router is not the one that was saved", expected=f"digest {config['router_digest']}",
+                             received=f"digest {router.digest}", remedy="fetch or save it again; do not use its certificates")
+    known = {f.name for f in fields(Execution)}
+    execution = Execution(**{k: v for k, v in config["execution"].items() if k in known})
+    return pool, router, execution, str(config["noise"])
+
+
+def load_routed(name: str | Path, revision: str | None = None, **hub: Any) -> tuple[ExpertPool, Router, Execution, str]:
+    """As `load_folder`, from a folder or from a Hub repository at a revision."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+            raise InputError("No router there", expected="a folder, or a Hub repository 'org/name'", received=str(name),
+                             remedy="check the path, or train a router first")
+        from rsrouter.hub import snapshot
+
+        folder = snapshot(str(name), revision, allow=[CONFIG, WEIGHTS, "experts/*"], **hub)
+    elif revision is not None:
+        raise InputError("A folder has no revisions", expected="revision=None", received=repr(revision), remedy="leave it out")
+    with torch.no_grad():
+        return load_folder(folder)
