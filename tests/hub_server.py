@@ -447,8 +447,8 @@ class _Handler(BaseHTTPRequestHandler):
         sha = repo.resolve(rev)
         siblings = [{"rfilename": path} for path, _, _ in repo.tree(sha)]
         self._json({"_id": hashlib.sha1(id.encode()).hexdigest()[:24], "id": id, "modelId": id, "sha": sha, "tags": [],
-                    "downloads": 0, "likes": 0, "private": id in self.hub.private, "gated": "auto" if id in self.hub.gated else False,
-                    "siblings": siblings})
+                    "downloads": 0, "likes": 0, "private": id in self.hub.private,
+                    "gated": "auto" if id in self.hub.gated else False, "siblings": siblings})
 
     def resolve(self, id: str, rev: str, path: str, type: str = "model") -> None:
         repo = self.hub.repo(id, type)

@@ -45,9 +45,12 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def sha256_of(data: bytes) -> str:
-    """Hex sha256."""
-    return hashlib.sha256(data).hexdigest()
+def sha256_of(content: bytes | Path) -> str:
+    """Hex sha256 of bytes, or of a file's content."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_verified(path: Path, sha256: str | None) -> bytes:

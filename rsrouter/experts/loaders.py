@@ -24,6 +24,7 @@ from rsrouter.experts.checkpoints import (
     sha256_of,
 )
 from rsrouter.experts.registry import build_architecture, input_shape_of, known_architecture
+from rsrouter.hub import Hub, fetch, is_hub_reference
 
 #: folder of the weights that ship with the package (`source="bundled"`)
 ASSETS = Path(__file__).resolve().parent.parent / "demo" / "assets"
@@ -68,8 +69,6 @@ def locate(provenance: Provenance, folder: Path | None = None) -> Path:
     """
     filename = check_relative(provenance.filename, "The provenance")
     if provenance.source == "hub":
-        from rsrouter.hub import fetch
-
         if provenance.revision is None:
             raise InputError(f"{provenance.location} is not pinned", expected="a commit hash", received="revision None",
                              remedy="wrap the expert again; wrap resolves the revision")
@@ -90,7 +89,7 @@ def _plain(provenance: Provenance, num_classes: int, folder: Path | None) -> nn.
 
 
 #: how the module of a provenance is built, by `Provenance.loader`; "checkpoint" reads one weight file
-LOADERS: dict[str, Callable[[Provenance, int, Path | None], nn.Module]] = {"checkpoint": _plain}
+LOADERS: dict[str, Callable[[Provenance, int, Path | None], nn.Module]] = {"checkpoint": _plain, "rsrouter": _plain}
 
 
 def build_module(provenance: Provenance, num_classes: int, folder: Path | None = None) -> nn.Module:
@@ -224,16 +223,17 @@ def load_expert(
         HubError, IntegrityError: see `rsrouter.hub.fetch`.
     """
     text = os.fspath(source)
-    if text.startswith(("hf-hub:", "hf_hub:", "hf://")):
-        from rsrouter.hub import Hub
-
+    if is_hub_reference(text):
         hub = Hub(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         reference = hub.reference(text, revision)
         config_path = hub.try_fetch(reference, CONFIG)
         settings = read_config(config_path) if config_path else {}
-        path = hub.fetch_first(reference, (check_relative(filename, "The argument"),) if filename else WEIGHT_NAMES)
+        if filename is not None:
+            path = hub.fetch(reference, check_relative(filename, "The argument"))
+        else:
+            path = hub.fetch_first(reference, WEIGHT_NAMES)
         where = {"source": "hub", "location": reference.repo_id, "revision": reference.revision,
-                 "filename": path.relative_to(hub.snapshot(path, reference)).as_posix()}
+                 "filename": filename or path.name}
     else:
         given = Path(text).expanduser()
         if not given.exists():
