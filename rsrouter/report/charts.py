@@ -113,19 +113,6 @@ def stacked(
                 f"{name}: {100 * shares[name][0]:.1f}% at radius 0",
             )
             base = base + shares[name]
-        base = np.zeros(len(grid))
-        for name in present:
-            thick = (plot.py(0) - plot.py(1)) * shares[name]
-            # write the name where its area is thickest and the text fits
-            width = 7.2 * len(name) + 8
-            reach = int(np.ceil(width / max(plot.px(grid[1]) - plot.px(grid[0]), 1e-9)))
-            if reach < len(grid):
-                upper = np.array([(base + shares[name])[i : i + reach].min() for i in range(len(grid) - reach)])
-                lower = np.array([base[i : i + reach].max() for i in range(len(grid) - reach)])
-                i = int((upper - lower).argmax())
-                if (upper[i] - lower[i]) * (plot.py(0) - plot.py(1)) > 16 and thick[i] > 16:
-                    plot.text(plot.px(grid[i]) + 4, plot.py((upper[i] + lower[i]) / 2) + 4.5, name, "onarea")
-            base = base + shares[name]
         return plot.render(form)
 
     return both(build)
@@ -142,7 +129,7 @@ def votes(table: Table, fixed: NDArray[np.int64] | None) -> Markup:
     counts, _ = np.histogram(np.log10(drawn), edges)
 
     def build(form: str) -> Markup:
-        tallest = float(counts.max()) * 1.08
+        tallest = float(counts.max()) * 1.3
         plot = Plot(
             *_SMALL[form],
             (float(edges[0]), float(edges[-1])),
@@ -173,7 +160,11 @@ def votes(table: Table, fixed: NDArray[np.int64] | None) -> Markup:
             plot.raw(f'<line class="marker" x1="{x:.1f}" x2="{x:.1f}" y1="{plot.top:.1f}" y2="{plot.bottom:.1f}"/>')
             right = x > (plot.left + plot.right) / 2
             plot.text(
-                x - 5 if right else x + 5, plot.top + 9, f"{word} {_votes(value)}", "onlabel strong", "end" if right else "start"
+                x - 5 if right else x + 5,
+                plot.top + 9 + 17 * line,
+                f"{word} {_votes(value)}",
+                "onlabel strong",
+                "end" if right else "start",
             )
         return plot.render(form)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from rsrouter.core.errors import ResultsError
 from rsrouter.report import charts, curves
-from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Source, Summary, load_tables, summarise
+from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Source, Summary, load_tables, plan_radii, summarise
 from rsrouter.report.thumbnails import as_arrays, gallery
 from rsrouter.results import Table
 from rsrouter.results.metadata import flatten, write_atomically
@@ -138,6 +138,7 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f}"
+    environment.filters["signed"] = lambda value: f"{100 * value:+.1f}".replace("-", "\u2212")
     main = summary.main
     colour = charts.colours(summary)
     best = _best(summary)
@@ -152,11 +153,12 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
         lead=_lead(summary),
         curve=charts.curve(summary),
         readout=_readout(summary, colour),
-        who=_who(main, summary, colour),
+        who=_who(main, summary),
         bound=_bound(main, summary),
         votes=_votes(main),
         pictures=pictures or {},
         runs=_differences(summary),
+        grid=plan_radii(main),
         made=[(t.name, summary.roles[t.name], _made(t)) for t in summary.tables],
         sure=_whole_table(summary),
         printed=[t.name for t in summary.tables if not t.ours],
@@ -254,37 +256,37 @@ def _readout(summary: Summary, colour: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _who(table: Table, summary: Summary, colour: Mapping[str, str]) -> Any:
-    """Share routed to each expert by radius; None unless there is more than one expert."""
-    names = [n for n in dict.fromkeys(table.expert.tolist()) if n]
+def _part_colours(table: Table, summary: Summary) -> dict[str, str]:
+    """A colour for every expert and stage of `table`; an expert with a curve of its own keeps that curve's."""
+    colour = charts.colours(summary)
+    taken = {t.name: colour[t.name] for t in summary.named(EXPERT)}
+    names = sorted({str(n) for n in (*table.expert, *table.bound_by) if n})
+    parts = {name: taken[name] for name in names if name in taken}
+    free = [c for c in (f"c{i}" for i in range(8)) if c not in parts.values()] or ["c7"]
+    # routing stages first: they are not experts, so they get the routed line's colour where it is free
+    others = sorted((n for n in names if n not in parts), key=lambda n: (n in table.expert.tolist(), n))
+    return {**parts, **{name: free[i % len(free)] for i, name in enumerate(others)}}
+
+
+def _stack(table: Table, summary: Summary, column: NDArray[np.object_], among: NDArray[np.bool_], what: str) -> Any:
+    """A stacked chart and shares by name; None unless there is more than one name."""
+    colour = _part_colours(table, summary)
+    names = [name for name in colour if np.any(column == name)]
     if len(names) < 2:
         return None
-    pool = [t.name for t in summary.named(EXPERT) if t.name in names]
-    order = [*pool, *sorted(n for n in names if n not in pool)]
-    classes = {name: colour.get(name, f"c{(i + 1) % 8}") for i, name in enumerate(order)}
-    chosen = [(name, float(np.mean(table.expert == name)), classes[name]) for name in order]
-    return {
-        "chart": charts.stacked(
-            table, table.expert, summary.grid, order, classes, "Images certified, by the expert that answers"
-        ),
-        "rows": chosen,
-    }
+    count = max(int(among.sum()), 1)
+    rows = [(name, float(np.sum((column == name) & among)) / count, colour[name]) for name in names]
+    return {"chart": charts.stacked(table, column, summary.grid, names, colour, what), "rows": rows}
+
+
+def _who(table: Table, summary: Summary) -> Any:
+    """Share sent to each expert, of all images."""
+    return _stack(table, summary, table.expert, np.ones(len(table), bool), "Images certified, by the expert that answers")
 
 
 def _bound(table: Table, summary: Summary) -> Any:
-    """Which stage bounds the radius; None where the table does not say or there is only one."""
-    names = sorted({n for n in table.bound_by.tolist() if n})
-    if len(names) < 2:
-        return None
-    classes = {name: f"c{i % 8}" for i, name in enumerate(names)}
-    certified = ~table.abstained
-    shares = [(n, float(np.sum((table.bound_by == n) & certified) / max(int(certified.sum()), 1)), classes[n]) for n in names]
-    return {
-        "chart": charts.stacked(
-            table, table.bound_by, summary.grid, names, classes, "Images certified, by the stage that limits the radius"
-        ),
-        "rows": sorted(shares, key=lambda row: -row[1]),
-    }
+    """Which stage limits the radius, of the certified images."""
+    return _stack(table, summary, table.bound_by, ~table.abstained, "Images certified, by the stage that limits the radius")
 
 
 def _votes(table: Table) -> Any:

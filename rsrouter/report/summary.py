@@ -194,7 +194,7 @@ def summarise(
     roles = find_roles(loaded, routed, experts)
     aligned = align(loaded, common=common)
     labelled = all(t.labelled for t in aligned)
-    columns = curves.default_radii(aligned) if radii is None else curves.check_radii(radii)
+    columns = _columns(aligned, roles) if radii is None else curves.check_radii(radii)
     grid = np.linspace(0.0, _last_radius(aligned, columns), POINTS)
     measure = curves.certified_accuracy if labelled else curves.certified_share
     series = []
@@ -224,6 +224,25 @@ def summarise(
             interval = curves.coverage_interval(table, pool, columns, confidence=confidence)
             summary.coverage[table.name] = (curves.coverage(table, pool, columns), *interval)
     return summary
+
+
+def plan_radii(table: Table) -> Array | None:
+    """The grid of radii that an adaptive plan settled, with 0; None for a plan (or a table) without one."""
+    plan = table.metadata.get("plan")
+    grid = plan.get("radii") if isinstance(plan, Mapping) else None
+    if not isinstance(grid, list) or not grid or not all(isinstance(r, int | float) and 0 <= r < np.inf for r in grid):
+        return None
+    return np.unique([0.0, *grid])
+
+
+def _columns(tables: Sequence[Table], roles: Mapping[str, str]) -> Array:
+    """Headline radii: the grid the first routed table's plan settled, as far as anything is certified, else round ones."""
+    first = min(tables, key=lambda t: ROLES.index(roles[t.name]))
+    grid = plan_radii(first)
+    if grid is None or len(grid) > 16:
+        return curves.default_radii(tables)
+    largest = max(float(t.radius.max()) for t in tables)
+    return grid[: max(int(np.sum(grid <= largest)), 2)]
 
 
 def _last_radius(tables: Sequence[Table], columns: Array) -> float:

@@ -139,7 +139,7 @@ class Plot:
                 score = gap + (1.5 if above else 0.0) - 4.0 * abs(i / len(x) - 0.35)
                 if score > best:
                     best, where = score, (box, i)
-        if where is not None and best > -6:
+        if where is not None and best > 0:
             box, _ = where
             self.boxes.append(box)
             self.text(box[0], box[3] - 2, text, f"onlabel {classes}")

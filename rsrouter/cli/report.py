@@ -1,0 +1,120 @@
+"""`rsrouter report` and `rsrouter merge`: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rsrouter.core.errors import InputError
+
+
+class Format(StrEnum):
+    """How a command prints its result."""
+
+    text = "text"
+    json = "json"
+
+
+def named_tables(sources: list[str]) -> dict[str, str] | list[str]:
+    """`NAME=PATH` or `PATH` arguments; a mapping where every table is named, else a list with the names applied."""
+    pairs = [_split(source) for source in sources]
+    if all(name for name, _ in pairs):
+        names = [str(name) for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise InputError(
+                "Two tables have one name", expected="a name for each table", received=", ".join(names), remedy="rename one"
+            )
+        return dict(zip(names, (path for _, path in pairs), strict=True))
+    return [path for _, path in pairs] if not any(name for name, _ in pairs) else _mixed(pairs)
+
+
+def _split(source: str) -> tuple[str | None, str]:
+    name, sign, path = source.partition("=")
+    # a file whose own name has an equals sign is a file
+    return (None, source) if not sign or not name or Path(source).exists() else (name, path)
+
+
+def _mixed(pairs: list[tuple[str | None, str]]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for name, path in pairs:
+        key = name or Path(path).stem
+        if key in named:
+            raise InputError("Two tables have one name", expected="a name for each table", received=key, remedy="write NAME=PATH")
+        named[key] = path
+    return named
+
+
+def parse_radii(text: str | None) -> list[float] | None:
+    """`"0,0.5,1"` as numbers; None for None."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(
+            "Radii must be numbers", expected="such as 0,0.25,0.5", received=repr(text), remedy="separate them by commas"
+        ) from error
+
+
+def report(
+    tables: Annotated[
+        list[str], typer.Argument(help="Results tables: PATH or NAME=PATH, ours or the field's TSV.", metavar="TABLE...")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("report"),
+    routed: Annotated[
+        list[str] | None, typer.Option(help="Name of a routed table (may be repeated); default: from its metadata.")
+    ] = None,
+    expert: Annotated[list[str] | None, typer.Option(help="Name of an expert's own table (may be repeated).")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    radii: Annotated[str | None, typer.Option(help="Columns of the table, such as 0,0.25,0.5.")] = None,
+    confidence: Annotated[float, typer.Option(help="Level of the intervals over images.")] = 0.95,
+    common: Annotated[bool, typer.Option("--common", help="Compare only the images that all tables hold.")] = False,
+    format: Annotated[Format, typer.Option(help="What to print.")] = Format.text,
+) -> None:
+    """Makes one self-contained page (and SVG, PNG, CSV) from results tables.
+
+    Example: rsrouter report routed=run/certificates.tsv run/sigma_0.25.tsv run/sigma_0.50.tsv --out run/report
+    """
+    from rsrouter.report import summarise, write_report
+    from rsrouter.report.summary import load_tables
+
+    loaded = load_tables(named_tables(tables))
+    chosen = parse_radii(radii)
+    page = write_report(
+        loaded, out, routed=routed, experts=expert, title=title, radii=chosen, confidence=confidence, common=common
+    )
+    summary = summarise(loaded, routed=routed, experts=expert, radii=chosen, confidence=confidence, common=common)
+    if format is Format.json:
+        typer.echo(json.dumps({"report": str(page), **summary.to_dict()}))
+        return
+    from rsrouter.report.text import print_summary
+
+    print_summary(summary)
+    typer.echo(f"Report: {page}")
+
+
+def merge(
+    tables: Annotated[list[Path], typer.Argument(help="The shards' tables, each with its JSON beside it.", metavar="TABLE...")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The merged table.")],
+    partial: Annotated[bool, typer.Option("--partial", help="Accept missing shards and rows.")] = False,
+    format: Annotated[Format, typer.Option(help="What to print.")] = Format.text,
+) -> None:
+    """Merges the shards of one run into one table, byte for byte what an unsharded run writes.
+
+    Example: rsrouter merge run/shard-*.tsv --out run/certificates.tsv
+    """
+    from rsrouter.results import merge_tables, read_table
+
+    path = merge_tables(tables, out, partial=partial)
+    rows = len(read_table(path))
+    typer.echo(json.dumps({"table": str(path), "rows": rows}) if format is Format.json else f"Merged {rows} rows into {path}")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds both commands to the program."""
+    app.command()(report)
+    app.command()(merge)
