@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from rsrouter.core.errors import HubError, IntegrityError, RSRouterError
@@ -219,16 +220,15 @@ class Hub:
             HubError, IntegrityError: as `fetch`.
         """
         from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import filter_repo_objects
 
         with explained(reference.repo_id, reference.requested):
             folder = Path(snapshot_download(reference.repo_id, revision=reference.revision, repo_type=reference.repo_type,
                                             allow_patterns=list(allow) if allow else None, token=self.token,
                                             cache_dir=self.cache_dir, local_files_only=self.local_files_only,
                                             library_name="rsrouter"))
-        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-        for name in filter_repo_objects(names, allow_patterns=list(allow) if allow else None):
-            check_content(folder / name, f"{reference.repo_id}@{reference.revision[:12]}")
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            if allow is None or any(fnmatch(path.relative_to(folder).as_posix(), pattern) for pattern in allow):
+                check_content(path, f"{reference.repo_id}@{reference.revision[:12]}")
         return folder
 
     def files(self, reference: Reference) -> list[str]:

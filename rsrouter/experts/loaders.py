@@ -232,8 +232,8 @@ def load_expert(
             path = hub.fetch(reference, check_relative(filename, "The argument"))
         else:
             path = hub.fetch_first(reference, WEIGHT_NAMES)
-        where = {"source": "hub", "location": reference.repo_id, "revision": reference.revision,
-                 "filename": filename or path.name}
+        where: dict[str, Any] = {"source": "hub", "location": reference.repo_id, "revision": reference.revision,
+                                 "filename": filename or path.name}
     else:
         given = Path(text).expanduser()
         if not given.exists():

@@ -21,7 +21,6 @@ from rsrouter.experts.small_resnet import SmallResNet
 _ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 _INPUT_SHAPES: dict[str, tuple[int, int, int]] = {}
 _DENOISERS: set[str] = set()
-_MADE_FROM = "_rsrouter_architecture"
 
 #: timm arguments that make it read other files or weights; a config.json may not set them
 _TIMM_FORBIDDEN = frozenset({"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
@@ -76,12 +75,6 @@ def _timm_model(name: str) -> str | None:
 
     plain = name.removeprefix("timm/")
     return plain if timm.is_model(plain.split(".")[0]) else None
-
-
-def find_architecture(module: nn.Module) -> tuple[str, dict[str, Any]] | None:
-    """`(name, kwargs with num_classes)` that `build_architecture` made a module from; None for one made otherwise."""
-    made: tuple[str, dict[str, Any]] | None = getattr(module, _MADE_FROM, None)
-    return None if made is None else (made[0], dict(made[1]))
 
 
 def known_architecture(name: str) -> bool:
