@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri
 
 from rsrouter.core.bounds import Array, binom_lower, binom_upper, sequence_lower, sequence_upper
 from rsrouter.core.errors import PlanError
@@ -98,17 +99,25 @@ def hoped_counts(
     stage: Stage, counts: Counts, drawn: NDArray[np.int64], total: int, reference: NDArray[np.int64],
     c: NDArray[np.int64], beta: float,
 ) -> Counts:
-    """Counts at `total` votes if the rest falls as well as confidence bounds at level `beta` allow.
+    """Counts at `total` votes that are still plausible: the reference high, every other outcome low.
 
-    The reference gets its upper bound's share of the remaining votes, every other outcome its lower bound's.
-    Rows need not sum to `total`: each column is only read for itself. Used to decide what to draw next, never
-    for what is reported.
+    One-sided prediction limits at level `beta`: the count at `total` given the votes so far is beta-binomial (flat
+    prior), here by its mean and standard deviation. Rows need not sum to `total`: each column is only read for
+    itself. Used to decide what to draw next, never for what is reported.
     """
     rows = np.arange(len(drawn))
     left = total - drawn
     some = np.maximum(drawn, 1)
     seen = np.where(drawn[:, None] > 0, counts, 0)
     chosen = np.maximum(reference, 0)
+    z = -float(ndtri(beta))
+
+    def predicted(count: NDArray[np.int64], sign: float) -> NDArray[np.int64]:
+        share = (count + 1.0) / (some + 2.0)
+        spread = np.sqrt(left * share * (1.0 - share) * (total / some))
+        more = np.where(drawn > 0, np.rint(left * share + sign * z * spread), left if sign > 0 else 0)
+        return np.asarray(count + np.clip(more, 0, left).astype(np.int64))
+
     future = seen.copy()
     answers = stage.answers[: stage.num_outcomes]
     rival = (answers[None, :] != c[:, None]) & (answers[None, :] != STAGE_TARGET)
@@ -117,11 +126,8 @@ def hoped_counts(
     if rival.any():
         # only the most voted rival counts in `stage_bounds`
         most = np.where(rival, seen, 0).argmax(1)
-        worst = np.where(drawn > 0, binom_lower(seen[rows, most], some, beta), 0.0)
-        future[rows, most] += np.floor(left * worst).astype(np.int64)
+        future[rows, most] = predicted(seen[rows, most], -1.0)
     for column in np.flatnonzero(answers == STAGE_TARGET):
-        worst = np.where(drawn > 0, binom_lower(seen[:, column], some, beta), 0.0)
-        future[:, column] = seen[:, column] + np.floor(left * worst).astype(np.int64)
-    best = np.where(drawn > 0, binom_upper(seen[rows, chosen], some, beta), 1.0)
-    future[rows, chosen] = seen[rows, chosen] + np.ceil(left * best).astype(np.int64)
-    return np.asarray(np.minimum(future, total))
+        future[:, column] = predicted(seen[:, column], -1.0)
+    future[rows, chosen] = predicted(seen[rows, chosen], 1.0)
+    return np.asarray(np.clip(future, 0, total))

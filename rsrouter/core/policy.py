@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rsrouter.core.bounds import AlphaSplit, Array
 from rsrouter.core.certificates import entry_radii, group_entries, no_entries, recursion
 from rsrouter.core.errors import PlanError
-from rsrouter.core.estimates import check_sides
+from rsrouter.core.estimates import StageBounds, check_sides
 from rsrouter.core.plans import Plan
 from rsrouter.core.requests import ESTIMATE, SELECT, VoteRequest, check_split, descend, group_votes, stages_by_network
 from rsrouter.core.tree import Stage, Tree
@@ -61,6 +61,10 @@ class CertifyPolicy:
         self._counts = {s: np.zeros((n, width[s]), np.int64) for s in tree.order}
         self._lower = {s: np.zeros((n, width[s])) for s in tree.order}
         self._upper = {s: np.ones((n, width[s])) for s in tree.order}
+        # the look that gave each bound, and the votes of earlier looks that still give one: image -> look -> counts
+        self._lower_at = {s: np.full((n, width[s]), -1) for s in tree.order}
+        self._upper_at = {s: np.full((n, width[s]), -1) for s in tree.order}
+        self._past: dict[str, dict[int, dict[int, NDArray[np.int64]]]] = {s: {} for s in tree.order}
         self._reference = {s: np.full(n, -1) for s in tree.order}
         self._on_path = {s: np.zeros(n, bool) for s in tree.order}
         # grouped entry radii, certified and hoped for (certificates.group_entries)
@@ -164,6 +168,12 @@ class CertifyPolicy:
             selection={s: tuple(self._selected[s][i].tolist()) for s in chosen},
             r_router=r_router,
             r_expert=r_expert,
+            earlier={
+                f"{s}@{self.plan.looks[look]}": tuple(votes.tolist())
+                for s in sampled
+                for look, votes in sorted(self._past[s].get(i, {}).items())
+                if look < self._look[i, self._column[self.tree.stages[s].network]]
+            },
         )
 
     def _check_open(self, request: VoteRequest, purpose: str, column: int) -> None:
@@ -250,6 +260,7 @@ class CertifyPolicy:
             name = stage.name
             new = self.plan.bounds(stage, self._counts[name][rows], look, self._reference[name][rows], self.c[rows],
                                    alpha=self.split.stages[name], sides=self.sides, lower_share=self.split.lower_share)
+            self._remember(name, rows, look, new)
             self._lower[name][rows] = np.maximum(self._lower[name][rows], new.lower)
             self._upper[name][rows] = np.minimum(self._upper[name][rows], new.upper)
             if self.rule == "min":
@@ -260,6 +271,28 @@ class CertifyPolicy:
                 entry = entry_radii(stage, self._lower[name][kept], self._upper[name][kept], self._reference[name][kept])
                 self._now[name][kept] = group_entries(stage, entry, self.c[kept])
             self._dream(stage, rows)
+
+    def _remember(self, name: str, rows: NDArray[np.int64], look: NDArray[np.int64], new: StageBounds) -> None:
+        """Keeps the votes of every look that a bound stands on; without them nobody could recompute the radius."""
+        # on a tie the later look, whose votes are stored anyway
+        lower_at = np.where(new.lower >= self._lower[name][rows], look[:, None], self._lower_at[name][rows])
+        upper_at = np.where(new.upper <= self._upper[name][rows], look[:, None], self._upper_at[name][rows])
+        self._lower_at[name][rows], self._upper_at[name][rows] = lower_at, upper_at
+        past = self._past[name]
+        settled = len(self.plan.looks) - 1
+        stale = (lower_at != look[:, None]).any(1) | (upper_at != look[:, None]).any(1)
+        for position, i in enumerate(rows.tolist()):
+            at = int(look[position])
+            kept = past.pop(i, {})
+            if stale[position]:
+                used = {*lower_at[position].tolist(), *upper_at[position].tolist()}
+                kept = {k: v for k, v in kept.items() if k in used}
+            else:
+                kept = {}
+            if at < settled:
+                kept[at] = self._counts[name][i].copy()
+            if kept:
+                past[i] = kept
 
     def _dream(self, stage: Stage, rows: NDArray[np.int64]) -> None:
         """Entry radii that a stage could still reach: decides what to draw, enters no certificate."""

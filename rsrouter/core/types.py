@@ -33,6 +33,9 @@ class Certificate:
         selection: selection votes, the same layout as `counts`; they fix `predict` and enter no bound.
         r_router: radius within which the routing decisions stay on the selected path (inf without routing).
         r_expert: radius of the answering stage alone; `min(r_router, r_expert)` is Dual RS's min rule.
+        earlier: cumulative votes at looks before the last, only where one of them gave a bound that the last look
+            does not reach: `"stage@votes"` to the same layout as `counts`. With it the radius is a function of
+            the stored votes (`rsrouter.core.recompute`).
     """
 
     predict: int
@@ -44,3 +47,4 @@ class Certificate:
     selection: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     r_router: float = float("inf")
     r_expert: float = 0.0
+    earlier: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
