@@ -199,28 +199,15 @@ def _merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: C
     return merged
 
 
-def load_expert(
+def open_checkpoint(
     source: str | os.PathLike[str], *, filename: str | None = None, revision: str | None = None, token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, **overrides: Any,
-) -> Expert:
-    """A pinned expert from a folder (`config.json` and weights), a weight file, or `hf-hub:org/name@revision`.
-
-    Args:
-        source: folder or file on disk, or a Hub reference.
-        filename: weight file, where the folder or repository has several.
-        revision: branch, tag or commit of a Hub repository, instead of `@revision`; resolved to the commit hash.
-        token, cache_dir, local_files_only: passed to `huggingface_hub`.
-        **overrides: what the files do not say, or say differently: `name`, `architecture`, `kwargs`, `sigma`,
-            `num_classes`, `input_shape`, `mean` and `std` (None for both: it normalises itself), or `normalisation`,
-            a name in `NORMALISATIONS`; `licence`.
+    cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any], str, Checkpoint]:
+    """Finds and reads a weight file; arguments and errors as in `load_expert`.
 
     Returns:
-        The expert, with its provenance; equal weights that are already in memory are shared.
-
-    Raises:
-        InputError: something that decides the votes is neither in the files nor given. Nothing is guessed.
-        CheckpointError: a file that cannot be read, would run code, or does not fit.
-        HubError, IntegrityError: see `rsrouter.hub.fetch`.
+        `(where, settings, sha256, checkpoint)`: the location fields of a `Provenance`, what `config.json` beside it
+        says, and the file's digest and content.
     """
     text = os.fspath(source)
     if is_hub_reference(text):
@@ -247,15 +234,44 @@ def load_expert(
             where |= {"source": "bundled", "location": folder.relative_to(ASSETS).as_posix()}
     data = read_verified(path, None)
     checkpoint = parse_checkpoint(data, path.name)
-    merged = _merge(settings, overrides, checkpoint, path.name)
-    provenance = Provenance(**where, sha256=sha256_of(data), loader="checkpoint", architecture=merged["architecture"],
+    return where, settings, sha256_of(data), checkpoint
+
+
+def load_expert(
+    source: str | os.PathLike[str], *, filename: str | None = None, revision: str | None = None, token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, **overrides: Any,
+) -> Expert:
+    """A pinned expert from a folder (`config.json` and weights), a weight file, or `hf-hub:org/name@revision`.
+
+    Args:
+        source: folder or file on disk, or a Hub reference.
+        filename: weight file, where the folder or repository has several.
+        revision: branch, tag or commit of a Hub repository, instead of `@revision`; resolved to the commit hash.
+        token, cache_dir, local_files_only: passed to `huggingface_hub`.
+        **overrides: what the files do not say, or say differently: `name`, `architecture`, `kwargs`, `sigma`,
+            `num_classes`, `input_shape`, `mean` and `std` (None for both: it normalises itself), or `normalisation`,
+            a name in `NORMALISATIONS`; `licence`.
+
+    Returns:
+        The expert, with its provenance; equal weights that are already in memory are shared.
+
+    Raises:
+        InputError: something that decides the votes is neither in the files nor given. Nothing is guessed.
+        CheckpointError: a file that cannot be read, would run code, or does not fit.
+        HubError, IntegrityError: see `rsrouter.hub.fetch`.
+    """
+    where, settings, sha256, checkpoint = open_checkpoint(
+        source, filename=filename, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    shown = where["filename"]
+    merged = _merge(settings, overrides, checkpoint, shown)
+    provenance = Provenance(**where, sha256=sha256, loader="checkpoint", architecture=merged["architecture"],
                             kwargs=dict(merged.get("kwargs") or {}), licence=merged.get("licence"))
     expert = make_expert(provenance, merged)  # checks sigma, shapes and normalisation before any weight is placed
     key = (provenance.sha256, "checkpoint", provenance.architecture, expert.num_classes, _stable(provenance.kwargs))
     module = _MODULES.get(key)
     if module is None:
         module = build_architecture(provenance.architecture, expert.num_classes, provenance.kwargs)
-        module = fit_state(module, checkpoint.state, architecture=provenance.architecture, filename=path.name)
+        module = fit_state(module, checkpoint.state, architecture=provenance.architecture, filename=shown)
         _MODULES[key] = module
     expert._module = module
     return expert
