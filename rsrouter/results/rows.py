@@ -84,7 +84,8 @@ class Row:
         n_drawn: votes drawn over all stages, selection included.
         seed: certification seed; None where there is none.
         bound_by: name of the stage that limits the radius.
-        counts: `{"select": {stage: [votes]}, "estimate": {stage: [votes]}}`.
+        counts: `{"select": {stage: [votes]}, "estimate": {stage: [votes]}}`, and `"earlier": {"stage@votes": [votes]}`
+            where a bound stands on a look before the last (`Certificate.earlier`).
     """
 
     idx: int
@@ -119,7 +120,7 @@ class Row:
             n_drawn=certificate.n_drawn,
             seed=None if seed is None else int(seed),
             bound_by=certificate.bound_by,
-            counts={"select": certificate.selection, "estimate": certificate.counts},
+            counts={"select": certificate.selection, "estimate": certificate.counts, "earlier": certificate.earlier},
         )
 
     @property
@@ -164,7 +165,7 @@ class Row:
                 )
         counts = {
             purpose: {stage: [int(v) for v in votes] for stage, votes in sorted((self.counts or {}).get(purpose, {}).items())}
-            for purpose in ("select", "estimate")
+            for purpose in ("select", "estimate", *(("earlier",) if (self.counts or {}).get("earlier") else ()))
         }
         cells = (
             self.idx,
@@ -193,7 +194,8 @@ def parse_counts(text: str) -> dict[str, dict[str, tuple[int, ...]]]:
         ValueError: not the JSON that `Row.to_line` writes.
     """
     data = json.loads(text)
-    if not isinstance(data, dict) or set(data) != {"select", "estimate"} or not all(isinstance(v, dict) for v in data.values()):
+    known = isinstance(data, dict) and set(data) - {"earlier"} == {"select", "estimate"}
+    if not known or not all(isinstance(v, dict) for v in data.values()):
         raise ValueError('not {"select": {...}, "estimate": {...}}')
     for stages in data.values():
         for name, votes in stages.items():

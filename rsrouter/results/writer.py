@@ -104,11 +104,8 @@ class ResultsWriter:
                 )
             fresh.add(row.idx)
             text.append(row.to_line())
-        data = memoryview("".join(text).encode())
         try:
-            while data:
-                data = data[os.write(self._fd, data) :]
-                self._dirty = True
+            self._write("".join(text).encode())
             self._done |= fresh
             if time.monotonic() - self._synced >= self._sync_seconds:
                 self.sync()
@@ -141,6 +138,12 @@ class ResultsWriter:
 
     def __del__(self) -> None:
         self._abandon()
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:  # a nearly full disk takes a part, and only then refuses
+            self._dirty = True
+            left = left[os.write(self._fd, left) :]
 
     def _abandon(self) -> None:
         fd, self._fd = getattr(self, "_fd", -1), -1
@@ -191,7 +194,7 @@ class ResultsWriter:
         if len(whole) < len(content):
             os.ftruncate(self._fd, len(whole.encode()))
         if not whole:
-            os.write(self._fd, HEADER.encode())
+            self._write(HEADER.encode())
         os.fsync(self._fd)
         sync_folder(self.path.parent)
 

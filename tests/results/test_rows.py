@@ -1,0 +1,123 @@
+"""Rows: text that never claims more than the certificate, and reads back as what was written."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_rows import METADATA, make_row, run_job
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rsrouter.core import Certificate
+from rsrouter.core.errors import ResultsError
+from rsrouter.results import COLUMNS, FIELD_COLUMNS, RADIUS_DECIMALS, ResultsWriter, Row, format_radius, read_table
+from rsrouter.results.rows import parse_time
+
+radii = st.floats(min_value=0.0, max_value=1e6, allow_nan=False)
+
+
+@settings(deadline=None)
+@given(radii)
+def test_a_written_radius_is_never_rounded_up(radius: float) -> None:
+    text = format_radius(radius)
+    assert Decimal(text) <= Decimal(radius)
+    assert float(text) <= radius
+    assert Decimal(radius) - Decimal(text) < Decimal(1).scaleb(-RADIUS_DECIMALS)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 400), st.integers(-3, 3))
+def test_radii_next_to_a_grid_value_stay_on_their_side(quarter: int, steps: int) -> None:
+    grid = quarter / 40
+    radius = grid
+    for _ in range(abs(steps)):
+        radius = math.nextafter(radius, math.inf if steps > 0 else 0.0)
+    if radius < grid:
+        # what the field's three digits get wrong
+        assert float(format_radius(radius)) < grid
+    assert float(format_radius(radius)) <= radius
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    radius=radii,
+    r_router=st.one_of(radii, st.just(math.inf)),
+    r_expert=radii,
+    predict=st.integers(0, 999),
+    label=st.integers(-1, 999),
+)
+def test_a_row_reads_back(tmp_path_factory: pytest.TempPathFactory, radius: float, r_router: float, r_expert: float,
+                          predict: int, label: int) -> None:  # fmt: skip
+    certificate = Certificate(
+        predict, radius, "b", 300, {"router": (5, 6, 0)}, "router", {"router": (1, 0, 0)}, r_router, r_expert
+    )
+    path = tmp_path_factory.mktemp("row") / "t.tsv"
+    with ResultsWriter(path, METADATA) as writer:
+        writer.append(Row.from_certificate(certificate, idx=3, label=label, seconds=1.5, rule="min", seed=11))
+    table = read_table(path)
+    assert table.radius[0] <= radius
+    assert table.r_router[0] <= r_router
+    assert table.r_expert[0] <= r_expert
+    assert (table.predict[0], table.label[0], table.idx[0]) == (predict, label, 3)
+    assert table.correct[0] == (-1 if label < 0 else int(label == predict))
+    assert (table.expert[0], table.rule[0], table.seed[0], table.bound_by[0], table.n_drawn[0]) == ("b", "min", 11, "router", 300)
+    assert table.counts(0) == {"select": {"router": (1, 0, 0)}, "estimate": {"router": (5, 6, 0)}}
+
+
+def test_columns_are_the_fields_own_first() -> None:
+    assert COLUMNS[:6] == FIELD_COLUMNS == ("idx", "label", "predict", "radius", "correct", "time")
+    assert COLUMNS[6:] == ("expert", "rule", "r_router", "r_expert", "n_drawn", "seed", "bound_by", "counts")
+
+
+def test_the_fields_own_analysis_reads_the_table(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    run_job(tmp_path / "t.tsv", range(40))
+    ours = read_table(tmp_path / "t.tsv")
+    # code/analyze.py of locuslab/smoothing, ApproximateAccuracy.at_radii
+    frame = pandas.read_csv(tmp_path / "t.tsv", delimiter="\t")
+    for r in (0.0, 0.25, 1.0):
+        theirs = (frame["correct"].eq(1) & (frame["radius"] >= r)).mean()
+        assert theirs == pytest.approx(np.mean((ours.correct == 1) & (ours.radius >= r)), abs=0)
+    assert list(frame["counts"]) == list(ours.counts_text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("12.5", 12.5),
+        ("0:00:14.114881", 14.114881),
+        ("1:02:03", 3723.0),
+        ("1 day, 0:00:01", 86401.0),
+        ("-1 day, 23:59:59.5", -0.5),
+    ],
+)
+def test_times_of_both_kinds(text: str, seconds: float) -> None:
+    assert parse_time(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("radius", [math.nan, -1e-9])
+def test_no_radius(radius: float) -> None:
+    with pytest.raises(ResultsError, match="radius"):
+        format_radius(radius)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"radius": math.nan}, {"radius": math.inf}, {"predict": -1}, {"predict": -2}, {"label": -2}, {"idx": -1}, {"n_drawn": -5},
+     {"time": math.nan}, {"expert": "a\tb"}, {"expert": "a\nb"}, {"bound_by": "a\rb"}, {"expert": '"a'}],
+)  # fmt: skip
+def test_values_that_no_table_may_hold(change: dict[str, object]) -> None:
+    good = {"idx": 0, "label": 1, "predict": 1, "radius": 0.5, "time": 1.0}
+    assert Row(**good).to_line().count("\t") == len(COLUMNS) - 1  # type: ignore[arg-type]
+    with pytest.raises(ResultsError):
+        Row(**{**good, **change}).to_line()  # type: ignore[arg-type]
+
+
+def test_a_clock_that_jumped_back_leaves_a_readable_row(tmp_path: Path) -> None:
+    with ResultsWriter(tmp_path / "t.tsv", METADATA) as writer:
+        writer.append(make_row(0, seconds=-3600.0))
+    assert read_table(tmp_path / "t.tsv").time[0] == 0.0
