@@ -11,9 +11,11 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from rsrouter.core.errors import HubError, IntegrityError, RSRouterError
 
@@ -240,6 +242,20 @@ class Hub:
                 reference.repo_id, revision=reference.revision, repo_type=reference.repo_type, token=self.token))
 
 
+_SETTINGS: ContextVar[dict[str, Any] | None] = ContextVar("hub settings", default=None)
+
+
+@contextmanager
+def hub_settings(**settings: Any) -> Iterator[None]:
+    """Token, cache and offline mode for every pinned file that is fetched in its body and not told otherwise: a router's
+    experts come the same way as the router."""
+    mark = _SETTINGS.set(settings)
+    try:
+        yield
+    finally:
+        _SETTINGS.reset(mark)
+
+
 def fetch(repo_id: str, filename: str, revision: str, *, repo_type: str = "model", token: str | bool | None = None,
           cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False) -> Path:
     """A file of a repository at a full commit hash; from the cache without any request where it is there.
@@ -251,7 +267,10 @@ def fetch(repo_id: str, filename: str, revision: str, *, repo_type: str = "model
     if not _COMMIT.match(revision):
         raise HubError(f"{repo_id} is not pinned", expected="a commit hash of 40 hex digits", received=repr(revision),
                        remedy="resolve the branch or tag first; `rsrouter wrap` does")
-    hub = Hub(token=token, cache_dir=cache_dir, local_files_only=local_files_only, repo_type=repo_type)
+    told = _SETTINGS.get() or {}
+    hub = Hub(token=told.get("token") if token is None else token, repo_type=repo_type,
+              cache_dir=told.get("cache_dir") if cache_dir is None else cache_dir,
+              local_files_only=local_files_only or bool(told.get("local_files_only", False)))
     return hub.fetch(Reference(repo_id, revision, revision, repo_type), filename)
 
 

@@ -18,6 +18,7 @@ from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
 from rsrouter.experts.base import Expert, ExpertPool, Provenance
 from rsrouter.experts.checkpoints import sha256_of
 from rsrouter.experts.pool_file import pool_from_dict, pool_to_dict
+from rsrouter.hub import Hub, Reference, hub_settings, is_hub_reference
 from rsrouter.router import router_from_config
 from rsrouter.router.base import Router
 from rsrouter.router.describe import describe_module
@@ -25,7 +26,17 @@ from rsrouter.sampling.execution import Execution
 
 SCHEMA_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "router.safetensors"
-_KEYS = {"schema_version", "rsrouter_version", "library_name", "pool", "router", "router_digest", "execution", "noise", "training"}
+_KEYS = {
+    "schema_version",
+    "rsrouter_version",
+    "library_name",
+    "pool",
+    "router",
+    "router_digest",
+    "execution",
+    "noise",
+    "training",
+}
 
 
 def _written_down(expert: Expert, folder: Path) -> Expert:
@@ -38,11 +49,29 @@ def _written_down(expert: Expert, folder: Path) -> Expert:
         return expert
     target = folder / "experts" / expert.name
     target.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in expert.module.state_dict().items()}, target / "model.safetensors")
-    provenance = Provenance("local", str(target), None, "model.safetensors", sha256_of(target / "model.safetensors"), "rsrouter",
-                            "torch_layers", {"description": describe_module(expert.module)})
-    return Expert(expert.module, sigma=expert.sigma, num_classes=expert.num_classes, input_shape=expert.input_shape,
-                  mean=expert.mean, std=expert.std, name=expert.name, provenance=provenance)
+    save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in expert.module.state_dict().items()}, target / "model.safetensors"
+    )
+    provenance = Provenance(
+        "local",
+        str(target),
+        None,
+        "model.safetensors",
+        sha256_of(target / "model.safetensors"),
+        "rsrouter",
+        "torch_layers",
+        {"description": describe_module(expert.module)},
+    )
+    return Expert(
+        expert.module,
+        sigma=expert.sigma,
+        num_classes=expert.num_classes,
+        input_shape=expert.input_shape,
+        mean=expert.mean,
+        std=expert.std,
+        name=expert.name,
+        provenance=provenance,
+    )
 
 
 def save_routed(folder: Path, pool: ExpertPool, router: Router, execution: Execution, noise: str) -> Path:
@@ -57,12 +86,21 @@ def save_routed(folder: Path, pool: ExpertPool, router: Router, execution: Execu
     described = [describe_module(e.module) for e in pool if e.provenance is None]  # refuse before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     pinned = ExpertPool([_written_down(e, folder) for e in pool]) if described else pool
-    config = {"schema_version": SCHEMA_VERSION, "rsrouter_version": __version__, "library_name": "rsrouter",
-              "pool": pool_to_dict(pinned, folder), "router": router_config, "router_digest": router.digest,
-              "execution": execution.to_dict(), "noise": noise}
+    config = {
+        "schema_version": SCHEMA_VERSION,
+        "rsrouter_version": __version__,
+        "library_name": "rsrouter",
+        "pool": pool_to_dict(pinned, folder),
+        "router": router_config,
+        "router_digest": router.digest,
+        "execution": execution.to_dict(),
+        "noise": noise,
+    }
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in router.modules.state_dict().items()}
     _replace(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8"))
+    _replace(
+        folder / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    )
     return folder
 
 
@@ -85,18 +123,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError("No router there", expected=f"a folder with {CONFIG} and {WEIGHTS}, or a Hub repository", received=str(folder),
-                         remedy="write it with RoutedSmooth.save_pretrained or `rsrouter train`") from error
+        raise InputError(
+            "No router there",
+            expected=f"a folder with {CONFIG} and {WEIGHTS}, or a Hub repository",
+            received=str(folder),
+            remedy="write it with RoutedSmooth.save_pretrained or `rsrouter train`",
+        ) from error
     except ValueError as error:
-        raise CheckpointError(f"{CONFIG} is not JSON", expected="a JSON object", received=str(error), remedy="fetch or save it again") from error
+        raise CheckpointError(
+            f"{CONFIG} is not JSON", expected="a JSON object", received=str(error), remedy="fetch or save it again"
+        ) from error
     if not isinstance(config, dict) or config.get("schema_version") != SCHEMA_VERSION:
         received = config.get("schema_version") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"{CONFIG} has another schema", expected=f"schema_version {SCHEMA_VERSION}", received=repr(received),
-                              remedy="upgrade rsrouter, or check that this is an rsrouter repository")
+        raise CheckpointError(
+            f"{CONFIG} has another schema",
+            expected=f"schema_version {SCHEMA_VERSION}",
+            received=repr(received),
+            remedy="upgrade rsrouter, or check that this is an rsrouter repository",
+        )
     missing = sorted({"pool", "router", "router_digest", "execution", "noise"} - config.keys())
     if missing:
-        raise CheckpointError(f"{CONFIG} is incomplete", expected=f"the keys {sorted(_KEYS)}", received=f"without {missing}",
-                              remedy="fetch or save it again")
+        raise CheckpointError(
+            f"{CONFIG} is incomplete",
+            expected=f"the keys {sorted(_KEYS)}",
+            received=f"without {missing}",
+            remedy="fetch or save it again",
+        )
     if unknown := sorted(config.keys() - _KEYS):
         warnings.warn(f"{CONFIG}: unknown keys {unknown} are ignored; they may need a newer rsrouter", stacklevel=3)
     return config
@@ -115,34 +167,119 @@ def load_folder(folder: Path) -> tuple[ExpertPool, Router, Execution, str]:
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{WEIGHTS} cannot be read", expected="a safetensors file", received=f"{folder / WEIGHTS}: {error}",
-                              remedy="fetch or save it again") from error
+        raise CheckpointError(
+            f"{WEIGHTS} cannot be read",
+            expected="a safetensors file",
+            received=f"{folder / WEIGHTS}: {error}",
+            remedy="fetch or save it again",
+        ) from error
     state = router.modules.state_dict()
     if {k: tuple(v.shape) for k, v in state.items()} != {k: tuple(v.shape) for k, v in tensors.items()}:
-        raise CheckpointError(f"{WEIGHTS} does not fit {CONFIG}", expected=str({k: tuple(v.shape) for k, v in state.items()}),
-                              received=str({k: tuple(v.shape) for k, v in tensors.items()}), remedy="the two files belong to different routers")
+        raise CheckpointError(
+            f"{WEIGHTS} does not fit {CONFIG}",
+            expected=str({k: tuple(v.shape) for k, v in state.items()}),
+            received=str({k: tuple(v.shape) for k, v in tensors.items()}),
+            remedy="the two files belong to different routers",
+        )
     router.modules.load_state_dict(tensors, strict=True)
     for module in router.modules.values():
         module.eval().requires_grad_(False)
     if router.digest != config["router_digest"]:
-        raise IntegrityError("The router is not the one that was saved", expected=f"digest {config['router_digest']}",
-                             received=f"digest {router.digest}", remedy="fetch or save it again; do not use its certificates")
+        raise IntegrityError(
+            "The router is not the one that was saved",
+            expected=f"digest {config['router_digest']}",
+            received=f"digest {router.digest}",
+            remedy="fetch or save it again; do not use its certificates",
+        )
     known = {f.name for f in fields(Execution)}
     execution = Execution(**{k: v for k, v in config["execution"].items() if k in known})
     return pool, router, execution, str(config["noise"])
 
 
-def load_routed(name: str | Path, revision: str | None = None, **hub: Any) -> tuple[ExpertPool, Router, Execution, str]:
-    """As `load_folder`, from a folder or from a Hub repository at a revision."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-            raise InputError("No router there", expected="a folder, or a Hub repository 'org/name'", received=str(name),
-                             remedy="check the path, or train a router first")
-        from rsrouter.hub import snapshot
+def check_fetched(pool: ExpertPool, where: str) -> None:
+    """Refuses a fetched router whose experts lie on this machine: a configuration from elsewhere names no local file.
 
-        folder = snapshot(str(name), revision, allow=[CONFIG, WEIGHTS, "experts/*"], **hub)
-    elif revision is not None:
-        raise InputError("A folder has no revisions", expected="revision=None", received=repr(revision), remedy="leave it out")
-    with torch.no_grad():
-        return load_folder(folder)
+    Raises:
+        IntegrityError: an expert (or a member of one) that is neither pinned on the Hub nor bundled.
+    """
+    for expert in pool:
+        for origin in origins(expert):
+            if origin.source == "local":
+                raise IntegrityError(
+                    f"Expert {expert.name!r} of {where} is not pinned",
+                    expected="a Hub repository at a commit hash",
+                    received=f"a local file, {origin.location}",
+                    remedy="ask its publisher to publish it again with `rsrouter publish`",
+                )
+
+
+def origins(expert: Expert) -> list[Provenance]:
+    """Where the weights of an expert come from: one provenance, or those of its members (composite experts)."""
+    if expert.provenance is None:
+        return []
+    found, todo = [], [expert.provenance]
+    while todo:
+        provenance = todo.pop()
+        members = [Provenance.from_dict(part["provenance"]) for part in provenance.parts]
+        todo.extend(members)
+        if not members:
+            found.append(provenance)
+    return found
+
+
+def resolve_source(
+    name: str | Path,
+    revision: str | None = None,
+    *,
+    extra: tuple[str, ...] = (),
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> tuple[Path, Reference | None]:
+    """The folder of a router, fetched where `name` is a Hub repository, and then the commit it is.
+
+    Args:
+        name: a folder, or `org/name` (or `hf-hub:org/name@revision`).
+        revision: branch, tag or commit.
+        extra: patterns of further files to fetch, such as `certificates/*`.
+        token, cache_dir, local_files_only: as in `huggingface_hub`.
+
+    Raises:
+        InputError: neither a folder nor a repository. HubError, IntegrityError: see `rsrouter.hub`.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                "A folder has no revisions", expected="revision=None", received=repr(revision), remedy="leave it out"
+            )
+        return folder, None
+    text = str(name)
+    if isinstance(name, Path) or not (is_hub_reference(text) or (text.count("/") == 1 and not text.startswith((".", "/", "~")))):
+        raise InputError(
+            "No router there",
+            expected="a folder, or a Hub repository 'org/name'",
+            received=text,
+            remedy="check the path, or train a router first",
+        )
+    hub = Hub(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    reference = hub.reference(text, revision)
+    path = hub.fetch(reference, CONFIG)
+    hub.fetch(reference, WEIGHTS)
+    if extra:
+        hub.snapshot(reference, [CONFIG, WEIGHTS, *extra])
+    return path.parent, reference
+
+
+def load_routed(name: str | Path, revision: str | None = None, **hub: Any) -> tuple[ExpertPool, Router, Execution, str]:
+    """As `load_folder`, from a folder or from a Hub repository at a revision.
+
+    Args:
+        hub: `token`, `cache_dir`, `local_files_only`; they hold for the pinned experts as well.
+    """
+    folder, reference = resolve_source(name, revision, **hub)
+    with torch.no_grad(), hub_settings(**hub):
+        loaded = load_folder(folder)
+    if reference is not None:
+        check_fetched(loaded[0], reference.repo_id)
+    return loaded

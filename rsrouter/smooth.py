@@ -8,7 +8,9 @@ What is certified is the ideal smoothed classifier g (exact probabilities): with
 from __future__ import annotations
 
 import hashlib
+import importlib
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import ModelHubMixin
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -213,7 +216,7 @@ class Smooth(_Smoothed):
                              device=device, on_certificate=on_certificate, progress=progress)
 
 
-class RoutedSmooth(_Smoothed):
+class RoutedSmooth(_Smoothed, ModelHubMixin, library_name="rsrouter", tags=["randomized-smoothing", "certified-robustness"]):
     """A smoothed router over frozen smoothed experts, certified as one classifier.
 
     Args:
@@ -250,18 +253,45 @@ class RoutedSmooth(_Smoothed):
         return self._certify(images, plan=plan, alpha=alpha, seed=seed, ids=ids, rule=rule, sides=sides, batch_size=batch_size,
                              device=device, on_certificate=on_certificate, progress=progress)
 
-    def save_pretrained(self, save_directory: str | Path) -> Path:
+    def save_pretrained(self, save_directory: str | Path) -> Path:  # type: ignore[override]
         """Writes `config.json` and `router.safetensors` (the router's tensors only; experts are pinned, not copied)."""
         return save_routed(Path(save_directory), self.pool, self.router, self.execution, self.noise)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save_pretrained(save_directory)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None, **hub: Any) -> RoutedSmooth:
         """Loads a routed classifier from a folder or the Hub, and verifies every pinned expert.
 
         Args:
-            name: folder with `config.json`, or a Hub repository id.
-            revision: branch, tag or commit on the Hub.
-            hub: `token`, `cache_dir`, `local_files_only`.
+            name: folder with `config.json`, or a Hub repository id (`org/name`, `hf-hub:org/name@revision`).
+            revision: branch, tag or commit on the Hub; a full commit hash with a warm cache needs no network.
+            hub: `token`, `cache_dir`, `local_files_only`; they hold for the pinned experts as well.
+
+        Raises:
+            HubError: a repository, revision or file that is missing, gated or not to be had.
+            IntegrityError: a router or an expert that is not the one that was pinned.
+            CheckpointError, InputError: files that cannot be read or do not fit.
         """
         pool, router, execution, noise = load_routed(name, revision, **hub)
         return cls(pool, router, execution=execution, noise=noise)
+
+    def push_to_hub(self, repo_id: str, *, certificates: str | Path | None = None, **options: Any) -> Any:  # type: ignore[override]
+        """Publishes this router: pinned experts, its own tensors, certificates and a card, in one commit.
+
+        Args:
+            repo_id: `org/name`.
+            certificates: folder with results tables of this router, or one table; None publishes none.
+            options: `private`, `create_pr`, `dry_run`, `token`, ... of `rsrouter.publish.publish`.
+
+        Returns:
+            A `rsrouter.publish.Publication`.
+
+        Raises:
+            HubError, InputError, IntegrityError: see `rsrouter.publish.publish`.
+        """
+        # publishing stands above this module, and is only looked up when asked for
+        publish = importlib.import_module("rsrouter.publish")
+        with tempfile.TemporaryDirectory() as scratch:
+            return publish.publish(self.save_pretrained(Path(scratch) / "router"), repo_id, certificates=certificates, **options)
