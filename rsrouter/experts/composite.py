@@ -262,7 +262,8 @@ def denoised(denoiser: Denoiser | nn.Module, classifier: Expert, *, sigma: float
     if size is not None and (diffusion is None or classifier.input_shape[1] != classifier.input_shape[2]
                              or shape[0] != classifier.input_shape[0]):
         raise InputError("Denoiser and classifier take different images", expected=str(classifier.input_shape),
-                         received=str(shape), remedy="use a classifier for this image size, or a diffusion denoiser, whose output is resized")
+                         received=str(shape),
+                         remedy="use a classifier for this image size, or a diffusion denoiser, whose output is resized")
     kwargs = {"sigma": sigma, "size": size, "diffusion": None if diffusion is None else asdict(diffusion)}
     module = _denoised_module(source.module, classifier.network(), kwargs)
     provenance = _composite("denoised", kwargs, [

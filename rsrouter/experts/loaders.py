@@ -46,7 +46,7 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = 
 }
 
 _SETTINGS = ("name", "architecture", "kwargs", "sigma", "num_classes", "input_shape", "mean", "std", "normalisation", "licence")
-_CONFIG_KEYS = {*_SETTINGS, "training", "schema_version", "rsrouter_version", "description"}
+_CONFIG_KEYS = {*_SETTINGS, "training", "schema_version", "rsrouter_version", "library_name", "description", "converted_from"}
 #: one module per pinned content: entries at several sigmas, and pools loaded twice, hold the weights once
 _MODULES: weakref.WeakValueDictionary[tuple[object, ...], nn.Module] = weakref.WeakValueDictionary()
 
