@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from markupsafe import Markup
@@ -21,9 +21,9 @@ _SMALL = {WIDE: (420.0, 280.0), NARROW: (380.0, 270.0)}
 RADIUS = "L2 radius (pixels in [0, 1])"
 
 
-def both(build: object) -> Markup:
+def both(build: Callable[[str], Markup]) -> Markup:
     """The wide and the narrow form of one chart."""
-    return Markup("").join(build(form) for form in (WIDE, NARROW))  # type: ignore[operator]
+    return Markup("").join(build(form) for form in (WIDE, NARROW))
 
 
 def colours(summary: Summary) -> dict[str, str]:
@@ -66,7 +66,7 @@ def curve(summary: Summary) -> Markup:
             classes = colour.get(s.name, "quiet")
             classes += " strong" if s.role == ROUTED else ""
             others = [o.fine for o in summary.series if o is not s]
-            plot.label_on_line(x, s.fine, _clip(s.name, 26 if form == WIDE else 16), classes, others)
+            plot.label_on_line(x, s.fine, _clip(s.name, 26 if form == WIDE else 16), classes, others, leader=s.role == ROUTED)
         return plot.render(form, f'data-right="{plot.right:g}" data-left="{plot.left:g}" data-xmax="{x[-1]:g}"')
 
     return both(build)

@@ -113,35 +113,43 @@ class Plot:
         back = self.points(x[::-1], low[::-1]).replace("M", "L", 1)
         self.raw(f'<path class="{escape(classes)}" d="{self.points(x, high)}{back}Z">{hint}</path>')
 
-    def label_on_line(self, x: Array, y: Array, text: str, classes: str, others: Sequence[Array], *, size: float = 12.5) -> None:
-        """Writes `text` beside the line where it is farthest from the `others` (same x) and from earlier labels."""
-        width, height = 0.56 * size * len(text), size * 1.1
-        best, where = -np.inf, None
-        px = np.array([self.px(v) for v in x])
-        obstacles = np.array([[self.py(v) for v in other] for other in others]) if len(others) else np.zeros((0, len(x)))
-        py = np.array([self.py(v) for v in y])
+    def label_on_line(
+        self, x: Array, y: Array, text: str, classes: str, others: Sequence[Array], *, leader: bool = False, size: float = 12.5
+    ) -> None:
+        """Writes `text` beside the line where it is farthest from the `others` (same x) and from earlier labels.
+
+        Where every place is taken nothing is written, unless with `leader`: then it stands apart, up to the right, and
+        a thin line leads from it to the curve.
+        """
+        width, height = (0.6 if leader else 0.56) * size * len(text), size * 1.1
+        px, py = (np.array([project(v) for v in values]) for project, values in ((self.px, x), (self.py, y)))
+        obstacles = np.array([[self.py(v) for v in other] for other in others]).reshape(len(others), len(x))
+        best, where = 0.0, None
         for i in range(2, len(x) - 2, 2):
             if y[i] <= self.y[0] + 0.015 * (self.y[1] - self.y[0]):
                 continue
-            for above in (True, False):
-                box = (
-                    (px[i] + 5, py[i] - 5 - height, px[i] + 5 + width, py[i] - 5)
-                    if above
-                    else (px[i] - 6 - width, py[i] + 5, px[i] - 6, py[i] + 5 + height)
-                )
+            for away in (0.0, -1.0, 30.0, 60.0, 90.0, 120.0) if leader else (0.0, -1.0):
+                left, base = (px[i] - 6 - width, py[i] + 5 + height) if away < 0 else (px[i] + 5 + 0.5 * away, py[i] - 5 - away)
+                box = (left, base - height, left + width, base)
                 if box[0] < self.left + 3 or box[2] > self.right - 1 or box[1] < self.top - 2 or box[3] > self.bottom - 3:
                     continue
                 inside = (px >= box[0] - 4) & (px <= box[2] + 4)
                 gap = min(_gap(obstacles[:, inside], box[1], box[3]), 2 * _gap(py[None, inside], box[1], box[3]) + 4, 26.0)
-                for b in self.boxes:
-                    apart = max(box[0] - b[2], b[0] - box[2], box[1] - b[3], b[1] - box[3])
-                    gap = min(gap, apart - 2)
-                score = gap + (1.5 if above else 0.0) - 4.0 * abs(i / len(x) - 0.35)
+                gap = min([gap, *(max(box[0] - b[2], b[0] - box[2], box[1] - b[3], b[1] - box[3]) - 2 for b in self.boxes)])
+                if away > 0 and gap < 4:
+                    continue
+                score = (
+                    min(gap, 12.0) + gap / 10 - 4.0 * abs(i / len(x) - 0.35) - 0.05 * max(away, 0.0) + (1.5 if away == 0 else 0.0)
+                )
                 if score > best:
-                    best, where = score, (box, i)
-        if where is not None and best > 0:
-            box, _ = where
+                    best, where = score, (box, i, away)
+        if where is not None:
+            box, i, away = where
             self.boxes.append(box)
+            if away > 0:
+                start = f"M{number(px[i])} {number(py[i])}"
+                self.raw(f'<path class="leader {escape(classes)}" d="{start}L{number(box[0] + 6)} {number(box[3] + 2)}"/>')
+                self.raw(f'<circle class="dot {escape(classes)}" cx="{number(px[i])}" cy="{number(py[i])}" r="3.2"/>')
             self.text(box[0], box[3] - 2, text, f"onlabel {classes}")
 
     def render(self, classes: str = "", marks: str = "") -> Markup:
