@@ -11,6 +11,7 @@ from rsrouter.experts.wrap import Wrapped, wrap
 
 __all__ = [
     "LOADERS", "NORMALISATIONS", "Denoiser", "Diffusion", "Ensemble", "Expert", "ExpertPool", "NoisyCheck", "Normalise",
-    "Provenance", "Selection", "Wrapped", "architectures", "at_sigmas", "build_architecture", "check_expert", "convert", "denoised", "ensemble",
-    "load_denoiser", "load_expert", "module_digest", "register_architecture", "save_expert", "select_experts", "wrap",
+    "Provenance", "Selection", "Wrapped", "architectures", "at_sigmas", "build_architecture", "check_expert", "convert",
+    "denoised", "ensemble", "load_denoiser", "load_expert", "module_digest", "register_architecture",
+    "save_expert", "select_experts", "wrap",
 ]

@@ -72,7 +72,8 @@ def check_expert(expert: Expert, images: Tensor, labels: Tensor, *, seed: int = 
     """
     if images.ndim != 4 or tuple(images.shape[1:]) != expert.input_shape or len(images) == 0:
         raise InputError(f"The images do not fit expert {expert.name!r}",
-                         expected=f"(N, {', '.join(map(str, expert.input_shape))})", received=str(tuple(images.shape)), remedy="check input_shape, or resize the data")
+                         expected=f"(N, {', '.join(map(str, expert.input_shape))})",
+                         received=str(tuple(images.shape)), remedy="check input_shape, or resize the data")
     if tuple(labels.shape) != (len(images),) or int(labels.min()) < 0 or int(labels.max()) >= expert.num_classes:
         raise InputError(f"The labels do not fit expert {expert.name!r}",
                          expected=f"{len(images)} labels in 0 to {expert.num_classes - 1}",

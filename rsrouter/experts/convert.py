@@ -97,7 +97,8 @@ def card(expert: Expert, config: dict[str, Any]) -> str:
     where = f"`{origin['filename']}`, sha256 `{origin['sha256']}`" if origin else "a module in memory"
     text = _CARD.format(title=f"{config['architecture']}, sigma {expert.sigma:g}", sigma=expert.sigma,
                         architecture=config["architecture"], num_classes=expert.num_classes,
-                        shape=" x ".join(map(str, expert.input_shape)), normalisation=normalisation, licence=config["licence"] or "not stated", origin=where)
+                        shape=" x ".join(map(str, expert.input_shape)), normalisation=normalisation,
+                        licence=config["licence"] or "not stated", origin=where)
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
