@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rsrouter.cli.options import Format, OutputFormat, parse_radii
 from rsrouter.core.errors import InputError
-
-
-class Format(StrEnum):
-    """How a command prints its result."""
-
-    text = "text"
-    json = "json"
 
 
 def named_tables(sources: list[str]) -> dict[str, str] | list[str]:
@@ -48,21 +41,9 @@ def _mixed(pairs: list[tuple[str | None, str]]) -> dict[str, str]:
     return named
 
 
-def parse_radii(text: str | None) -> list[float] | None:
-    """`"0,0.5,1"` as numbers; None for None."""
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(
-            "Radii must be numbers", expected="such as 0,0.25,0.5", received=repr(text), remedy="separate them by commas"
-        ) from error
-
-
 def report(
     tables: Annotated[
-        list[str], typer.Argument(help="Results tables: PATH or NAME=PATH, ours or the field's TSV.", metavar="TABLE...")
+        list[str], typer.Argument(help="Results tables: PATH or NAME=PATH, ours or the field's TSV.", metavar="TABLE")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("report"),
     routed: Annotated[
@@ -70,10 +51,12 @@ def report(
     ] = None,
     expert: Annotated[list[str] | None, typer.Option(help="Name of an expert's own table (may be repeated).")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
-    radii: Annotated[str | None, typer.Option(help="Columns of the table, such as 0,0.25,0.5.")] = None,
+    radii: Annotated[
+        str | None, typer.Option(help="Columns of the table: '0,0.25,0.5' or 'start:stop:step'; default: the plan's grid.")
+    ] = None,
     confidence: Annotated[float, typer.Option(help="Level of the intervals over images.")] = 0.95,
     common: Annotated[bool, typer.Option("--common", help="Compare only the images that all tables hold.")] = False,
-    format: Annotated[Format, typer.Option(help="What to print.")] = Format.text,
+    format: OutputFormat = Format.text,
 ) -> None:
     """Makes one self-contained page (and SVG, PNG, CSV) from results tables.
 
@@ -83,7 +66,7 @@ def report(
     from rsrouter.report.summary import load_tables
 
     loaded = load_tables(named_tables(tables))
-    chosen = parse_radii(radii)
+    chosen = None if radii is None else parse_radii(radii)
     page = write_report(
         loaded, out, routed=routed, experts=expert, title=title, radii=chosen, confidence=confidence, common=common
     )
@@ -98,10 +81,10 @@ def report(
 
 
 def merge(
-    tables: Annotated[list[Path], typer.Argument(help="The shards' tables, each with its JSON beside it.", metavar="TABLE...")],
+    tables: Annotated[list[Path], typer.Argument(help="The shards' tables, each with its JSON beside it.", metavar="TABLE")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The merged table.")],
     partial: Annotated[bool, typer.Option("--partial", help="Accept missing shards and rows.")] = False,
-    format: Annotated[Format, typer.Option(help="What to print.")] = Format.text,
+    format: OutputFormat = Format.text,
 ) -> None:
     """Merges the shards of one run into one table, byte for byte what an unsharded run writes.
 

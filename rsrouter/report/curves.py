@@ -314,22 +314,24 @@ def shares_by_radius(names: Sequence[str] | NDArray[np.object_], table: Table, r
     return {str(name): held[labels == name].sum(0) / len(table) for name in dict.fromkeys(labels.tolist())}
 
 
-def fixed_plan_votes(table: Table, networks: Mapping[str, str] | None = None) -> NDArray[np.int64] | None:
-    """`(N,)` votes a fixed plan would have drawn on the stages that were sampled; None where the table does not say.
+def fixed_plan_votes(table: Table) -> NDArray[np.int64] | None:
+    """`(N,)` votes a fixed plan would have drawn on the networks that were sampled; None where the table does not say.
 
-    Every sampled network is charged `n_max` votes, selection as drawn. Needs `plan` in the metadata and the counts.
-    A network that serves two stages is charged once, if `networks` (stage to network) says so.
+    Every network with estimation votes is charged the plan's most, selection as drawn; a network that serves two
+    stages once. Needs `plan` (and for shared networks `stages`) in the metadata, and the counts.
     """
     plan = table.metadata.get("plan")
-    n_max = (plan.get("n_max") or plan.get("n")) if isinstance(plan, Mapping) else None
-    if not isinstance(n_max, int) or not all(table.counts_text):
+    most = (plan.get("n_max") or plan.get("n")) if isinstance(plan, Mapping) else None
+    if not isinstance(most, int) or not all(table.counts_text):
         return None
+    stages = table.metadata.get("stages")
+    network = {s.get("name"): s.get("network") for s in stages if isinstance(s, Mapping)} if isinstance(stages, list) else {}
     total = np.zeros(len(table), np.int64)
     for i in range(len(table)):
         counts = table.counts(i)
         for purpose in ("select", "estimate"):
-            charged = {(networks or {}).get(stage, stage): sum(votes) for stage, votes in counts[purpose].items()}
-            total[i] += sum(n_max if purpose == "estimate" else drawn for drawn in charged.values())
+            drawn = {network.get(stage, stage): sum(votes) for stage, votes in counts[purpose].items()}
+            total[i] += most * len(drawn) if purpose == "estimate" else sum(drawn.values())
     return total
 
 

@@ -119,7 +119,7 @@ def check_folder(folder: Path) -> None:
 def default_title(summary: Summary) -> str:
     """A heading from what was compared."""
     routed, pool = summary.named(ROUTED), summary.named(EXPERT)
-    data = summary.main.metadata.get("dataset")
+    data = summary.main.metadata.get("data")
     if isinstance(data, Mapping):
         data = data.get("name")
     over = f" on {data}" if isinstance(data, str) and data else ""
@@ -294,8 +294,7 @@ def _votes(table: Table) -> Any:
     drawn = table.n_drawn
     if not np.any(drawn > 0):
         return None
-    stages = table.metadata.get("networks")
-    fixed = curves.fixed_plan_votes(table, stages if isinstance(stages, Mapping) else None)
+    fixed = curves.fixed_plan_votes(table)
     saved = None if fixed is None or not fixed.sum() else 1.0 - float(drawn.sum()) / float(fixed.sum())
     same = len(set(drawn.tolist())) == 1
     return {
@@ -338,7 +337,14 @@ def _whole_table(summary: Summary) -> Any:
 
 def _made(table: Table) -> list[tuple[str, str]]:
     """The metadata as lines of a table, and where it was read from."""
-    lines = [(key, str(value)) for key, value in flatten(table.metadata).items()] if table.metadata else []
+    lines: list[tuple[str, str]] = []
+    for key, value in flatten(table.metadata).items() if table.metadata else ():
+        if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+            for position, entry in enumerate(value):
+                rest = ", ".join(f"{k} {v}" for k, v in entry.items() if k != "name" and v is not None)
+                lines.append((f"{key}.{entry.get('name', position)}", rest))
+        elif value is not None:
+            lines.append((key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     seeds = {s for s in table.seed.tolist() if s is not None}
     if len(seeds) == 1 and "seed" not in table.metadata:
         lines.append(("seed", str(seeds.pop())))

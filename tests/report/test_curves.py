@@ -163,13 +163,14 @@ def test_the_whole_tables_lower_bound_by_hand() -> None:
 def test_shares_and_votes() -> None:
     counts = '{"select":{"router":[6,4]},"estimate":{"router":[30,20],"a":[10,0]}}'
     table = make_table("t", [1.0, 0.5, 0.2, 0.0], [1, 1, 0, 0], abstain=[False, False, False, True], expert=["a", "b", "a", "a"],
-                       n_drawn=[70] * 4, counts=counts, metadata={"plan": {"kind": "adaptive", "n_max": 100, "radii": [0.5]}})  # fmt: skip
+                       n_drawn=[70] * 4, counts=counts, metadata={"plan": {"kind": "adaptive", "n_max": 100}})  # fmt: skip
     shares = curves.shares_by_radius(table.expert, table, [0.0, 0.5, 0.8])
     assert {k: v.tolist() for k, v in shares.items()} == {"a": [0.5, 0.25, 0.25], "b": [0.25, 0.25, 0.0]}
     fixed = curves.fixed_plan_votes(table)
     assert fixed is not None
     assert fixed.tolist() == [210] * 4
-    together = curves.fixed_plan_votes(table, {"router": "a"})
+    table.metadata["stages"] = [{"name": "router", "network": "a"}, {"name": "a", "network": "a"}]
+    together = curves.fixed_plan_votes(table)
     assert together is not None
     assert together.tolist() == [110] * 4
     assert curves.fixed_plan_votes(make_table("t", [1.0], [1])) is None
