@@ -145,10 +145,11 @@ def multiclass_bounds(
 
 
 def _log_mixture(s: Array, n: Array, p: Array) -> Array:
-    """Log e-value against H0: proportion <= p, mixing uniformly over (p, 1] (Howard et al. 2021, Proposition 7)."""
+    """Log e-value against H0: proportion <= p, mixing over Beta(1/2, 1/2) truncated to (p, 1]."""
+    prior = np.log(2.0 / np.pi * np.arcsin(np.sqrt(1.0 - p)))
     return np.asarray(
-        special.betaln(1.0 + s, 1.0 + n - s) + np.log(special.betaincc(1.0 + s, 1.0 + n - s, p)) - np.log1p(-p)
-        - special.xlogy(s, p) - special.xlog1py(n - s, -p)
+        special.betaln(0.5 + s, 0.5 + n - s) - special.betaln(0.5, 0.5) + np.log(special.betaincc(0.5 + s, 0.5 + n - s, p))
+        - prior - special.xlogy(s, p) - special.xlog1py(n - s, -p)
     )
 
 
@@ -157,28 +158,30 @@ def sequence_lower(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Array:
 
     Theorem (Howard, Ramdas, McAuliffe and Sekhon 2021, Propositions 6 and 7; Ville's inequality): with
     probability at least `1 - alpha` the bound is at most p *simultaneously at every n*, so drawing may stop
-    for any reason. The e-value of s successes in n against p mixes the likelihood ratio uniformly over (p, 1];
-    the bound is the p in (0, s / (n + 1)] where it falls to 1 / alpha.
+    for any reason. The e-value of s successes in n against p mixes the likelihood ratio over the arcsine law
+    Beta(1/2, 1/2) truncated to (p, 1] (Krichevsky and Trofimov's); the bound is the p in (0, (s - 1/2) / n] where it
+    falls to 1 / alpha.
 
-    Why bisection may look for it: with L(q) = q^s (1-q)^(n-s), log e has the derivative
-    `1/(1-p) * (1 - 1/e) - (s - n p) / (p (1-p))`, which is negative for p <= s / (n + 1); so e decreases there and
-    "e(low) >= 1/alpha" implies it for every smaller p, the true one included.
+    Why bisection may look for it: `d log e / dp = h(p) (1 - 1/e) - (s - n p) / (p (1-p))` with the hazard rate h of the
+    arcsine law, and with `p = cos^2 t` one has `h(p) p (1-p) = sin(2t) / (4t) <= 1/2`. So e decreases wherever
+    s - n p >= 1/2, and "e(low) >= 1/alpha" implies the same at every smaller p, the true one included.
 
     Arguments, shapes and errors as `binom_lower`; rounded down like it, and the level tightened by a relative
     1e-6 for the rounding of logarithms at large n.
     """
     counts, totals = check_counts(k, n)
     counts, totals, level = np.broadcast_arrays(counts, totals, check_alpha(alpha))
-    s, m = counts.astype(np.float64), totals.astype(np.float64)
-    goal = 1e-6 - np.log(level)
-    low, high = np.zeros(s.shape), s / (m + 1.0)
+    # votes repeat: each different triple is solved once
+    triples, where = np.unique(np.stack([counts.ravel(), totals.ravel(), level.ravel()]), axis=1, return_inverse=True)
+    s, m, goal = triples[0], triples[1], 1e-6 - np.log(triples[2])
+    low, high = np.zeros(s.shape), np.maximum(s - 0.5, 0.0) / m
     with np.errstate(all="ignore"):
-        for _ in range(60):
+        for _ in range(50):
             mid = 0.5 * (low + high)
-            # `not (<)` is not the same as `>=`: an unreadable (NaN) e-value rejects nothing
+            # an unreadable (NaN) e-value compares false and rejects nothing
             reject = _log_mixture(s, m, mid) >= goal
             low, high = np.where(reject, mid, low), np.where(reject, high, mid)
-    return np.asarray(np.clip(low * (1.0 - SAFETY), 0.0, 1.0))
+    return np.asarray(np.clip(low * (1.0 - SAFETY), 0.0, 1.0)[where.reshape(counts.shape)])
 
 
 def sequence_upper(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Array:
