@@ -18,8 +18,8 @@ def make_table(
 ) -> Table:  # fmt: skip
     """A table over classes 0 and 1: the label is always 1; `correct` -1 hides it."""
     n = len(radius)
-    held = np.array(correct)
     gone = np.zeros(n, bool) if abstain is None else np.array(abstain)
+    held = np.where(gone & (np.array(correct) == 1), 0, np.array(correct))
 
     def words(values: Sequence[str] | None) -> np.ndarray[Any, Any]:
         array = np.empty(n, dtype=object)
@@ -31,6 +31,6 @@ def make_table(
         predict=np.where(gone, -1, (held != 0).astype(np.int64)), radius=np.where(gone, 0.0, np.array(radius, dtype=np.float64)),
         correct=held, time=np.ones(n), expert=words(expert), rule=words([rule] * n), r_router=np.full(n, np.inf),
         r_expert=np.zeros(n),
-        n_drawn=np.full(n, -1) if n_drawn is None else np.array(n_drawn), seed=words(None), bound_by=words(bound_by),
+        n_drawn=np.full(n, -1) if n_drawn is None else np.array(n_drawn), seed=np.full(n, None), bound_by=words(bound_by),
         counts_text=words([counts] * n),
     )  # fmt: skip
