@@ -109,7 +109,7 @@ def train(args: argparse.Namespace) -> None:
             optimiser.step()
             schedule.step()
             average.update_parameters(model)
-            total += float(loss)
+            total += float(loss.detach())
         torch.save({"model": model.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict(),
                     "schedule": schedule.state_dict(), "generator": generator.get_state(), "epoch": epoch + 1}, state_file)
         print(f"sigma {args.sigma} epoch {epoch + 1}/{args.epochs} loss {total / steps:.4f} {time.time() - start:.0f} s",

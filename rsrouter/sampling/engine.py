@@ -73,6 +73,8 @@ class _Runner:
                 self.packs = check_network(self.module, model.name, model.widths, shape, self.batch, self.execution, device)
                 break
             except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise
                 self.halve()
 
     @property
@@ -80,9 +82,7 @@ class _Runner:
         return self.execution.batch
 
     def halve(self) -> None:
-        """Halves the execution batch; re-raises the memory error at one row."""
-        if self.batch == 1:
-            raise  # noqa: PLE0704 - only called while a memory error is being handled
+        """Halves the execution batch, which the caller has found too large for the memory."""
         self.execution = replace(self.execution, batch=self.batch // 2)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -110,10 +110,10 @@ class _Runner:
         return packed
 
     @torch.inference_mode()
-    def votes(
+    def enqueue(
         self, images: Tensor, position: dict[int, int], requests: Sequence[VoteRequest], keys: Sequence[bytes], noise: NoiseStream
-    ) -> NDArray[np.int64]:
-        """Counts `(len(requests), sum(widths) + len(widths))`; no host read before the end."""
+    ) -> Tensor:
+        """Counts `(len(requests), sum(widths) + len(widths))` on the device; reads nothing back to the host."""
         widths = self.model.widths
         columns = sum(widths) + len(widths)
         counts = torch.zeros((len(requests) + 1) * columns, dtype=torch.int64, device=self.device)
@@ -142,7 +142,7 @@ class _Runner:
                     vote[begin:stop] = torch.where(marked, width, vote[begin:stop])
                 counts.scatter_add_(0, slot + vote + offset, ones)
                 offset += width + 1
-        return counts.view(-1, columns)[: len(requests)].cpu().numpy()
+        return counts.view(-1, columns)[: len(requests)]
 
 
 class Engine:
@@ -220,9 +220,12 @@ class Engine:
             keys = [stream_key(r.purpose, self.seed, identity[r.image], model.digest, name) for r in chosen]
             while True:
                 try:
-                    counts = runner.votes(on_device, position, chosen, keys, make_noise(self.noise, self.shape, self.device))
+                    noise = make_noise(self.noise, self.shape, self.device)
+                    counts = runner.enqueue(on_device, position, chosen, keys, noise).cpu().numpy()
                     break
                 except torch.OutOfMemoryError:
+                    if runner.batch == 1:
+                        raise
                     runner.halve()
             for i, row in zip(members, counts, strict=True):
                 offset, votes = 0, {}

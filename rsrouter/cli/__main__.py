@@ -1,0 +1,6 @@
+"""`python -m rsrouter.cli`."""
+
+from rsrouter.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""`rsrouter certify` and `rsrouter predict`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from rsrouter.cli.options import DEFAULT_RADII, Alpha, Device, Format, OutputFormat, Radii, make_plan
+from rsrouter.core.errors import InputError
+
+Source = Annotated[str, typer.Argument(metavar="NAME_OR_DIR", help="A router's folder or Hub repository, or a pool.json with --expert.")]
+Data = Annotated[str, typer.Option("--data", help="npz, parquet, image folder, or hf-hub:org/name@revision.")]
+ExpertName = Annotated[str | None, typer.Option("--expert", help="Certify this expert alone instead of the routed classifier.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
+
+
+def load_smoothed(source: str, expert: str | None, revision: str | None) -> Any:
+    """The routed classifier of a folder, repository; or one expert of it, or of a pool file."""
+    from rsrouter import ExpertPool, RoutedSmooth, Smooth
+
+    if source.endswith((".json", ".toml", ".yaml", ".yml")):
+        if expert is None:
+            raise InputError("A pool alone has no router", expected="--expert NAME, or a router's folder", received=source,
+                             remedy="train a router, or name one expert")
+        return Smooth(ExpertPool.load(source)[expert])
+    routed = RoutedSmooth.from_pretrained(source, revision=revision)
+    return routed if expert is None else Smooth(routed.pool[expert], execution=routed.execution, noise=routed.noise)
+
+
+def certify(
+    source: Source,
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="The table; its JSON stands beside it. An unfinished one is gone on with.")],
+    plan: Annotated[str, typer.Option("--plan", help="adaptive (stops when the radius is settled) or fixed (Cohen's CERTIFY).")] = "adaptive",
+    n: Annotated[int, typer.Option("--n", help="Votes per stage: the most (adaptive) or exactly (fixed).")] = 100_000,
+    n0: Annotated[int, typer.Option("--n0", help="Selection votes per stage.")] = 100,
+    radii: Radii = DEFAULT_RADII,
+    alpha: Alpha = 1e-3,
+    rule: Annotated[str, typer.Option("--rule", help="tree, or min (Dual RS).")] = "tree",
+    sides: Annotated[str | None, typer.Option("--sides", help="two or one; default two for a router, one for an expert.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Default: derived from the digests of models and plan.")] = None,
+    device: Device = "cpu",
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Votes per round; never changes a vote.")] = None,
+    start: Annotated[int, typer.Option("--start", help="First image.")] = 0,
+    count: Annotated[int | None, typer.Option("--count", help="How many images; default all.")] = None,
+    every: Annotated[int, typer.Option("--every", help="Take every k-th image, as the field's --skip.")] = 1,
+    expert: ExpertName = None,
+    revision: Revision = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run in reports.")] = None,
+    format: OutputFormat = Format.text,
+) -> None:
+    """Certify a data set into a results table (TSV and JSON); started again, it goes on where it stopped.
+
+    Example: rsrouter certify demo/router --data test.npz --out run/certificates.tsv --n 10000 --count 200
+    """
+    from rsrouter.cli.options import parse_radii
+    from rsrouter.data import load_data
+    from rsrouter.jobs import Running, certify_table
+    from rsrouter.report import summarise
+    from rsrouter.report.text import print_summary
+
+    smoothed, images = load_smoothed(source, expert, revision), load_data(data)
+    last = len(images) if count is None else min(len(images), start + count)
+    shown = tuple(r for r in parse_radii(radii) if r in (0.0, 0.5, 1.0)) or (0.0,)
+    bar = tqdm(desc="certify", unit="vote", unit_scale=True, file=sys.stderr)
+
+    def step(r: Running) -> None:
+        if r.finished:
+            bar.total = max(r.votes, int(r.votes * r.total / r.finished))
+        accuracy = " ".join(f"{radius:g}:{100 * a:.1f}%" for radius, a in zip(shown, r.accuracy, strict=True) if a == a)
+        bar.set_postfix_str(f"{r.finished}/{r.total} images {accuracy}", refresh=False)
+        bar.update(r.votes - bar.n)
+
+    table = certify_table(smoothed, images, out, plan=make_plan(plan, n, n0, radii), alpha=alpha, seed=seed, rule=rule, sides=sides,
+                          device=device, batch_size=batch_size, indices=range(start, last, every), name=name,
+                          data={"name": images.name}, radii=shown, progress=step)
+    bar.close()
+    summary = summarise(table, radii=parse_radii(radii))
+    if format is Format.json:
+        typer.echo(json.dumps({**summary.to_dict(), "table": str(out), "rows": len(table)}))
+        return
+    print_summary(summary)
+    typer.echo(f"table: {out}")
+
+
+def predict(
+    source: Source,
+    data: Data,
+    n: Annotated[int, typer.Option("--n", help="Votes per stage that is asked.")] = 1000,
+    alpha: Alpha = 1e-3,
+    seed: Annotated[int | None, typer.Option("--seed", help="Default: fresh entropy, as the guarantee needs.")] = None,
+    device: Device = "cpu",
+    start: Annotated[int, typer.Option("--start", help="First image.")] = 0,
+    count: Annotated[int | None, typer.Option("--count", help="How many images; default all.")] = None,
+    expert: ExpertName = None,
+    revision: Revision = None,
+    format: OutputFormat = Format.text,
+) -> None:
+    """Answers of the smoothed classifier, -1 where the votes do not decide.
+
+    Example: rsrouter predict demo/router --data test.npz --count 5
+    """
+    from rsrouter.data import load_data
+
+    smoothed, images = load_smoothed(source, expert, revision), load_data(data)
+    last = len(images) if count is None else min(len(images), start + count)
+    answers: dict[int, int] = {}
+    for first in range(start, last, 256):
+        part = range(first, min(first + 256, last))
+        found = smoothed.predict(images.batch(part)[0], n=n, alpha=alpha, seed=seed, device=device)
+        answers.update(zip(part, found.tolist(), strict=True))
+    if format is Format.json:
+        typer.echo(json.dumps(answers))
+        return
+    for index, answer in answers.items():
+        typer.echo(f"{index}\t{answer}")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs."""
+    app.command()(certify)
+    app.command()(predict)

@@ -1,0 +1,43 @@
+"""`rsrouter demo`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rsrouter.cli.options import Device, Format, OutputFormat, Seed
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="A new folder, or one of an earlier run to go on with.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer images and votes: under a minute on two cores.")] = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    format: OutputFormat = Format.text,
+) -> None:
+    """Run the whole path on bundled Fashion-MNIST experts, offline: wrap, label, train, certify, report.
+
+    Example: rsrouter demo --out demo
+    """
+    from rsrouter.demo.flow import RADII, run
+    from rsrouter.report import summarise
+    from rsrouter.report.text import print_summary
+
+    outcome = run(out, quick=quick, device=device, seed=seed)
+    tables = {"routed": outcome.routed, **{t.name: t for t in outcome.experts}}
+    summary = summarise(tables, routed="routed", experts=[t.name for t in outcome.experts], radii=RADII)
+    if format is Format.json:
+        typer.echo(json.dumps({**summary.to_dict(), "seconds": outcome.seconds, "report": str(outcome.report)}))
+        return
+    print_summary(summary)
+    typer.echo("seconds: " + ", ".join(f"{name} {took:.0f}" for name, took in outcome.seconds.items())
+               + f"; {sum(outcome.seconds.values()):.0f} in all")
+    typer.echo(f"report:  {outcome.report}")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command()(demo)

@@ -1,0 +1,220 @@
+"""The whole path in one call: wrap, label, train, certify, report, all through the public API."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from rsrouter.core.bounds import AlphaSplit
+from rsrouter.core.errors import ResultsError
+from rsrouter.core.plans import AdaptivePlan
+from rsrouter.demo.bundled import CLASSES, load_pool, load_slice
+from rsrouter.experts import ExpertPool
+from rsrouter.jobs import Running, certify_table
+from rsrouter.report import write_report
+from rsrouter.results import Table
+from rsrouter.router import FlatRouter, Labels, label_votes
+from rsrouter.router.labels import radii_from_votes
+from rsrouter.sampling import resolve_device
+from rsrouter.smooth import RoutedSmooth, Smooth
+from rsrouter.training import train_router
+
+RADII = tuple(float(r) for r in np.arange(0.0, 2.01, 0.25))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one demo run does; written to `demo.json`, and a folder of other settings is refused.
+
+    Attributes:
+        train_images, label_votes: images the router is trained on, and votes per expert and image for their labels.
+        test_images, n_max: images certified, and the most votes a stage may draw.
+        alpha: failure probability of each certificate.
+        seed: of the labels' noise and of training. Certification's own seed derives from digests.
+    """
+
+    train_images: int = 1000
+    label_votes: int = 100
+    test_images: int = 100
+    n_max: int = 10_000
+    alpha: float = 0.001
+    seed: int = 0
+    device: str = "cpu"
+
+
+QUICK = {"train_images": 300, "label_votes": 50, "test_images": 25, "n_max": 2_000}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a demo run left behind.
+
+    Attributes:
+        out: the folder.
+        report: the page.
+        routed: the routed table.
+        experts: each expert's own table.
+        seconds: per step.
+    """
+
+    out: Path
+    report: Path
+    routed: Table
+    experts: tuple[Table, ...]
+    seconds: dict[str, float]
+
+
+def _prepare(out: Path, settings: Settings) -> None:
+    """Makes the folder, or accepts one of an earlier run with the same settings; refuses anything else."""
+    marker = out / "demo.json"
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        try:
+            found = json.loads(marker.read_text())
+        except (OSError, ValueError):
+            found = None
+        if found != wanted:
+            raise ResultsError("The output folder holds something else", expected="a new folder, or a demo run with the same settings",
+                               received=f"{out}" + (f" with settings {found}" if found else ""),
+                               remedy="choose another --out; nothing was overwritten")
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / ".demo.json"
+    part.write_text(json.dumps(wanted, indent=2) + "\n")
+    part.replace(marker)
+
+
+class _Bars:
+    """Progress bars on the terminal, or silence."""
+
+    def __init__(self, show: bool) -> None:
+        self.show = show
+
+    def say(self, text: str) -> None:
+        if self.show:
+            tqdm.write(text, file=sys.stderr)
+
+    def votes(self, title: str, total: int) -> Callable[[int], None]:
+        bar = tqdm(total=total, desc=title, unit="vote", unit_scale=True, disable=not self.show, file=sys.stderr)
+
+        def step(count: int) -> None:
+            bar.update(count)
+            if bar.n >= total:
+                bar.close()
+
+        return step
+
+    def epochs(self, title: str) -> Callable[[int, int, float], None]:
+        bar = tqdm(desc=title, unit="epoch", disable=not self.show, file=sys.stderr)
+
+        def step(epoch: int, epochs: int, loss: float) -> None:
+            bar.total = epochs
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(epoch - bar.n)
+            if epoch >= epochs:
+                bar.close()
+
+        return step
+
+    def certify(self, title: str, radii: tuple[float, ...]) -> Callable[[Running], None]:
+        """A bar over votes; the total is what the finished images' mean predicts."""
+        bar = tqdm(desc=title, unit="vote", unit_scale=True, disable=not self.show, file=sys.stderr)
+
+        def step(r: Running) -> None:
+            if r.finished:
+                bar.total = max(r.votes, int(r.votes * r.total / r.finished))
+            accuracy = " ".join(f"{radius:g}:{100 * a:.0f}%" for radius, a in zip(radii, r.accuracy, strict=True))
+            bar.set_postfix_str(f"{r.finished}/{r.total} images, certified {accuracy}", refresh=False)
+            bar.update(r.votes - bar.n)
+            if r.finished >= r.total:
+                bar.total = r.votes
+                bar.close()
+
+        return step
+
+
+def label_slice(pool: ExpertPool, images: torch.Tensor, labels: torch.Tensor, settings: Settings, bars: _Bars) -> Labels:
+    """Routing labels of the training slice, with a progress bar."""
+    step = bars.votes("label", len(images) * len(pool) * settings.label_votes)
+    votes = label_votes(pool, images, n=settings.label_votes, seed=settings.seed, device=settings.device, progress=step)
+    return radii_from_votes(votes, labels.numpy(), pool.sigmas, settings.alpha)
+
+
+def default_router(pool: ExpertPool) -> FlatRouter:
+    """The demo's router: a head of a few kilobytes on the frozen expert of the largest sigma."""
+    from rsrouter.experts import build_architecture
+
+    largest = pool[len(pool) - 1]
+    width = largest.module.get_classifier().in_features + largest.num_classes  # type: ignore[operator]
+    return FlatRouter(build_architecture("mlp_head", len(pool), {"in_features": width}), sigma=largest.sigma, trunk=largest.name)
+
+
+def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed: int = 0, show: bool = True) -> Outcome:
+    """Runs the demo into `out`.
+
+    Leaves `pool.json`, `router/`, `certificates.tsv` with its JSON, `experts/*.tsv` and `report/index.html`. Started
+    again with the same settings it goes on where it stopped.
+
+    Args:
+        out: a new folder, or one of an earlier run with the same settings.
+        quick: fewer images and votes.
+        device: where to run; None is the CPU.
+        seed: of labelling and training.
+        show: progress bars on stderr.
+
+    Raises:
+        ResultsError: the folder holds something else. InputError: an unusable device.
+    """
+    folder, bars, seconds = Path(out), _Bars(show), {}
+    resolve_device(device)
+    settings = Settings(**{**(QUICK if quick else {}), "seed": int(seed), "device": str(device or "cpu")})  # type: ignore[arg-type]
+    _prepare(folder, settings)
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        seconds[name] = time.perf_counter() - start
+        return result
+
+    def wrap() -> ExpertPool:
+        pool = load_pool()
+        pool.save(folder / "pool.json")
+        return ExpertPool(folder / "pool.json")
+
+    pool = timed("wrap", wrap)
+    bars.say(f"wrapped {len(pool)} experts: " + ", ".join(pool.names))
+    train, test = load_slice("train"), load_slice("test")
+    x, y = train.batch(range(settings.train_images))
+    if (folder / "router" / "config.json").exists():
+        routed = RoutedSmooth.from_pretrained(folder / "router")
+    else:
+        labels = timed("label", lambda: label_slice(pool, x, y, settings, bars))
+        routed = timed("train", lambda: train_router(
+            pool, default_router(pool), x, y, radii=RADII, seed=settings.seed, out=folder / "router", routing_labels=labels,
+            progress=bars.epochs("train")))
+    plan = AdaptivePlan(settings.n_max, RADII)
+    data = {"name": "Fashion-MNIST, bundled test slice"}
+    rows = range(settings.test_images)
+
+    def certify(smoothed: Smooth | RoutedSmooth, path: Path, name: str) -> Table:
+        split = AlphaSplit.even(settings.alpha, smoothed.tree.paths)
+        reach = plan.reach(smoothed.tree, split, "two" if isinstance(smoothed, RoutedSmooth) else "one")
+        return certify_table(smoothed, test, path, plan=plan.within(reach), alpha=settings.alpha, device=device, indices=rows, name=name,
+                             data=data, progress=bars.certify(f"certify {name}", (0.0, 0.5, 1.0)))
+
+    table = timed("certify", lambda: certify(routed, folder / "certificates.tsv", "routed"))
+    experts = timed("certify experts", lambda: tuple(
+        certify(Smooth(e), folder / "experts" / f"{e.name}.tsv", e.name) for e in pool))
+    pictures = {i: test.image(i) for i in rows}
+    page = timed("report", lambda: write_report(
+        {"routed": table, **{t.name: t for t in experts}}, folder / "report", routed="routed", experts=[t.name for t in experts],
+        images=pictures, classes=CLASSES, radii=RADII, title="rsrouter demo: Fashion-MNIST"))
+    return Outcome(folder, page, table, experts, seconds)

@@ -1,0 +1,245 @@
+"""The engine: every vote counted once, the same votes whatever the grouping, networks that cannot be certified refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rsrouter.core import NetworkError, VoteRequest
+from rsrouter.core.errors import InputError
+from rsrouter.experts.small_resnet import SmallResNet
+from rsrouter.sampling import Engine, Execution, VoteModel, image_identity
+from rsrouter.sampling.execution import prepare
+
+SHAPE = (1, 12, 12)
+
+
+def network(seed=0, classes=4):
+    torch.manual_seed(seed)
+    net = SmallResNet(classes, 1, width=8, blocks=((8, 2),))
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.uniform_(-0.2, 0.2)
+            m.running_var.uniform_(0.5, 2.0)
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.uniform_(m.bias, -0.2, 0.2)
+    nn.init.normal_(net.fc.weight, std=3.0)
+    return net.eval()
+
+
+def model(module, classes=4, name="net", sigma=0.5):
+    return VoteModel(name, module, sigma, (name,), (classes,), "digest")
+
+
+def images(count=6):
+    return torch.rand((count, *SHAPE), generator=torch.Generator().manual_seed(1))
+
+
+def votes(engine, x, requests):
+    identity = [image_identity(i) for i in x]
+    return [r["net"] for r in engine.run(x, identity, requests)]
+
+
+def requests(order, count=170, start=0):
+    return [VoteRequest(i, "net", "estimate", start, count) for i in order]
+
+
+def test_every_vote_is_counted_once():
+    engine = Engine([model(network())], SHAPE, seed=0)
+    for row in votes(engine, images(), requests(range(6), 133)):
+        assert row.sum() == 133
+        assert row.shape == (5,)
+
+
+def test_votes_do_not_depend_on_order_company_or_cuts():
+    x = images()
+    engine = Engine([model(network())], SHAPE, seed=0)
+    together = votes(engine, x, requests(range(6)))
+    assert len({tuple(v) for v in together}) > 1
+    shuffled = votes(engine, x, requests([3, 1, 5, 0, 2, 4]))
+    assert all((shuffled[i] == together[j]).all() for i, j in enumerate([3, 1, 5, 0, 2, 4]))
+    for i in range(6):
+        alone = votes(Engine([model(network())], SHAPE, seed=0), x[i : i + 1], requests([0]))
+        assert (alone[0] == together[i]).all()
+    first, rest = votes(engine, x, requests(range(6), 61)), votes(engine, x, requests(range(6), 109, start=61))
+    assert all((a + b == c).all() for a, b, c in zip(first, rest, together, strict=True))
+
+
+def test_seed_purpose_and_digest_change_the_noise():
+    x = images(1)
+    base = votes(Engine([model(network())], SHAPE, seed=0), x, requests([0], 400))[0]
+    other_seed = votes(Engine([model(network())], SHAPE, seed=1), x, requests([0], 400))[0]
+    other_purpose = votes(Engine([model(network())], SHAPE, seed=0), x, [VoteRequest(0, "net", "tune", 0, 400)])[0]
+    assert (base != other_seed).any()
+    assert (base != other_purpose).any()
+
+
+def test_batches_that_may_not_be_mixed_give_the_same_votes():
+    """The fallback for networks whose bits depend on a row's place: blocks of one request, aligned to the batch."""
+    x = images(3)
+    engine = Engine([model(network())], SHAPE, seed=0, execution=Execution(batch=32))
+    packed = votes(engine, x, requests(range(3), 77, start=13))
+    engine.runner("net").packs = False
+    aligned = votes(engine, x, requests(range(3), 77, start=13))
+    assert all(a.sum() == 77 for a in aligned)
+    assert all((a == b).all() for a, b in zip(packed, aligned, strict=True))
+
+
+def test_folding_keeps_the_function_and_leaves_the_original_alone():
+    net = network()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    folded = prepare(net, Execution(), torch.device("cpu"))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    x = images()
+    torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_module_in_training_mode_is_evaluated_in_eval_mode_and_stays_in_training_mode():
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 4)).train()
+    engine = Engine([model(net)], SHAPE, seed=0)
+    assert votes(engine, images(1), requests([0]))[0].sum() == 170
+    assert net.training
+
+
+class _Stays(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.flatten(1))
+
+
+class _AlwaysDropout(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, training=True))
+
+
+def test_networks_that_cannot_be_certified_are_refused():
+    with pytest.raises(NetworkError, match="random at test time"):
+        votes(Engine([model(_Stays(_AlwaysDropout(144, 4)))], SHAPE, seed=0), images(1), requests([0]))
+    batch_norm = nn.Sequential(nn.Flatten(), nn.Linear(144, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    with pytest.raises(NetworkError, match="rest of the batch"):
+        votes(Engine([model(batch_norm)], SHAPE, seed=0), images(1), requests([0]))
+    with pytest.raises(NetworkError, match="wrong shape"):
+        votes(Engine([model(nn.Sequential(nn.Flatten(), nn.Linear(144, 3)))], SHAPE, seed=0), images(1), requests([0]))
+
+
+class _NaNWhereBright(nn.Module):
+    def forward(self, x):
+        flat = x.flatten(1)
+        logits = torch.stack([flat[:, 0], -flat[:, 0]], 1)
+        return torch.where((flat[:, 1] > 0.5)[:, None], torch.full_like(logits, float("nan")), logits)
+
+
+def test_invalid_logits_vote_for_the_extra_outcome():
+    x = torch.full((1, *SHAPE), 0.5)
+    row = votes(Engine([model(_NaNWhereBright(), 2)], SHAPE, seed=0), x, requests([0], 2000))[0]
+    assert row.sum() == 2000
+    assert abs(row[2] - 1000) < 5 * np.sqrt(500)
+    everything = votes(Engine([model(_Stays(nn.Linear(144, 2)), 2)], SHAPE, seed=0), x * float("nan"), requests([0], 10))[0]
+    assert everything.tolist() == [0, 0, 10]
+
+
+class _OutOfMemory(nn.Module):
+    def __init__(self, limit):
+        super().__init__()
+        self.limit, self.linear = limit, nn.Linear(144, 4)
+
+    def forward(self, x):
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError("too many rows")
+        return self.linear(x.flatten(1))
+
+
+def test_out_of_memory_halves_the_batch_and_says_so():
+    engine = Engine([model(_OutOfMemory(40))], SHAPE, seed=0, execution=Execution(batch=128, fold=False))
+    with pytest.warns(RuntimeWarning, match="ran out of memory"):
+        row = votes(engine, images(1), requests([0]))[0]
+    assert row.sum() == 170
+    assert engine.describe()["execution"]["net"]["batch"] == 32
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(RuntimeWarning):
+        votes(Engine([model(_OutOfMemory(0))], SHAPE, seed=0), images(1), requests([0]))
+
+
+class _NoHostReads(TorchDispatchMode):
+    """Fails where a tensor's value would reach the host: `.item()`, `bool(tensor)`, data-dependent shapes."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        assert "_local_scalar_dense" not in name, name
+        assert "nonzero" not in name, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "sound"])
+def test_no_host_read_inside_a_round(noise):
+    x = torch.round(images(3) * 255) / 255
+    engine = Engine([model(network())], SHAPE, seed=0, noise=noise)
+    runner = engine.runner("net")
+    from rsrouter.sampling.noise import make_noise
+
+    wanted = requests(range(3), 130)
+    with _NoHostReads():
+        counts = runner.enqueue(x, {0: 0, 1: 1, 2: 2}, wanted, [b"a", b"b", b"c"], make_noise(noise, SHAPE, torch.device("cpu")))
+    assert (counts.sum(1) == 130).all()
+
+
+def test_sharing_a_trunk_gives_both_votes_from_one_forward_pass():
+    class Two(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            Two.calls += 1
+            return x.flatten(1)[:, :3], x.flatten(1)[:, 3:5]
+
+    shared = VoteModel("net", Two(), 0.5, ("expert", "router"), (3, 2), "d")
+    engine = Engine([shared], SHAPE, seed=0, execution=Execution(batch=50, fold=False))
+    engine.runner("net")
+    Two.calls = 0
+    got = engine.run(images(1), [b"x"], [VoteRequest(0, "net", "estimate", 0, 100)])[0]
+    assert Two.calls == 2
+    assert got["expert"].shape == (4,)
+    assert got["router"].shape == (3,)
+    assert got["expert"].sum() == got["router"].sum() == 100
+
+
+def test_unknown_device_and_bad_execution():
+    with pytest.raises(InputError, match="device cannot be used"):
+        Engine([model(network())], SHAPE, seed=0, device="warp")
+    with pytest.raises(InputError, match="device cannot be used"):
+        Engine([model(network())], SHAPE, seed=0, device="cuda:99")
+    with pytest.raises(InputError, match="Unknown dtype"):
+        Execution(dtype="int8")
+    with pytest.raises(InputError, match="execution batch"):
+        Execution(batch=-1)
+
+
+@pytest.mark.gpu
+def test_vote_shares_on_cuda_equal_the_cpu_within_binomial_error():
+    x = images(2)
+    cpu = votes(Engine([model(network())], SHAPE, seed=0), x, requests(range(2), 20_000))
+    torch.cuda.set_sync_debug_mode("default")
+    cuda = votes(Engine([model(network())], SHAPE, seed=0, device="cuda"), x, requests(range(2), 20_000))
+    for a, b in zip(cpu, cuda, strict=True):
+        assert np.all(np.abs(a - b) <= 6 * np.sqrt(2 * 20_000 * 0.25))
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_inside_the_loop_on_cuda():
+    engine = Engine([model(network())], SHAPE, seed=0, device="cuda")
+    runner = engine.runner("net")
+    from rsrouter.sampling.noise import make_noise
+
+    x = images(1).cuda()
+    noise = make_noise("gaussian", SHAPE, torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        counts = runner.enqueue(x, {0: 0}, requests([0], 5000), [b"a"], noise)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert counts.sum().item() == 5000
