@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,6 +42,27 @@ def _mixed(pairs: list[tuple[str | None, str]]) -> dict[str, str]:
     return named
 
 
+class _Lazy(Mapping[int, Any]):
+    """Images of a data set by index, read when they are asked for."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self._data):
+            raise KeyError(index)
+        return self._data.image(index)
+
+    def __contains__(self, index: object) -> bool:
+        return isinstance(index, int) and 0 <= index < len(self._data)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self._data)))
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+
 def report(
     tables: Annotated[
         list[str], typer.Argument(help="Results tables: PATH or NAME=PATH, ours or the field's TSV.", metavar="TABLE")
@@ -50,6 +72,7 @@ def report(
         list[str] | None, typer.Option(help="Name of a routed table (may be repeated); default: from its metadata.")
     ] = None,
     expert: Annotated[list[str] | None, typer.Option(help="Name of an expert's own table (may be repeated).")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="The data set that was certified, to show images of it.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     radii: Annotated[
         str | None, typer.Option(help="Columns of the table: '0,0.25,0.5' or 'start:stop:step'; default: the plan's grid.")
@@ -67,10 +90,15 @@ def report(
 
     loaded = load_tables(named_tables(tables))
     chosen = None if radii is None else parse_radii(radii)
-    page = write_report(
-        loaded, out, routed=routed, experts=expert, title=title, radii=chosen, confidence=confidence, common=common
-    )
-    summary = summarise(loaded, routed=routed, experts=expert, radii=chosen, confidence=confidence, common=common)
+    images, classes = None, None
+    if data is not None:
+        from rsrouter.data import load_data
+
+        source = load_data(data)
+        images, classes = _Lazy(source), source.classes
+    options: dict[str, Any] = {"routed": routed, "experts": expert, "radii": chosen, "confidence": confidence, "common": common}
+    page = write_report(loaded, out, title=title, images=images, classes=classes, **options)
+    summary = summarise(loaded, **options)
     if format is Format.json:
         typer.echo(json.dumps({"report": str(page), **summary.to_dict()}))
         return

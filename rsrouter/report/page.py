@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from rsrouter.core.errors import ResultsError
 from rsrouter.report import charts, curves
 from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Source, Summary, load_tables, plan_radii, summarise
-from rsrouter.report.thumbnails import as_arrays, gallery
+from rsrouter.report.thumbnails import by_id, gallery
 from rsrouter.results import Table
 from rsrouter.results.metadata import flatten, write_atomically
 
@@ -49,7 +49,7 @@ def write_report(
         experts: names of the experts' own tables; default likewise, and every table that was not routed.
         title: heading of the page.
         images: what was certified, for thumbnails: a mapping from image id to `(C, H, W)`, or `(N, C, H, W)` in the order of
-            the (first) routed table's rows; floats in [0,1] or bytes.
+            the (first) routed table's rows; floats in [0,1] or bytes. Only those shown are read.
         classes: names of the classes.
         radii: columns of the headline table; default 0, 0.25, ... up to the largest certified radius.
         confidence: level of the intervals over images.
@@ -70,7 +70,7 @@ def write_report(
     pictures = None
     if images is not None:
         unsorted = next(t for t in loaded if t.name == summary.main.name)
-        pictures = gallery(summary.main, as_arrays(images, unsorted), classes)
+        pictures = gallery(summary.main, by_id(images, unsorted), classes)
     # matplotlib is slow to import and only needed here
     from rsrouter.report.figures import curve_csv, figure_files
 
@@ -210,7 +210,7 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
         tiles.append(
             (
                 f"+{100 * gain[i]:.1f}",
-                f"points at r = {summary.radii[i]:g}",
+                f"points at r\u00a0=\u00a0{summary.radii[i]:g}",
                 "what choosing the expert by image could add at most",
             )
         )
@@ -233,7 +233,7 @@ def _tile_at(summary: Summary, main: Series, r: float) -> tuple[str, str, str]:
     low, high = (main.at_low, main.at_high)
     ends = "" if low is None or high is None else f"{100 * low[i]:.1f} to {100 * high[i]:.1f}%"
     who = f"{main.name}; " if len(summary.tables) > 1 and not summary.named(ROUTED, OTHER) else ""
-    return f"{100 * main.at[i]:.1f}%", f"{word} at r = {r:g}", who + ends
+    return f"{100 * main.at[i]:.1f}%", f"{word} at r\u00a0=\u00a0{r:g}", who + ends
 
 
 def _landmarks(summary: Summary) -> list[float]:

@@ -31,29 +31,27 @@ class Thumbnail:
     alt: str
 
 
-def as_arrays(images: Any, table: Table) -> dict[int, NDArray[np.uint8]]:
-    """Image id to `(H, W, 3)` or `(H, W)` bytes.
+def by_id(images: Any, table: Table) -> Mapping[int, Any]:
+    """Images by id, none of them read yet.
 
     Args:
-        images: a mapping from image id to `(C, H, W)`, or `(N, C, H, W)` with one image per row of `table`, in its
-            order; floats in [0,1] or bytes, arrays or tensors, C of 1 or 3.
+        images: a mapping from image id to `(C, H, W)` (it may read lazily), or `(N, C, H, W)` with one image per row of
+            `table`, in its order; floats in [0,1] or bytes, arrays or tensors, C of 1 or 3.
         table: the results they belong to, in the order the caller knows.
 
     Raises:
-        InputError: another shape or range.
+        InputError: a sequence of another length.
     """
     if isinstance(images, Mapping):
-        pairs = [(int(i), image) for i, image in images.items()]
-    else:
-        if len(images) != len(table):
-            raise InputError(
-                "The images do not belong to the table",
-                expected=f"{len(table)} images, one per row, or a mapping from image id",
-                received=f"{len(images)} images",
-                remedy="pass the images that were certified, in that order",
-            )
-        pairs = [(int(i), images[position]) for position, i in enumerate(table.idx)]
-    return {i: _bytes(image) for i, image in pairs}
+        return images
+    if len(images) != len(table):
+        raise InputError(
+            "The images do not belong to the table",
+            expected=f"{len(table)} images, one per row, or a mapping from image id",
+            received=f"{len(images)} images",
+            remedy="pass the images that were certified, in that order",
+        )
+    return {int(i): images[position] for position, i in enumerate(table.idx)}
 
 
 def _bytes(image: ArrayLike) -> NDArray[np.uint8]:
@@ -88,7 +86,7 @@ def data_uri(array: NDArray[np.uint8]) -> str:
 
 
 def gallery(
-    table: Table, images: Mapping[int, NDArray[np.uint8]], classes: Sequence[str] | None = None, most: int = 8
+    table: Table, images: Mapping[int, Any], classes: Sequence[str] | None = None, most: int = 8
 ) -> dict[str, list[Thumbnail]]:
     """Images with the largest and smallest radius that are right, with the largest that are wrong, and abstained ones."""
     rows = np.array([i for i, idx in enumerate(table.idx) if int(idx) in images], dtype=np.int64)
@@ -105,7 +103,7 @@ def gallery(
     return {name: [_thumbnail(table, int(i), images, classes) for i in chosen] for name, chosen in groups.items() if len(chosen)}
 
 
-def _thumbnail(table: Table, i: int, images: Mapping[int, NDArray[np.uint8]], classes: Sequence[str] | None) -> Thumbnail:
+def _thumbnail(table: Table, i: int, images: Mapping[int, Any], classes: Sequence[str] | None) -> Thumbnail:
     def word(c: int) -> str:
         return classes[c] if classes is not None and 0 <= c < len(classes) else f"class {c}"
 
@@ -116,4 +114,4 @@ def _thumbnail(table: Table, i: int, images: Mapping[int, NDArray[np.uint8]], cl
         said = f"{word(predict)}, is {word(label)}" if label >= 0 else word(predict)
     expert = str(table.expert[i]) if predict >= 0 else ""
     alt = ", ".join(text for text in (f"image {idx}: {said or 'unlabelled'}", caption, expert) if text)
-    return Thumbnail(data_uri(images[idx]), idx, caption, expert, said, alt)
+    return Thumbnail(data_uri(_bytes(images[idx])), idx, caption, expert, said, alt)

@@ -45,9 +45,10 @@ addEventListener("load", () => {
 
 def browse(page: Path, folder: Path, width: int, dark: bool, *more: str) -> subprocess.CompletedProcess[str]:
     assert BROWSER is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-             "--hide-scrollbars", "--disable-component-update", "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}",
-             f"--window-size={width},1400", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]  # fmt: skip
+    names = ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update")
+    flags = [f"--{name}" for name in (*names, "disable-sync", "hide-scrollbars", "enable-logging=stderr")]
+    flags += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1400"]
+    flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     return subprocess.run([BROWSER, *flags, *more, page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -73,7 +74,8 @@ def test_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
     assert re.match(r"r = \d\.\d\d", seen["readout"])
     assert HOSTILE in seen["readout"]
     assert seen["paper"] == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
-    shot = Path(os.environ.get("RSROUTER_SCREENSHOTS", tmp_path)) / f"report-{width}-{'dark' if dark else 'light'}.png"
+    folder = Path(os.environ.get("RSROUTER_SCREENSHOTS", tmp_path))
+    shot = folder / f"report-{width}-{'dark' if dark else 'light'}.png"
     browse(path, tmp_path, width, dark, f"--screenshot={shot}")
     with Image.open(shot) as picture:
         pixels = np.asarray(picture.convert("RGB"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -40,6 +41,14 @@ def test_report(tmp_path: Path) -> None:
     data = json.loads(run("report", a, b, "--out", tmp_path / "out", "--format", "json"))
     assert [s["name"] for s in data["series"]] == ["a", "b", "envelope", "oracle"]
     assert data["series"][0]["accuracy"][0] == 1.0
+
+
+def test_report_with_images(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", images=np.zeros((30, 1, 8, 8), np.uint8), labels=np.ones(30, np.int64))
+    run("report", certified(tmp_path, "a", range(0, 30, 3)), "--data", tmp_path / "data.npz", "--out", tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("data:image/png") == 10
+    assert "#27" in page
 
 
 def test_a_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
