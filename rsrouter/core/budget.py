@@ -44,7 +44,7 @@ def votes_needed(sigma: float, radius: float, alpha: float = 1e-3) -> int | None
     if not (np.isfinite(radius) and radius >= 0):
         raise PlanError("A wanted radius must be a finite number", expected="radius >= 0", received=repr(radius),
                         remedy="give an L2 radius in [0,1]-pixel units")
-    if not np.log(alpha) / special.log_ndtr(radius / sigma) < MOST_VOTES:
+    if not -np.log(alpha) < MOST_VOTES * -special.log_ndtr(radius / sigma):
         return None
 
     def enough(n: int) -> bool:

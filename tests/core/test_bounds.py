@@ -162,7 +162,8 @@ def test_alpha_split_cannot_be_overspent():
     assert even.stages["a"] == pytest.approx(1e-3 / 2)
     AlphaSplit(1e-3, {"r": 5e-4, "a": 5e-4, "b": 2e-4, "c": 3e-4}, paths)
     rest = {"a": 1e-4, "b": 1e-4, "c": 1e-4}
-    for stages in ({"r": 5e-4, **rest, "a": 5.1e-4}, {"r": 5e-4, "a": 5e-4, "b": 2e-4}, {"r": np.nan, **rest}, {"r": -1e-4, **rest}):
+    missing = {"r": 5e-4, "a": 5e-4, "b": 2e-4}
+    for stages in ({"r": 5e-4, **rest, "a": 5.1e-4}, missing, {"r": np.nan, **rest}, {"r": -1e-4, **rest}):
         with pytest.raises(PlanError):
             AlphaSplit(1e-3, stages, paths)
     with pytest.raises(PlanError):
