@@ -109,6 +109,8 @@ def explained(repo_id: str, revision: str | None = None, filename: str | None = 
         raise
     except Exception as error:
         told = explain(error, repo_id, revision, filename)
+        if told is None and isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+            told = explain(error.__cause__, repo_id, revision, filename)  # uploads are wrapped once more
         if told is None:
             raise
         raise told from error

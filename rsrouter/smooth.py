@@ -261,7 +261,7 @@ class RoutedSmooth(_Smoothed, ModelHubMixin, library_name="rsrouter", tags=["ran
         self.save_pretrained(save_directory)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, revision: str | None = None, **hub: Any) -> RoutedSmooth:
+    def from_pretrained(cls, name: str | Path, revision: str | None = None, **hub: Any) -> RoutedSmooth:  # type: ignore[override]
         """Loads a routed classifier from a folder or the Hub, and verifies every pinned expert.
 
         Args:
@@ -277,7 +277,7 @@ class RoutedSmooth(_Smoothed, ModelHubMixin, library_name="rsrouter", tags=["ran
         pool, router, execution, noise = load_routed(name, revision, **hub)
         return cls(pool, router, execution=execution, noise=noise)
 
-    def push_to_hub(self, repo_id: str, *, certificates: str | Path | None = None, **options: Any) -> Any:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, *, certificates: str | Path | None = None, **options: Any) -> Any:
         """Publishes this router: pinned experts, its own tensors, certificates and a card, in one commit.
 
         Args:

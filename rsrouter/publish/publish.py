@@ -1,0 +1,189 @@
+"""One commit to the Hub, guarded by its parent, and read back."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from rsrouter._version import __version__
+from rsrouter.core.errors import HubError, InputError
+from rsrouter.hub import explained
+from rsrouter.publish.stage import find_tables, router_folder, stage
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a publication: path in the repository, size in bytes, sha256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was published, or would be.
+
+    Attributes:
+        repo_id: `org/name`.
+        files: every file of the commit.
+        deleted: files of an earlier publication that the commit removes.
+        commit: its hash; None for a dry run.
+        parent: the commit it stands on; None for a dry run.
+        url: of the commit, or of the pull request.
+        dry_run: nothing was sent.
+    """
+
+    repo_id: str
+    files: tuple[File, ...]
+    deleted: tuple[str, ...] = ()
+    commit: str | None = None
+    parent: str | None = None
+    url: str | None = None
+    dry_run: bool = False
+    card: str = field(default="", repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready copy."""
+        return asdict(self)
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    certificates: str | Path | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    branch: str = "main",
+    licence: str = "apache-2.0",
+    title: str | None = None,
+    message: str | None = None,
+    token: str | bool | None = None,
+) -> Publication:
+    """Publishes a router with its pinned experts, its certificates and a card.
+
+    Everything is checked in a fresh folder first, then goes up in *one* commit whose parent is the head that was
+    read before: a repository holds the whole publication or none of it. The commit is read back and compared.
+
+    Args:
+        folder: the router's folder (`save_pretrained`), or a whole run with `router/` in it.
+        repo_id: `org/name`.
+        certificates: a results table, or a folder of them; default: those found in `folder`.
+        private: visibility of a new repository; None leaves it to the account's default.
+        create_pr: open a pull request instead of committing to `branch`.
+        dry_run: check and render everything, send nothing, make no request.
+        branch: where to commit; must exist unless it is `main`.
+        licence: of the router, for the card.
+        title: heading of the card.
+        message: of the commit.
+        token: as in `huggingface_hub`; never written or printed.
+
+    Raises:
+        InputError: experts that are not pinned on the Hub, a card with claims that are in no table, a bad name.
+        IntegrityError: files that are not what they were saved as, a table of other weights, edited rows.
+        ResultsError: a table that cannot be read or does not say how it was made.
+        HubError: the Hub refused or was not reached; nothing of this publication is then visible on `branch`.
+    """
+    given = Path(folder).expanduser()
+    source = router_folder(given)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo_id):
+        raise InputError(
+            "A publication needs a full name",
+            expected="org/name",
+            received=repo_id,
+            remedy="put your user name or organisation in front",
+        )
+    with tempfile.TemporaryDirectory(prefix="rsrouter-publish-") as scratch:
+        fresh = Path(scratch)
+        paths, card, _ = stage(source, fresh, repo_id, tables=_tables(given, source, certificates), licence=licence, title=title)
+        files = tuple(_describe(fresh, path) for path in paths)
+        plan = Publication(repo_id, files, dry_run=True, card=card.text)
+        if dry_run:
+            return plan
+        text = message or f"Publish router and certificates (rsrouter {__version__})"
+        with explained(repo_id, branch):
+            return _send(plan, fresh, branch, private, create_pr, text, token)
+
+
+def _tables(given: Path, source: Path, certificates: str | Path | None) -> list[Path]:
+    if certificates is None:
+        return find_tables(source) or find_tables(given)
+    path = Path(certificates).expanduser()
+    found = [path] if path.is_file() else sorted(path.glob("*.tsv")) if path.is_dir() else []
+    if not found:
+        raise InputError(
+            "There are no certificates there",
+            expected="a results table, or a folder of them",
+            received=str(path),
+            remedy="run `rsrouter certify`, or leave certificates out",
+        )
+    return found
+
+
+def _describe(fresh: Path, path: str) -> File:
+    data = (fresh / path).read_bytes()
+    return File(path, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _send(
+    plan: Publication, fresh: Path, branch: str, private: bool | None, create_pr: bool, message: str, token: str | bool | None
+) -> Publication:
+    api = HfApi(library_name="rsrouter", library_version=__version__, token=token)
+    repo_id = plan.repo_id
+    try:
+        info = api.model_info(repo_id, revision=branch)
+        if private and not info.private:
+            raise HubError(
+                f"{repo_id} exists and is public",
+                expected="a private repository",
+                received="a public one",
+                remedy="change its visibility on the Hub, or choose another name",
+            )
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private, exist_ok=False)
+        info = api.model_info(repo_id, revision=branch)
+    wanted = {f.path for f in plan.files}
+    present = {s.rfilename for s in info.siblings or []}
+    # tables of an earlier publication would stand beside a router they do not belong to
+    stale = tuple(sorted(p for p in present - wanted if p.startswith("certificates/")))
+    operations = [CommitOperationAdd(path_in_repo=f.path, path_or_fileobj=fresh / f.path) for f in plan.files]
+    done = api.create_commit(
+        repo_id,
+        [*operations, *(CommitOperationDelete(path_in_repo=p) for p in stale)],
+        commit_message=message,
+        parent_commit=info.sha,
+        create_pr=create_pr,
+        revision=branch,
+    )
+    _read_back(api, repo_id, done.oid, fresh, plan.files)
+    url = str(done.pr_url or done.commit_url)
+    return Publication(repo_id, plan.files, stale, done.oid, info.sha, url, False, plan.card)
+
+
+def _read_back(api: HfApi, repo_id: str, commit: str, fresh: Path, files: tuple[File, ...]) -> None:
+    """Compares the commit with what was sent, by the Hub's own checksums."""
+    stored = {entry.path: entry for entry in api.get_paths_info(repo_id, [f.path for f in files], revision=commit)}
+    for file in files:
+        entry = stored.get(file.path)
+        data = (fresh / file.path).read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        lfs = getattr(entry, "lfs", None)
+        same = entry is not None and (lfs.sha256 == file.sha256 if lfs else getattr(entry, "blob_id", None) == blob)
+        if not same:
+            raise HubError(
+                f"{file.path} is not on {repo_id} as it was sent",
+                expected=f"sha256 {file.sha256}",
+                received="no such file" if entry is None else "other content",
+                remedy="publish again, and look at the repository",
+            )
