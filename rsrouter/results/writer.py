@@ -171,7 +171,7 @@ class ResultsWriter:
         stored = self._check_metadata()
         content = self._read()
         rows = content.split("\0", 1)[0]  # a power loss can leave zeros where rows were on their way
-        if not stored and rows.strip():
+        if not stored and content:  # the metadata is written before the first byte
             raise ResultsError(
                 f"{self.path} was not begun by this package, or lost its metadata",
                 expected=f"{self._metadata_path.name} beside it",

@@ -221,7 +221,8 @@ def test_info_may_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\t1\t0:00:01\n", "something else\n"]
+    "content",
+    ["", "idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\t1\t0:00:01\n", "something else\n", "\0\0\n", HEADER],
 )
 def test_a_file_of_something_else_is_not_touched(tmp_path: Path, content: str) -> None:
     path = tmp_path / "certificates.tsv"
