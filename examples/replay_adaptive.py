@@ -41,7 +41,9 @@ def read_shares(path: Path, sigma: float, n: int, alpha: float, abstained: str) 
     return share, np.array([row[4].strip() == "1" for row in rows])
 
 
-def certify(tree: Tree, plan: Plan, share: NDArray[np.float64], votes: dict[int, NDArray[np.int64]], alpha: float) -> CertifyPolicy:
+def certify(
+    tree: Tree, plan: Plan, share: NDArray[np.float64], votes: dict[int, NDArray[np.int64]], alpha: float
+) -> CertifyPolicy:
     """Runs the policy on cumulative top-class counts `votes[n] (N,)`."""
     policy = CertifyPolicy(tree, plan, AlphaSplit.even(alpha, tree.paths), len(share), sides="one")
     name = tree.root
@@ -104,7 +106,8 @@ def main() -> None:
         full = np.array([fixed.drawn(i) for i in range(len(share))])
         loss = certified_accuracy(fixed, correct, grid) - certified_accuracy(adaptive, correct, grid)
         looks = np.searchsorted(plan.looks, drawn - plan.n0) + 1
-        print(f"{path.name:15s} {len(share):6d}  {drawn.sum() / full.sum():6.1%}   {loss.max():6.3f} (r = {grid[loss.argmax()]:.2f})"
+        worst = f"{loss.max():6.3f} (r = {grid[loss.argmax()]:.2f})"
+        print(f"{path.name:15s} {len(share):6d}  {drawn.sum() / full.sum():6.1%}   {worst}"
               f"        {adaptive.radius.sum() / fixed.radius.sum():6.3f}     {looks.mean():.2f}")
 
 
