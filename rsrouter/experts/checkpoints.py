@@ -182,9 +182,12 @@ def fit_state(module: nn.Module, state: Mapping[str, Tensor], *, architecture: s
     if missing or extra or misfit:
         parts = [f"{len(names)} {word}: {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
                  for word, names in (("missing", missing), ("left over", extra), ("of another shape", misfit)) if names]
-        nearest = nearest_architecture(state)
         remedy = "check architecture, its kwargs and num_classes"
-        if nearest is not None:
+        width = head_width(stripped)
+        only_head = not missing and not extra and all(stripped[k].shape[1:] == own[k].shape[1:] for k in own if k in stripped)
+        if only_head and width is not None and len(misfit) <= 2:
+            remedy = f"the file was trained for num_classes={width}"
+        elif (nearest := nearest_architecture(state)) is not None:
             name, share, width = nearest
             remedy = (f"the nearest architecture is {name!r} with num_classes={width} ({share:.0%} of names and shapes fit)"
                       if share > 0.3 else "no known architecture is near; register_architecture(name, YourModule)")

@@ -62,7 +62,7 @@ class Ensemble(nn.Module):
         undecided = (tops != tops[0]).any(0).nonzero().flatten()
         # where all agree, the mean of the first K has the same argmax as each of them
         mean = total / self.consensus
-        for rows in torch.split(undecided, self.chunk):
+        for rows in torch.split(undecided, self.chunk) if len(undecided) else ():
             padded = torch.cat([rows, rows[:1].expand(self.chunk - len(rows))])
             part, more = x[padded], total[padded]
             for member in list(self.members)[self.consensus :]:

@@ -83,9 +83,19 @@ def locate(provenance: Provenance, folder: Path | None = None) -> Path:
 
 def _plain(provenance: Provenance, num_classes: int, folder: Path | None) -> nn.Module:
     path = locate(provenance, folder)
-    data = read_verified(path, provenance.sha256)
-    module = build_architecture(provenance.architecture, num_classes, provenance.kwargs)
-    return fit_state(module, parse_checkpoint(data, path.name).state, architecture=provenance.architecture, filename=path.name)
+    data = read_verified(path, provenance.sha256)  # also where the module is in memory: a damaged file must show
+    return _shared(provenance, num_classes, lambda: parse_checkpoint(data, path.name))
+
+
+def _shared(provenance: Provenance, num_classes: int, parse: Callable[[], Checkpoint]) -> nn.Module:
+    """The module of a verified file; equal content of equal architecture is one module."""
+    key = (provenance.sha256, provenance.architecture, num_classes, json.dumps(provenance.kwargs, sort_keys=True, default=str))
+    module = _MODULES.get(key)
+    if module is None:
+        module = build_architecture(provenance.architecture, num_classes, provenance.kwargs)
+        module = fit_state(module, parse().state, architecture=provenance.architecture, filename=provenance.filename)
+        _MODULES[key] = module
+    return module
 
 
 #: how the module of a provenance is built, by `Provenance.loader`; "checkpoint" reads one weight file
@@ -103,16 +113,7 @@ def build_module(provenance: Provenance, num_classes: int, folder: Path | None =
     if provenance.loader not in LOADERS:
         raise InputError("Unknown loader of an expert", expected=f"one of {sorted(LOADERS)}", received=repr(provenance.loader),
                          remedy="the pool may come from a newer rsrouter; upgrade it")
-    key = (provenance.sha256, provenance.loader, provenance.architecture, num_classes, _stable(provenance.kwargs))
-    module = _MODULES.get(key)
-    if module is None:
-        module = LOADERS[provenance.loader](provenance, num_classes, folder)
-        _MODULES[key] = module
-    return module
-
-
-def _stable(value: object) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+    return LOADERS[provenance.loader](provenance, num_classes, folder)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -267,13 +268,7 @@ def load_expert(
     provenance = Provenance(**where, sha256=sha256, loader="checkpoint", architecture=merged["architecture"],
                             kwargs=dict(merged.get("kwargs") or {}), licence=merged.get("licence"))
     expert = make_expert(provenance, merged)  # checks sigma, shapes and normalisation before any weight is placed
-    key = (provenance.sha256, "checkpoint", provenance.architecture, expert.num_classes, _stable(provenance.kwargs))
-    module = _MODULES.get(key)
-    if module is None:
-        module = build_architecture(provenance.architecture, expert.num_classes, provenance.kwargs)
-        module = fit_state(module, checkpoint.state, architecture=provenance.architecture, filename=shown)
-        _MODULES[key] = module
-    expert._module = module
+    expert._module = _shared(provenance, expert.num_classes, lambda: checkpoint)
     return expert
 
 

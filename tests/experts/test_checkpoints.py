@@ -210,7 +210,8 @@ def test_nearest_architecture_of_something_else() -> None:
 
 @pytest.mark.parametrize(("content", "match"), [
     ({"epoch": 3}, "no state dict"), ([1, 2], "no state dict"),
-    ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "told apart"), (torch.ones(3), "no state dict"), ({}, "no state dict"),
+    ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "told apart"),
+    (torch.ones(3), "no state dict"), ({}, "no state dict"),
 ])
 def test_unknown_containers(tmp_path: Path, content: object, match: str) -> None:
     torch.save(content, tmp_path / "model.pt")
