@@ -62,7 +62,7 @@ from rsrouter.core.tree import Stage, Tree
 from rsrouter.core.types import ABSTAIN
 
 #: Tests are done at alpha times one minus this, for the rounding of scipy's binomial tails.
-_MARGIN = 1e-9
+_MARGIN = 1e-6
 
 
 def _tail(k: NDArray[np.int64], n: NDArray[np.int64], p: float) -> NDArray[np.float64]:

@@ -27,13 +27,20 @@ Votes = Mapping[str, Mapping[str, Sequence[int]]]
 
 
 @dataclass
-class _Row:
-    """Votes of one image, checked, with what the selection votes fix."""
+class StoredVotes:
+    """Votes of one image, checked, with what the selection votes fix.
+
+    Attributes:
+        c: the class to certify, ABSTAIN where the selection answers nothing.
+        path: (stage, index of its target) from the root to the answer.
+        selected: selection votes by stage.
+        looks: by stage its completed looks, as (index of the look, cumulative counts), the last one at the end.
+        reference: by stage the outcome whose lower bound counts, -1 for none.
+    """
 
     c: int = ABSTAIN
     path: list[tuple[str, int]] = field(default_factory=list)
     selected: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    #: stage to its looks, as (index of the look, cumulative counts), the last one at the end
     looks: dict[str, list[tuple[int, NDArray[np.int64]]]] = field(default_factory=dict)
     reference: dict[str, int] = field(default_factory=dict)
 
@@ -58,18 +65,18 @@ def recompute(
     if rule not in RULES:
         raise PlanError("Unknown rule", expected=f"one of {RULES}", received=repr(rule), remedy="use rule='tree'")
     check_split(tree, split)
-    rows: list[_Row | PlanError] = []
+    rows: list[StoredVotes | PlanError] = []
     for one in votes:
         try:
-            rows.append(_read(tree, plan, one))
+            rows.append(read_votes(tree, plan, one))
         except PlanError as error:
             rows.append(error)
-    sound = [row for row in rows if isinstance(row, _Row)]
+    sound = [row for row in rows if isinstance(row, StoredVotes)]
     certificates = iter(_certify(tree, plan, split, sound, rule, sides))
     return [row if isinstance(row, PlanError) else next(certificates) for row in rows]
 
 
-def _certify(tree: Tree, plan: Plan, split: AlphaSplit, rows: list[_Row], rule: str, sides: str) -> list[Certificate]:
+def _certify(tree: Tree, plan: Plan, split: AlphaSplit, rows: list[StoredVotes], rule: str, sides: str) -> list[Certificate]:
     classes = np.array([row.c for row in rows], dtype=np.int64)
     grouped: dict[str, Array] = {}
     nearest: dict[str, Array] = {}
@@ -97,7 +104,7 @@ def _certify(tree: Tree, plan: Plan, split: AlphaSplit, rows: list[_Row], rule: 
             for i, row in enumerate(rows)]
 
 
-def _certificate(tree: Tree, plan: Plan, row: _Row, radius: float, bound_by: str, entry: Mapping[str, Array]) -> Certificate:
+def _certificate(tree: Tree, plan: Plan, row: StoredVotes, radius: float, bound_by: str, entry: Mapping[str, Array]) -> Certificate:
     certified = radius > 0.0 and row.c > ABSTAIN
     r_router, r_expert = (np.inf, 0.0) if row.c > ABSTAIN else (0.0, 0.0)
     for position, (name, index) in enumerate(row.path if row.c > ABSTAIN else []):
@@ -132,8 +139,13 @@ def _counts(stage: Stage, votes: Sequence[int]) -> NDArray[np.int64]:
     return counts
 
 
-def _read(tree: Tree, plan: Plan, votes: Votes) -> _Row:
-    row = _Row()
+def read_votes(tree: Tree, plan: Plan, votes: Votes) -> StoredVotes:
+    """The votes of one image, checked against tree and plan.
+
+    Raises:
+        PlanError: votes that cannot come from them.
+    """
+    row = StoredVotes()
     place = {n: k for k, n in enumerate(plan.looks)}
     select, estimate, earlier = (votes.get(purpose, {}) for purpose in ("select", "estimate", "earlier"))
     unknown = sorted(({*select, *estimate} | {key.rpartition("@")[0] for key in earlier}) - set(tree.stages))
@@ -174,7 +186,7 @@ def _sum_to(counts: NDArray[np.int64], sums: Sequence[int], name: str, what: str
     return counts
 
 
-def _descend(tree: Tree, row: _Row) -> None:
+def _descend(tree: Tree, row: StoredVotes) -> None:
     """Class, path and references: all from selection votes."""
     at: int | str = tree.root
     while isinstance(at, str):
@@ -201,4 +213,4 @@ def _descend(tree: Tree, row: _Row) -> None:
         row.reference[name] = reference
 
 
-__all__ = ["Votes", "recompute"]
+__all__ = ["StoredVotes", "Votes", "read_votes", "recompute"]
