@@ -14,7 +14,6 @@ from rsrouter.router.labels import Labels, label_images, label_votes
 from rsrouter.router.trunk import HeadedTrunk, MLPHead, Trunk
 
 
-
 def _torch_layers(num_classes: int, description: dict[str, Any]) -> nn.Module:
     """A stack of torch.nn layers written down by `describe_module`; its width is part of the description."""
     return build_module(description)

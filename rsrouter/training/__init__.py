@@ -29,10 +29,12 @@ from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.experts.base import ExpertPool
 from rsrouter.inputs import check_images, check_labels
 from rsrouter.router.base import Router
+from rsrouter.router.cascade import CascadeRouter
 from rsrouter.router.flat import FlatRouter
 from rsrouter.router.labels import Labels, label_images
 from rsrouter.router.trunk import Trunk
 from rsrouter.smooth import RoutedSmooth
+from rsrouter.training.tune import tune_cascade
 
 
 @dataclass(frozen=True)
@@ -123,15 +125,17 @@ class _Inputs:
 
 
 def train_router(
-    pool: ExpertPool, router: Router, images: Tensor, labels: Tensor, *, radii: Sequence[float], seed: int = 0,
+    pool: ExpertPool, router: Router | str, images: Tensor, labels: Tensor, *, radii: Sequence[float], seed: int = 0,
     out: str | Path | None = None, recipe: Recipe | str = "utility", routing_labels: Labels | None = None, label_n: int = 100,
-    device: str | None = None, progress: Callable[[int, int, float], None] | None = None,
+    validation: tuple[Tensor, Tensor] | None = None, device: str | None = None,
+    progress: Callable[[int, int, float], None] | None = None, votes: Callable[[int], None] | None = None,
 ) -> RoutedSmooth:
     """Trains the router's own parameters on routing labels and returns the routed classifier.
 
     Args:
         pool: frozen experts; unchanged to the bit.
-        router: what to train, changed in place; a router without parameters (a cascade) is returned as it is.
+        router: what to train, changed in place, or a kind: `"cascade"` is tuned on the validation images (a
+            `CascadeRouter` passed here keeps its thresholds).
         images: `(N, C, H, W)` pixels in [0,1], best ones that no expert was trained on.
         labels: `(N,)` class indices.
         radii: radii the user cares about.
@@ -139,7 +143,10 @@ def train_router(
         out: folder to save to (`config.json`, `router.safetensors`, `training.jsonl`); must not hold another router.
         recipe: a `Recipe`, or the name of one in `RECIPES`.
         routing_labels: labels made before; None: made here with `label_n` votes per expert and image.
+        validation: images and labels that choices are made on; None: those the router is trained on.
+        device: where experts vote.
         progress: called with (epoch, epochs, loss).
+        votes: called with the number of votes drawn since the last call.
 
     Raises:
         InputError: images, labels, radii or recipe that do not fit.
@@ -159,11 +166,17 @@ def train_router(
     if folder is not None and (folder / "config.json").exists():
         raise ResultsError("The folder already holds a router", expected="a new folder", received=str(folder),
                            remedy="choose another --out; nothing was overwritten")
-    routed = RoutedSmooth(pool, router)
     history: list[dict[str, Any]] = []
+    if router == CascadeRouter.kind:
+        xv, yv = (x, target) if validation is None else validation
+        router = tune_cascade(pool, xv, yv, grid, seed=seed, device=device, progress=votes, log=history.append)
+    if not isinstance(router, Router):
+        raise InputError("Unknown kind of router", expected=f"a Router, or {CascadeRouter.kind!r}", received=repr(router),
+                         remedy="FlatRouter(...), or router='cascade'")
+    routed = RoutedSmooth(pool, router)
     if isinstance(router, FlatRouter):
         if routing_labels is None:
-            routing_labels = label_images(pool, x, target, n=label_n, seed=seed, device=device)
+            routing_labels = label_images(pool, x, target, n=label_n, seed=seed, device=device, progress=votes)
         history = _train_flat(pool, router, x, routing_labels, grid, seed, recipe, progress)
         routed = RoutedSmooth(pool, router)
     if folder is not None:

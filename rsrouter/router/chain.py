@@ -1,0 +1,119 @@
+"""Stages in a row: each voter answers where one class reaches its threshold and defers otherwise; the last one answers always.
+
+A voter is an expert's frozen trunk at some noise level, with the expert's own logits or with a small trained head.
+An expert may be asked more than once: first when it is sure, at the end when nobody was. Voters that share trunk and
+noise level share every forward pass and vote; the union bound over the path's stages covers that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rsrouter.core.errors import InputError
+from rsrouter.core.tree import cascade_tree, expert_stage
+from rsrouter.experts.base import Expert, ExpertPool, check_sigma, module_digest
+from rsrouter.router.base import Routed, vote_model
+from rsrouter.router.trunk import HeadedTrunk
+from rsrouter.sampling.engine import VoteModel
+
+
+@dataclass(frozen=True)
+class Voter:
+    """Who is asked.
+
+    Attributes:
+        expert: name of the expert whose frozen network looks at the noisy image.
+        sigma: standard deviation of the noise; None: the expert's own.
+        head: name of the head on the expert's features that casts the vote; None: the expert's logits.
+    """
+
+    expert: str
+    sigma: float | None = None
+    head: str | None = None
+
+
+class _Votes(nn.Module):
+    """A network whose outputs are picked, possibly more than once, one per stage."""
+
+    def __init__(self, inner: nn.Module, picks: Sequence[int], single: bool) -> None:
+        super().__init__()
+        self.inner, self.picks, self.single = inner, tuple(picks), single
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        out = self.inner(x)
+        return tuple(out if self.single else out[k] for k in self.picks)
+
+
+def check_thresholds(thresholds: Sequence[float], voters: int | None = None) -> tuple[float, ...]:
+    """Thresholds as floats; InputError unless each is in (1/2, 1) and there is one per voter but the last."""
+    values = tuple(float(t) for t in thresholds)
+    if not all(0.5 < t < 1.0 for t in values):
+        raise InputError("A cascade's thresholds are out of range", expected="each in (1/2, 1)", received=str(values),
+                         remedy="0.55 is a reasonable start; tune on validation images")
+    if voters is not None and len(values) != voters - 1:
+        raise InputError("A cascade needs a threshold for each expert but the last", expected=f"{voters - 1} thresholds",
+                         received=f"{len(values)}", remedy="give one tau per expert that may defer")
+    return values
+
+
+def check_voters(voters: Sequence[Voter], pool: ExpertPool, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
+    """Raises InputError for an unknown expert or head, an unusable sigma, or the same voter twice in a row."""
+    unknown = sorted({v.expert for v in voters} - set(pool.names))
+    if not voters or unknown:
+        raise InputError("The cascade's experts do not fit the pool", expected=f"names out of {list(pool.names)}",
+                         received=str([v.expert for v in voters]), remedy="name experts of the pool, in the order in which they are asked")
+    if any(a == b for a, b in zip(voters, voters[1:], strict=False)):
+        raise InputError("A cascade asks the same expert twice in a row", expected="another expert in between",
+                         received=str([v.expert for v in voters]), remedy="drop one of the two: the second vote is the same as the first")
+    missing = sorted({v.head for v in voters if v.head is not None} - set(heads.keys()))
+    if missing:
+        raise InputError("A voter's head is missing", expected=f"one of {sorted(heads.keys())}", received=str(missing),
+                         remedy="pass every head by name")
+    for voter in voters:
+        if voter.sigma is not None:
+            check_sigma(voter.sigma, f"the voter on {voter.expert!r}")
+
+
+def bind_chain(
+    pool: ExpertPool, voters: Sequence[Voter], thresholds: Sequence[float], heads: Mapping[str, nn.Module] | nn.ModuleDict | None = None
+) -> Routed:
+    """Tree and networks of `voters` in a row.
+
+    Raises:
+        InputError: voters, thresholds or heads that do not fit.
+    """
+    heads = {} if heads is None else heads
+    check_voters(voters, pool, heads)
+    thresholds = check_thresholds(thresholds, len(voters))
+    groups: dict[tuple[str, float], list[int]] = {}
+    for position, voter in enumerate(voters):
+        groups.setdefault((voter.expert, pool[voter.expert].sigma if voter.sigma is None else float(voter.sigma)), []).append(position)
+    stages, models = {}, []
+    for (name, sigma), positions in groups.items():
+        expert = pool[name]
+        network = name if sigma == expert.sigma else f"{name}@{sigma:g}"
+        titles = [network if k == 0 else f"{network}:{k + 1}" for k in range(len(positions))]
+        for title, position in zip(titles, positions, strict=True):
+            stages[position] = expert_stage(title, sigma, pool.num_classes, network=network, expert=name)
+        models.append(_network(expert, network, sigma, titles, [voters[p].head for p in positions], heads, pool.num_classes))
+    return Routed(cascade_tree([stages[p] for p in range(len(voters))], thresholds), tuple(models))
+
+
+def _network(
+    expert: Expert, network: str, sigma: float, titles: Sequence[str], wanted: Sequence[str | None],
+    heads: Mapping[str, nn.Module] | nn.ModuleDict, num_classes: int,
+) -> VoteModel:
+    """One forward pass that casts the votes of every stage on one trunk at one noise level."""
+    if list(wanted) == [None] and sigma == expert.sigma:
+        return vote_model(expert)
+    used = list(dict.fromkeys(h for h in wanted if h is not None))
+    digest = expert.digest + "".join(module_digest(heads[h], h) for h in used) + (f"@{sigma!r}" if sigma != expert.sigma else "")
+    if not used:
+        module: nn.Module = _Votes(expert.network(), [0] * len(wanted), single=True)
+    else:
+        picks = [0 if h is None else 1 + used.index(h) for h in wanted]
+        module = _Votes(HeadedTrunk(expert, [heads[h] for h in used]), picks, single=False)
+    return VoteModel(network, module, sigma, tuple(titles), (num_classes,) * len(titles), digest)
