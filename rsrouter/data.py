@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -282,9 +284,9 @@ def _from_npz(path: Path, name: str, image: str | None, label: str | None, size:
             has_label = label is not None or any(c in file.files for c in LABEL_COLUMNS)
             labels = file[_pick(file.files, label, LABEL_COLUMNS, "label", name)] if has_label else None
             ids = file["index"] if "index" in file.files else None
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{name} is not a readable .npz file", expected="arrays `images` and `labels`", received=str(error),
                          remedy="write it with numpy.savez; object arrays are not read") from error
     data = from_arrays(images, labels, name=name, ids=ids)
