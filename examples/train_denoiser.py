@@ -6,6 +6,15 @@
 The classifier sees clean images only; the denoiser never sees a label. One-shot denoising (Carlini et al. 2023,
 arXiv 2206.10550) then makes them one expert per sigma out of the same two networks. Printed at the end: accuracy on the
 test slice under Gaussian noise, of the classifier alone and behind the denoiser.
+
+Measured (6,000 training images, 12 epochs, about 10 minutes on one busy core; 1,000 test images, four noisy copies each):
+
+    sigma   plain classifier   denoised   trained with noise (the bundled expert, for comparison)
+    0.25    0.540              0.843
+    0.5     0.210              0.754      0.822
+    1.0     0.114              0.626      0.725
+
+One denoiser serves every sigma and the classifier never saw noise; an expert trained for its noise level is better still.
 """
 
 from __future__ import annotations
@@ -79,7 +88,7 @@ def train_denoiser(x: Tensor, epochs: int, width: int, diffusion: Diffusion, gen
             optimiser.step()
             schedule.step()
             average.update_parameters(model)
-            total += float(loss)
+            total += loss.item()
         print(f"denoiser epoch {epoch + 1}/{epochs} loss {total / (len(x) // 64):.4f} {time.time() - start:.0f} s", flush=True)
     return average.module
 

@@ -132,7 +132,7 @@ def to_unit(pixels: NDArray[Any], who: str) -> Tensor:
         raise InputError(f"{who} has the wrong shape", expected="(C, H, W) with 1 or 3 channels", received=str(pixels.shape),
                          remedy="move the channels first")
     if pixels.dtype == np.uint8:
-        return torch.from_numpy(np.ascontiguousarray(pixels)).to(torch.float32).div_(255)
+        return torch.from_numpy(np.array(pixels)).to(torch.float32).div_(255)
     if pixels.dtype.kind != "f":
         raise InputError(f"{who} has the wrong dtype", expected="uint8, or floats in [0,1]", received=str(pixels.dtype),
                          remedy="convert with .astype('uint8') if the values are 0 to 255")
@@ -141,7 +141,7 @@ def to_unit(pixels: NDArray[Any], who: str) -> Tensor:
         remedy = "divide by 255" if 1.0 < high <= 255 and low >= 0 else "give raw pixels; each expert normalises them itself"
         raise InputError(f"{who} has pixels outside [0,1]", expected="floats in [0,1], or uint8", received=f"[{low:g}, {high:g}]",
                          remedy=remedy)
-    return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+    return torch.from_numpy(np.array(pixels, dtype=np.float32))
 
 
 def resize_centre(pixels: Tensor, size: int) -> Tensor:
@@ -195,7 +195,7 @@ def _decode(encoded: bytes, who: str) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(encoded)) as image:
             gray = image.mode in {"L", "1", "LA", "I", "I;16"}
             array = np.asarray(image.convert("L" if gray else "RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{who} is not a readable image", expected="PNG, JPEG or another format that Pillow reads",
                          received=str(error), remedy="fetch the file again") from error
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

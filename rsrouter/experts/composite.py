@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -120,6 +121,17 @@ class Diffusion:
         return t, float(abar[t])
 
 
+@torch.fx.wrap  # looks at what came back, which a traced stand-in cannot tell
+def _prediction(output: Any, like: Tensor) -> Tensor:
+    """The predicted tensor, of as many channels as `like`, in what a denoiser returns."""
+    if isinstance(output, tuple):
+        output = output[0]
+    elif not isinstance(output, Tensor):
+        output = output.sample
+    predicted: Tensor = output[:, : like.shape[1]]
+    return predicted
+
+
 class DiffusionDenoised(nn.Module):
     """One-shot diffusion denoising before a classifier (Carlini et al. 2023, arXiv 2206.10550).
 
@@ -149,11 +161,7 @@ class DiffusionDenoised(nn.Module):
         signal, noise = math.sqrt(self.abar), math.sqrt(1 - self.abar)
         x_t = signal * (2 * z - 1)
         output = self.denoiser(x_t, torch.full((z.shape[0],), self.t, device=z.device, dtype=torch.long))
-        if isinstance(output, tuple):
-            output = output[0]
-        elif hasattr(output, "sample"):
-            output = output.sample
-        predicted = output[:, : z.shape[1]]
+        predicted = _prediction(output, z)
         if self.prediction == "epsilon":
             x_0 = (x_t - noise * predicted) / signal
         elif self.prediction == "v":

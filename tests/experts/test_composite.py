@@ -256,3 +256,31 @@ def test_one_model_at_several_sigmas(members: list[Expert], tmp_path: Path) -> N
     assert len({id(e.module) for e in again}) == 1
     with pytest.raises(InputError, match="sigma"):
         at_sigmas(members[0], [0.5, -1.0])
+
+
+class Sampled(nn.Module):
+    """Answers as diffusers' UNets do: an object with `.sample`."""
+
+    def forward(self, x_t: Tensor, t: Tensor) -> object:
+        from types import SimpleNamespace
+
+        return SimpleNamespace(sample=x_t * 0.1 + t.view(-1, 1, 1, 1) * 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mean", "consensus", "unet", "sampled", "dncnn"])
+def test_what_the_engine_prepares_is_the_same_function(kind: str, members: list[Expert], x: Tensor) -> None:
+    """Tracing and folding must not change what a composite computes."""
+    from rsrouter.sampling.execution import Execution, prepare
+
+    torch.manual_seed(0)
+    expert = {
+        "mean": lambda: ensemble(members), "consensus": lambda: ensemble(members, consensus=2),
+        "unet": lambda: denoised(build_architecture("small_unet", 2, {"width": 8}).eval(), members[1], sigma=0.5,
+                                 diffusion=Diffusion()),
+        "sampled": lambda: denoised(Sampled(), members[1], sigma=0.5, diffusion=Diffusion()),
+        "dncnn": lambda: denoised(build_architecture("dncnn", 2, {"depth": 3, "n_channels": 4, "image_channels": 1}).eval(),
+                                  members[1], sigma=0.5),
+    }[kind]()
+    prepared = prepare(expert.network(), Execution(), torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(x.to(memory_format=torch.channels_last)), expert.network()(x), rtol=1e-3, atol=1e-4)
