@@ -1,7 +1,17 @@
 """What a certificate is: numpy and scipy only, imports no torch."""
 
-from rsrouter.core.bounds import AlphaSplit, binom_lower, binom_upper, sequence_lower, sequence_upper
+from rsrouter.core.bounds import AlphaSplit, binom_lower, binom_upper, multiclass_bounds, sequence_lower, sequence_upper
+from rsrouter.core.budget import (
+    BudgetRow,
+    BudgetTable,
+    budget_table,
+    expected_votes,
+    largest_radius,
+    mean_radius_ratio,
+    votes_needed,
+)
 from rsrouter.core.certificates import entry_radii, tree_radius, vote_radius
+from rsrouter.core.decide import PredictPolicy, confidence_set
 from rsrouter.core.errors import (
     CheckpointError,
     HubError,
@@ -18,8 +28,10 @@ from rsrouter.core.tree import Stage, Tree, cascade_tree, expert_stage, flat_tre
 from rsrouter.core.types import ABSTAIN, RULES, SIDES, Certificate
 
 __all__ = [
-    "ABSTAIN", "RULES", "SIDES", "AdaptivePlan", "AlphaSplit", "Certificate", "CertifyPolicy", "CheckpointError",
-    "FixedPlan", "HubError", "InputError", "IntegrityError", "NetworkError", "Plan", "PlanError", "RSRouterError",
-    "ResultsError", "Stage", "Tree", "VoteRequest", "binom_lower", "binom_upper", "cascade_tree", "entry_radii",
-    "expert_stage", "flat_tree", "plan_from_dict", "sequence_lower", "sequence_upper", "tree_radius", "vote_radius",
+    "ABSTAIN", "RULES", "SIDES", "AdaptivePlan", "AlphaSplit", "BudgetRow", "BudgetTable", "Certificate", "CertifyPolicy",
+    "CheckpointError", "FixedPlan", "HubError", "InputError", "IntegrityError", "NetworkError", "Plan", "PlanError",
+    "PredictPolicy", "RSRouterError", "ResultsError", "Stage", "Tree", "VoteRequest", "binom_lower", "binom_upper",
+    "budget_table", "cascade_tree", "confidence_set", "entry_radii", "expected_votes", "expert_stage", "flat_tree",
+    "largest_radius", "mean_radius_ratio", "multiclass_bounds", "plan_from_dict", "sequence_lower", "sequence_upper",
+    "tree_radius", "vote_radius", "votes_needed",
 ]

@@ -90,7 +90,7 @@ def check(tally: Tally) -> None:
 
 
 def test_no_point_inside_the_radius_changes_the_answer():
-    check(search(20260101, 1500, dense=60))
+    check(search(20260101, 1200, dense=50))
 
 
 @pytest.mark.slow
