@@ -97,10 +97,10 @@ class Plan(ABC):
         self, stage: Stage, counts: Counts, look: NDArray[np.int64], reference: NDArray[np.int64], c: NDArray[np.int64],
         *, alpha: float, sides: str = "two", lower_share: float = 0.9,
     ) -> StageBounds:
-        """Bounds this stage could still reach by the last look, at confidence `1 - beta`: costs power only.
+        """Bounds this stage may still reach by the last look; they steer what is drawn and enter no certificate.
 
-        The remaining votes are taken to fall as well as the upper (for the reference) or lower (for rivals)
-        confidence bound at level `beta` on their probability allows. `look` is -1 where nothing was drawn.
+        The counts at `n_max` are taken at their prediction limits of level `beta` given the votes so far, high for
+        the reference and low for rivals (`estimates.hoped_counts`). `look` is -1 where nothing was drawn.
         """
         check_sides(sides)
         drawn = np.where(look >= 0, np.asarray(self.looks, dtype=np.int64)[look], 0)
@@ -197,14 +197,16 @@ class AdaptivePlan(Plan):
     Looks at geometric checkpoints on cumulative votes. Clopper-Pearson at look k with `alpha_k`,
     `sum alpha_k = alpha`, most of it kept for the last look; or a confidence sequence, whose bound may use the
     whole alpha at each of them. All bounds hold simultaneously, so stopping may depend on anything, other stages
-    included. The upper confidence radius at level `beta` decides when more votes are hopeless; it costs power,
-    never soundness (compare Horvath et al. 2022, Voracek 2024).
+    included. Prediction limits at level `beta` decide when more votes are hopeless; they cost power, never soundness
+    (compare Horvath et al. 2022, Voracek 2024). On published tables of 10,000 images at n_max = 100,000 and a grid of
+    0.25 the defaults draw 12 to 18% of the votes at sigma 0.25 to 1.0 and lose at most 0.07 points of certified
+    accuracy at any of these radii (`examples/replay_adaptive.py`).
 
     Args:
         n_max: the most estimation votes per stage.
         radii: radii the user cares about, ascending after sorting; "not abstaining" always counts as well.
         n0: selection votes per stage.
-        beta: level of the upper confidence radius.
+        beta: level of the prediction limits.
         growth: ratio of consecutive looks.
         first: no look before this many votes.
         last_share: the part of alpha kept for the last look (Clopper-Pearson only).
