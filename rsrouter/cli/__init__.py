@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 #: each has `register(app)`; in the order in which the verbs are shown
-_GROUPS = ("demo", "experts", "train", "certify", "report", "publish", "plan")
+_GROUPS = ("demo", "experts", "train", "certify", "report", "publish", "plan", "bench")
 
 
 def _version(show: bool) -> None:

@@ -1,0 +1,94 @@
+"""The bundled assets and the whole path in one call."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import rsrouter.demo.flow as flow
+from rsrouter import ExpertPool, ResultsError, RoutedSmooth
+from rsrouter.demo import SLICES, load_pool, load_slice, run
+from rsrouter.demo.bundled import ASSETS
+from rsrouter.experts.checkpoints import sha256_of
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """One run with very few images and votes."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(flow, "QUICK", {"train_images": 60, "validation_images": 40, "label_votes": 20, "test_images": 6, "n_max": 800})
+    out = tmp_path_factory.mktemp("demo") / "run"
+    yield run(out, quick=True, show=False), out, patch
+    patch.undo()
+
+
+def test_bundled_experts_are_small_and_ordinary():
+    pool = load_pool()
+    assert pool.sigmas == (0.25, 0.5, 1.0)
+    for folder in (ASSETS / "experts").iterdir():
+        assert (folder / "model.safetensors").stat().st_size <= 1_000_000
+    assert all(e.provenance.source == "bundled" for e in pool)
+
+
+def test_slices_are_disjoint_and_labelled():
+    fingerprints = {name: load_slice(name).fingerprint for name in SLICES}
+    assert len(set(fingerprints.values())) == 3
+    assert [len(load_slice(name)) for name in SLICES] == [6000, 1000, 1000]
+
+
+def test_a_run_leaves_everything(small):
+    outcome, out, _ = small
+    for name in ("pool.json", "router/config.json", "router/router.safetensors", "certificates.tsv", "certificates.json", "report/index.html"):
+        assert (out / name).is_file(), name
+    header = (out / "certificates.tsv").read_text().splitlines()[0].split("\t")
+    assert header[:6] == ["idx", "label", "predict", "radius", "correct", "time"]
+    assert len(outcome.routed) == 6
+    assert len(ExpertPool.load(out / "pool.json")) == 3
+    assert json.loads((out / "certificates.json").read_text())["seed_derived"] is True
+    assert RoutedSmooth.from_pretrained(out / "router").digest == json.loads((out / "certificates.json").read_text())["digest"]
+
+
+def rows_without_time(path):
+    lines = [line.split("\t") for line in path.read_text().splitlines()]
+    return [cells[:5] + cells[6:] for cells in lines]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_a_stopped_run_goes_on(small, tmp_path):
+    _, out, _ = small
+    run(tmp_path / "again", quick=True, show=False)
+    assert rows_without_time(tmp_path / "again" / "certificates.tsv") == rows_without_time(out / "certificates.tsv")
+    assert (tmp_path / "again/router/router.safetensors").read_bytes() == (out / "router/router.safetensors").read_bytes()
+    # cut the table in the middle of a line, and go on
+    table = tmp_path / "again" / "certificates.tsv"
+    data = table.read_bytes()
+    table.write_bytes(data[: len(data) * 2 // 3])
+    run(tmp_path / "again", quick=True, show=False)
+    assert rows_without_time(table) == rows_without_time(out / "certificates.tsv")
+
+
+def test_a_folder_of_something_else_is_refused_and_kept(small, tmp_path):
+    _, out, _ = small
+    with pytest.raises(ResultsError, match="something else"):
+        run(out, quick=True, seed=1, show=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ResultsError, match="something else"):
+        run(tmp_path / "mine", quick=True, show=False)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert len(list((tmp_path / "mine").iterdir())) == 1
+
+
+def test_changed_weights_refuse_to_load(small, tmp_path):
+    _, out, _ = small
+    copy = tmp_path / "router"
+    shutil.copytree(out / "router", copy)
+    weights = copy / "router.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    before = sha256_of(weights)
+    with pytest.raises(Exception, match="not the one that was saved|cannot be read"):
+        RoutedSmooth.from_pretrained(copy)
+    assert sha256_of(weights) == before

@@ -1,0 +1,210 @@
+"""The public contract, on small networks: certify, predict, label, train, save and load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import rsrouter
+from rsrouter import (
+    AdaptivePlan,
+    CascadeRouter,
+    Expert,
+    ExpertPool,
+    FixedPlan,
+    FlatRouter,
+    InputError,
+    NetworkError,
+    RoutedSmooth,
+    RSRouterError,
+    Smooth,
+    label_images,
+)
+from rsrouter.core import binom_lower, vote_radius
+
+SHAPE = (1, 6, 6)
+
+
+def linear(classes=3, seed=0, scale=1.0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, classes))
+    with torch.no_grad():
+        net[1].weight.mul_(scale)
+    return net
+
+
+def expert(sigma, seed=0, **changes):
+    return Expert(linear(seed=seed, scale=8.0), **{"sigma": sigma, "num_classes": 3, "input_shape": SHAPE, **changes})
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return ExpertPool([expert(1.0, 2), expert(0.25, 0), expert(0.5, 1)])
+
+
+@pytest.fixture(scope="module")
+def routed(pool):
+    return RoutedSmooth(pool, FlatRouter(linear(seed=5, scale=4.0), sigma=1.0))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand((6, *SHAPE), generator=torch.Generator().manual_seed(3))
+
+
+def test_every_public_name_can_be_imported():
+    for name in rsrouter.__all__:
+        assert getattr(rsrouter, name) is not None
+    with pytest.raises(AttributeError):
+        _ = rsrouter.no_such_name
+
+
+@pytest.mark.parametrize("module", ["rsrouter", "rsrouter.core"])
+def test_import_loads_no_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_pool_is_ordered_by_sigma_and_name(pool):
+    assert pool.names == ("sigma_0.25", "sigma_0.5", "sigma_1")
+    assert pool.sigmas == (0.25, 0.5, 1.0)
+
+
+def test_smooth_is_cohens_certify(images):
+    one = Smooth(expert(0.5))
+    for certificate in one.certify(images, plan=FixedPlan(100, 1000), alpha=0.001):
+        votes = np.array(certificate.counts["sigma_0.5"])
+        top = int(np.argmax(certificate.selection["sigma_0.5"]))
+        lower = float(binom_lower(votes[top], 1000, 0.001))
+        assert votes.sum() == 1000
+        assert certificate.n_drawn == 1100
+        assert certificate.radius == (float(vote_radius(0.5, lower)) if lower > 0.5 else 0.0)
+        assert certificate.predict == (top if lower > 0.5 else rsrouter.ABSTAIN)
+
+
+@pytest.mark.parametrize("plan", [FixedPlan(100, 1000), AdaptivePlan(1000, [0, 0.25, 0.5])], ids=["fixed", "adaptive"])
+def test_certificates_do_not_depend_on_grouping(routed, images, plan):
+    base = routed.certify(images, plan=plan, ids=range(6))
+    assert any(c.radius > 0 for c in base)
+    for batch_size in (64, 250, 1000):
+        assert routed.certify(images, plan=plan, ids=range(6), batch_size=batch_size) == base
+    order = [4, 0, 5, 2, 1, 3]
+    shuffled = routed.certify(images[order], plan=plan, ids=order)
+    assert shuffled == [base[i] for i in order]
+    assert [routed.certify(images[i : i + 1], plan=plan, ids=[i])[0] for i in range(6)] == base
+
+
+def test_tree_rule_is_never_below_the_min_rule_and_draws_at_least_as_much(routed, images):
+    plan = FixedPlan(100, 2000)
+    tree, least = (routed.certify(images, plan=plan, rule=r, seed=7) for r in ("tree", "min"))
+    for a, b in zip(tree, least, strict=True):
+        assert a.radius >= b.radius
+        assert a.n_drawn >= b.n_drawn
+        assert b.radius == pytest.approx(min(b.r_router, b.r_expert), abs=1e-12) or b.predict == -1
+        assert set(b.counts) <= {"router", b.expert}
+
+
+def test_labels_never_reach_certify():
+    for method in (Smooth.certify, RoutedSmooth.certify):
+        assert not {"label", "labels", "y", "target"} & set(method.__code__.co_varnames[: method.__code__.co_argcount + method.__code__.co_kwonlyargcount])
+
+
+def test_predict(routed, images):
+    answers = routed.predict(images, n=500)
+    assert answers.dtype == np.int64
+    assert answers.shape == (6,)
+    certified = routed.certify(images, plan=FixedPlan(100, 2000))
+    clear = [i for i, c in enumerate(certified) if c.radius > 0.0]
+    assert clear
+    assert all(answers[i] in (certified[i].predict, -1) for i in clear)
+    assert (routed.predict(images, n=500, seed=1) == routed.predict(images, n=500, seed=1)).all()
+
+
+def test_cascade_needs_no_training(pool, images):
+    routed = RoutedSmooth(pool, CascadeRouter((0.55, 0.55)))
+    certificates = routed.certify(images, plan=FixedPlan(100, 1000))
+    assert any(c.radius > 0 for c in certificates)
+    assert routed.tree.root == "sigma_1"
+
+
+def test_an_expert_that_always_says_nan_is_never_certified(images):
+    class NaN(nn.Module):
+        def forward(self, x):
+            return torch.full((len(x), 3), float("nan"))
+
+    for certificate in Smooth(expert(0.5).__class__(NaN(), sigma=0.5, num_classes=3, input_shape=SHAPE)).certify(images, plan=FixedPlan(10, 100)):
+        assert (certificate.predict, certificate.radius) == (-1, 0.0)
+
+
+def test_label_images(pool, images):
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    radius, predict = label_images(pool, images, labels, n=100)
+    assert radius.shape == predict.shape == (6, 3)
+    assert (radius[predict != labels[:, None].numpy()] == 0).all()
+    again, _ = label_images(pool, images[:2], labels[:2], n=100)
+    assert (again == radius[:2]).all()
+
+
+def test_save_and_load_give_the_same_certificates(routed, images, tmp_path):
+    routed.save_pretrained(tmp_path / "router")
+    loaded = RoutedSmooth.from_pretrained(tmp_path / "router")
+    plan = FixedPlan(50, 300)
+    assert loaded.certify(images, plan=plan) == routed.certify(images, plan=plan)
+    assert loaded.digest == routed.digest
+
+
+BAD_IMAGES = {
+    "nan": (torch.full((1, *SHAPE), float("nan")), "finite"),
+    "inf": (torch.full((1, *SHAPE), float("inf")), "finite"),
+    "0..255": (torch.full((1, *SHAPE), 255.0), "finite"),
+    "negative": (torch.full((1, *SHAPE), -0.1), "finite"),
+    "bytes": (torch.zeros((1, *SHAPE), dtype=torch.uint8), "floats"),
+    "no batch": (torch.zeros(SHAPE), "shape"),
+    "channels": (torch.zeros((1, 3, 6, 6)), "shape"),
+    "array": (np.zeros((1, *SHAPE), dtype=np.float32), "tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_bad_images_get_a_typed_error(routed, kind):
+    images, words = BAD_IMAGES[kind]
+    for call in (lambda: routed.certify(images, plan=FixedPlan(10, 100)), lambda: routed.predict(images, n=100)):
+        with pytest.raises(InputError, match=words) as caught:
+            call()
+        assert caught.value.expected
+        assert caught.value.received
+        assert caught.value.remedy
+
+
+def test_other_bad_input(routed, pool, images):
+    plan = FixedPlan(10, 100)
+    with pytest.raises(InputError, match="device"):
+        routed.certify(images, plan=plan, device="warp")
+    with pytest.raises(InputError, match="one id per image"):
+        routed.certify(images, plan=plan, ids=[1, 2])
+    with pytest.raises(InputError, match="batch_size"):
+        routed.certify(images, plan=plan, batch_size=0)
+    with pytest.raises(RSRouterError, match="rule"):
+        routed.certify(images, plan=plan, rule="max")
+    with pytest.raises(RSRouterError, match="alpha"):
+        routed.certify(images, plan=plan, alpha=0.0)
+    with pytest.raises(RSRouterError, match="radius 9"):
+        routed.certify(images, plan=AdaptivePlan(1000, [9.0]))
+    with pytest.raises(InputError, match="do not fit the pool"):
+        RoutedSmooth(pool, FlatRouter(linear(), sigma=1.0, experts=["sigma_0.25", "nobody", "sigma_1"]))
+    with pytest.raises(NetworkError, match="wrong shape"):
+        RoutedSmooth(pool, FlatRouter(linear(classes=2), sigma=1.0)).certify(images, plan=plan)
+    with pytest.raises(InputError, match="thresholds"):
+        RoutedSmooth(pool, CascadeRouter((0.55,)))
+    with pytest.raises(InputError, match="/255"):
+        expert(64.0)
+
+
+def test_empty_input(routed):
+    assert routed.certify(torch.zeros((0, *SHAPE)), plan=FixedPlan(10, 100)) == []
+    assert routed.predict(torch.zeros((0, *SHAPE)), n=100).shape == (0,)
