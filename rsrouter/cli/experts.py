@@ -11,7 +11,7 @@ import typer
 from rsrouter.cli.options import DEFAULT_RADII, Format, OutputFormat, Radii, parse_radii
 from rsrouter.core.errors import InputError
 
-Source = Annotated[list[str], typer.Argument(help="A spec (.toml, .yaml), or checkpoints: file, folder, hf-hub:org/name@revision.")]
+Source = Annotated[list[str], typer.Argument(help="A spec (.toml, .yaml), or checkpoints: file, folder, hf-hub:org/name@rev.")]
 Architecture = Annotated[str | None, typer.Option(help="cifar_resnet110, resnet50, ...: a registered name or one of timm's.")]
 Sigma = Annotated[str | None, typer.Option(help="Noise level in [0,1] pixels; with several sources one each, such as 0.25,0.5.")]
 Normalisation = Annotated[str | None, typer.Option(help="cifar10, imagenet, none, ...; or give --mean and --std.")]
@@ -134,7 +134,7 @@ def convert(
 
 
 def select(
-    tables: Annotated[list[str], typer.Argument(help="One results table per candidate, over the same images: PATH or NAME=PATH.")],
+    tables: Annotated[list[str], typer.Argument(help="A results table per candidate, over the same images: PATH or NAME=PATH.")],
     k: Annotated[int, typer.Option("--k", "-k", help="How many experts to choose.")],
     radii: Radii = DEFAULT_RADII,
     format: OutputFormat = Format.text,

@@ -88,11 +88,29 @@ def check_sigma(sigma: object, who: str) -> float:
     return float(sigma)
 
 
+#: packages whose modules say all that matters in their repr, parameters and buffers
+_DESCRIBED = {"torch", "torchvision", "timm", "rsrouter"}
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, float | str) or (isinstance(value, tuple | list) and all(_is_plain(v) for v in value))
+
+
 def module_digest(module: nn.Module, *extra: object) -> str:
-    """sha256 over a module's class names and every parameter and buffer: name, dtype, shape, bytes."""
+    """sha256 over what decides a module's output: class names, every parameter and buffer (name, dtype, shape, bytes),
+    and what a user's own classes keep as plain attributes, as many papers' normalisation layers do: tensors, floats,
+    strings, and tuples of them."""
     digest = hashlib.sha256()
     digest.update(repr((type(module).__module__, type(module).__qualname__, str(module), *extra)).encode())
     tensors = [*module.named_parameters(), *module.named_buffers()]
+    for path, child in module.named_modules():
+        if type(child).__module__.split(".")[0] in _DESCRIBED:
+            continue
+        for key, value in sorted(vars(child).items()):
+            if isinstance(value, Tensor):
+                tensors.append((f"{path}.{key}", value))
+            elif not key.startswith("_") and _is_plain(value):
+                digest.update(repr((path, key, value)).encode())
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         value = tensor.detach().cpu().contiguous()
         digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
@@ -79,7 +81,8 @@ def check_expert(expert: Expert, images: Tensor, labels: Tensor, *, seed: int = 
                          expected=f"{len(images)} labels in 0 to {expert.num_classes - 1}",
                          received=f"shape {tuple(labels.shape)}, from {int(labels.min())} to {int(labels.max())}",
                          remedy="check num_classes and the data")
-    networks = {"": expert.network(), **_alternatives(expert)}
+    module = copy.deepcopy(expert.module).eval()  # the expert's own module keeps its mode
+    networks = {"": _normalised(module, expert.mean, expert.std), **_alternatives(expert, module)}
     right = {name: torch.zeros(len(images), dtype=torch.bool) for name in networks}
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(images), batch):
@@ -99,14 +102,18 @@ def check_expert(expert: Expert, images: Tensor, labels: Tensor, *, seed: int = 
     return NoisyCheck(expert.name, expert.sigma, len(images), own, 1 / expert.num_classes, accuracy, better)
 
 
-def _alternatives(expert: Expert) -> dict[str, nn.Module]:
+def _normalised(module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
+    return module if mean is None or std is None else nn.Sequential(Normalise(mean, std), module)
+
+
+def _alternatives(expert: Expert, module: nn.Module) -> dict[str, nn.Module]:
     if expert.provenance is not None and expert.provenance.source == "composite":
         return {}
     networks: dict[str, nn.Module] = {}
     for name, values in NORMALISATIONS.items():
         if values is None:
             if expert.mean is not None:
-                networks[name] = expert.module
+                networks[name] = module
         elif len(values[0]) == expert.input_shape[0] and values != (expert.mean, expert.std):
-            networks[name] = nn.Sequential(Normalise(*values), expert.module)
+            networks[name] = _normalised(module, *values)
     return networks

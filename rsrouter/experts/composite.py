@@ -242,8 +242,8 @@ def ensemble(members: Sequence[Expert], *, consensus: int | None = None, sigma: 
     module = Ensemble([m.network() for m in members], consensus, chunk)
     provenance = _composite("ensemble", {"consensus": consensus, "chunk": chunk},
                             [_part("member", m.provenance, m.num_classes, m.mean, m.std) for m in members])
-    return Expert(module.eval().requires_grad_(False), sigma=members[0].sigma if sigma is None else sigma,
-                  num_classes=members[0].num_classes, input_shape=members[0].input_shape, name=name, provenance=provenance)
+    return Expert(module, sigma=members[0].sigma if sigma is None else sigma, num_classes=members[0].num_classes,
+                  input_shape=members[0].input_shape, name=name, provenance=provenance)
 
 
 def denoised(denoiser: Denoiser | nn.Module, classifier: Expert, *, sigma: float, diffusion: Diffusion | None = None,
@@ -295,10 +295,8 @@ def at_sigmas(expert: Expert, sigmas: Sequence[float]) -> list[Expert]:
 
 def _denoised_module(denoiser: nn.Module, classifier: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
     if kwargs["diffusion"] is None:
-        module: nn.Module = DirectDenoised(denoiser, classifier)
-    else:
-        module = DiffusionDenoised(denoiser, classifier, kwargs["sigma"], Diffusion(**kwargs["diffusion"]), kwargs["size"])
-    return module.eval().requires_grad_(False)
+        return DirectDenoised(denoiser, classifier)
+    return DiffusionDenoised(denoiser, classifier, kwargs["sigma"], Diffusion(**kwargs["diffusion"]), kwargs["size"])
 
 
 def _part(role: str, provenance: Provenance | None, num_classes: int, mean: Sequence[float] | None,
@@ -341,7 +339,7 @@ def _networks(provenance: Provenance, folder: Path | None) -> list[nn.Module]:
 
 
 def _load_ensemble(provenance: Provenance, num_classes: int, folder: Path | None) -> nn.Module:
-    return Ensemble(_networks(provenance, folder), **provenance.kwargs).eval().requires_grad_(False)
+    return Ensemble(_networks(provenance, folder), **provenance.kwargs)
 
 
 def _load_denoised(provenance: Provenance, num_classes: int, folder: Path | None) -> nn.Module:

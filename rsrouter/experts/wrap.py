@@ -48,7 +48,7 @@ from rsrouter.experts.loaders import _SETTINGS, load_expert
 from rsrouter.hub import is_hub_reference
 
 KINDS = ("plain", "ensemble", "denoised")
-_FETCH = ("source", "filename", "revision", "token", "cache_dir", "local_files_only")
+_FETCH = ("source", "filename", "revision", "cache_dir", "local_files_only")  # a token does not belong in a file
 _KEYS = {
     "plain": {*_FETCH, *_SETTINGS, "kind"},
     "ensemble": {"kind", "name", "sigma", "consensus", "chunk", "members"},

@@ -190,6 +190,17 @@ def test_guessing_is_noticed(real: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert not NoisyCheck("e", 0.5, 300, 0.6, 0.1).near_chance
 
 
+def test_checking_changes_nothing(real: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """A module in training mode would update its BatchNorm statistics."""
+    torch.manual_seed(0)
+    module = build_architecture("small_resnet", 10).train()
+    expert = Expert(module, sigma=0.5, num_classes=10, input_shape=(1, 28, 28), mean=[0.5], std=[0.5])
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    check_expert(expert, *real)
+    assert module.training
+    assert all(torch.equal(v, module.state_dict()[k]) for k, v in before.items())
+
+
 def test_images_that_do_not_fit(real: tuple[torch.Tensor, torch.Tensor]) -> None:
     expert = load_expert(EXPERT)
     with pytest.raises(InputError, match="images do not fit"):
