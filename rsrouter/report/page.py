@@ -16,7 +16,7 @@ from rsrouter.report import charts, curves
 from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Source, Summary, load_tables, plan_radii, summarise
 from rsrouter.report.thumbnails import by_id, gallery
 from rsrouter.results import Table
-from rsrouter.results.metadata import flatten, write_atomically
+from rsrouter.results.metadata import flatten, is_leftover, write_atomically
 
 #: Marks a folder as ours, so that a report may be made again over an earlier one.
 GENERATOR = "rsrouter report"
@@ -106,7 +106,7 @@ def check_folder(folder: Path) -> None:
         with page.open("rb") as file:
             if f'content="{GENERATOR}"'.encode() in file.read(2048):
                 return
-    found = sorted(p.name for p in folder.iterdir())
+    found = sorted(p.name for p in folder.iterdir() if not is_leftover(p, FILES))
     if found:
         raise ResultsError(
             f"{folder} holds something else",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def is_leftover(path: Path, names: Iterable[str]) -> bool:
+    """Whether `path` is what `write_atomically` leaves of a file called one of `names` when it is killed."""
+    return path.suffix == ".tmp" and any(path.name.startswith(f".{name}.") for name in names)
 
 
 def write_metadata(path: Path, metadata: Mapping[str, Any]) -> None:

@@ -11,7 +11,16 @@ from types import TracebackType
 from typing import Any
 
 from rsrouter.core.errors import ResultsError
-from rsrouter.results.metadata import describe, differences, metadata_path, normalise, read_metadata, sync_folder, write_metadata
+from rsrouter.results.metadata import (
+    describe,
+    differences,
+    is_leftover,
+    metadata_path,
+    normalise,
+    read_metadata,
+    sync_folder,
+    write_metadata,
+)
 from rsrouter.results.rows import COLUMNS, HEADER, Row
 from rsrouter.results.table import parse_rows
 
@@ -185,6 +194,9 @@ class ResultsWriter:
                 received=repr(content[:60]),
                 remedy="give another output; nothing was changed",
             )
+        for path in self.path.parent.iterdir():
+            if is_leftover(path, [self._metadata_path.name]):
+                path.unlink(missing_ok=True)
         if not stored:
             write_metadata(self._metadata_path, self.metadata)
         whole = rows[: rows.rfind("\n") + 1]

@@ -70,6 +70,7 @@ def check_resumes(path: Path, reference: tuple[bytes, bytes]) -> None:
     run_job(path, IDS)
     assert path.read_bytes() == reference[0]
     assert path.with_suffix(".json").read_bytes() == reference[1]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["certificates.json", "certificates.tsv"]
 
 
 def test_a_second_run_adds_nothing(tmp_path: Path, reference: tuple[bytes, bytes]) -> None:
@@ -287,6 +288,7 @@ def test_a_killed_jobs_children_do_not_keep_its_lock(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     in_child(job)
+    os.close(write)  # so that reading ends where the child never came to write
     orphan = int(os.read(read, 10))
     try:
         with ResultsWriter(path, METADATA) as writer:
@@ -294,7 +296,6 @@ def test_a_killed_jobs_children_do_not_keep_its_lock(tmp_path: Path) -> None:
     finally:
         os.kill(orphan, signal.SIGKILL)
         os.close(read)
-        os.close(write)
 
 
 def test_a_closed_writer_says_so(tmp_path: Path) -> None:
