@@ -157,13 +157,16 @@ def _sound(expert: Expert, image: Tensor, n: int, repeats: int, device: torch.de
     streams = {name: make_noise(name, expert.input_shape, device) for name in ("gaussian", "sound")}
     rounds = -(-min(n, 2000) // CHUNK)
 
-    def noise(name: str) -> Callable[[], None]:
-        return lambda: [streams[name].add(on_device, expert.sigma, b"bench", i * CHUNK, out) for i in range(rounds)] and None
+    def noise(name: str) -> Callable[[], object]:
+        return lambda: [streams[name].add(on_device, expert.sigma, b"bench", i * CHUNK, out) for i in range(rounds)]
+
+    def drawing(engine: Engine) -> Callable[[], object]:
+        return lambda: engine.run(x, identity, requests)
 
     requests, x, identity = [VoteRequest(0, expert.name, "bench", 0, n)], image[None], [image_identity(image)]
     engines = {name: Engine([vote_model(expert)], expert.input_shape, seed=0, device=str(device), noise=name) for name in streams}
     times = _in_turn({**{name: noise(name) for name in streams},
-                      **{f"{name} votes": (lambda e=e: e.run(x, identity, requests)) for name, e in engines.items()}}, repeats, device)
+                      **{f"{name} votes": drawing(engine) for name, engine in engines.items()}}, repeats, device)
     return [
         _figure("sound noise / Gaussian noise, time of the noise alone", [s / g for s, g in zip(times["sound"], times["gaussian"], strict=True)]),
         _figure("sound noise / Gaussian noise, time of whole votes",

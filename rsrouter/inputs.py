@@ -51,4 +51,4 @@ def check_ids(ids: Sequence[object] | None, count: int) -> list[object]:
     if len(listed) != count:
         raise InputError("There must be one id per image", expected=f"{count} ids", received=f"{len(listed)}",
                          remedy="pass the images' indices in their data set")
-    return [int(i) if hasattr(i, "__index__") else i for i in listed]  # type: ignore[call-overload]
+    return [int(i) if hasattr(i, "__index__") else i for i in listed]

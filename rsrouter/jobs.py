@@ -117,7 +117,7 @@ def certify_table(
     if "fingerprint" not in described and getattr(images, "fingerprint", None):
         described["fingerprint"] = images.fingerprint  # type: ignore[attr-defined]
     metadata = job_metadata(smoothed, plan=plan, alpha=alpha, seed=seed, rule=rule, sides=sides, device=device,
-                            name=name or ("routed" if routed else smoothed.expert.name), data=described)
+                            name=name or (smoothed.expert.name if isinstance(smoothed, Smooth) else "routed"), data=described)
     path = Path(out)
     with ResultsWriter(path, metadata) as writer:
         tally = _Tally(radii)

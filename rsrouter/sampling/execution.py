@@ -108,7 +108,7 @@ def prepare(module: nn.Module, execution: Execution, device: torch.device) -> nn
         prepared = _fold_batchnorm(prepared) or prepared
     prepared = prepared.to(device=device, dtype=_DTYPES[execution.dtype])
     if execution.channels_last:
-        prepared = prepared.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        prepared = prepared.to(memory_format=torch.channels_last)
     if execution.compile:
         prepared = torch.compile(prepared, dynamic=False)  # type: ignore[assignment]
     return prepared
