@@ -154,6 +154,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def router_folder(folder: Path) -> Path:
+    """The folder with `config.json`: `folder` itself, or `folder/router` of a whole run."""
+    if not (folder / CONFIG).is_file() and (folder / "router" / CONFIG).is_file():
+        return folder / "router"
+    return folder
+
+
+def find_tables(folder: Path) -> list[Path]:
+    """Results tables that belong to a router: `certificates/*.tsv` in its folder, or of a whole run
+    `certificates.tsv` and `experts/*.tsv`; sorted, empty if there are none."""
+    found = sorted((folder / "certificates").glob("*.tsv"))
+    if not found and (folder / "certificates.tsv").is_file():
+        found = [folder / "certificates.tsv", *sorted((folder / "experts").glob("*.tsv"))]
+    return found
+
+
 def load_folder(folder: Path) -> tuple[ExpertPool, Router, Execution, str]:
     """Pool, router, execution and noise of a folder; every expert and the router verified against their digests.
 

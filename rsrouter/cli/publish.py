@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import Format, OutputFormat
+from rsrouter.cli.options import Device, Format, OutputFormat
 
 
 def publish(
@@ -54,6 +54,53 @@ def publish(
         typer.echo(f"commit {done.commit}\n{done.url}")
 
 
+def audit(
+    source: Annotated[str, typer.Argument(metavar="NAME_OR_DIR", help="A router's folder, a whole run, or a Hub repository.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="The certified images: npz, parquet, folder, hf-hub:org/name@revision, or demo.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", help="Rows per table to draw again, test and attack; 0: all.")] = 20,
+    table: Annotated[list[Path] | None, typer.Option("--table", help="Results table (repeatable); default: those found.")] = None,
+    fresh_votes: Annotated[int, typer.Option("--fresh-votes", help="Fresh votes per network and row.")] = 2000,
+    attack_steps: Annotated[int, typer.Option("--attack-steps", help="Gradient steps per row; 0: no attack.")] = 20,
+    level: Annotated[float, typer.Option("--level", help="Failure probability of each statistical check.")] = 1e-3,
+    seed: Annotated[int | None, typer.Option("--seed", help="Repeats an audit; default: fresh entropy.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option("--out", help="Write the JSON report here.")] = None,
+    format: OutputFormat = Format.text,
+) -> None:
+    """Check a router and its certificates. Exit status 0: nothing found; 1: findings; 2: the audit could not be made.
+
+    Example: rsrouter audit org/router --data test.npz --rows 20
+    """
+    from rsrouter.audit import audit as check
+
+    images: Any = data
+    if data == "demo":
+        from rsrouter.demo import load_slice
+
+        images = load_slice("test")
+    report = check(
+        source,
+        data=images,
+        rows=rows or None,
+        tables=table,
+        revision=revision,
+        fresh_votes=fresh_votes,
+        attack_steps=attack_steps,
+        level=level,
+        seed=seed,
+        device=device,
+        progress=lambda what, at, of: typer.echo(f"{what} {at + 1}/{of}", err=True) if at % 10 == 0 else None,
+    )
+    if out is not None:
+        out.write_text(report.to_json(), encoding="utf-8")
+    typer.echo(report.to_json() if format is Format.json else str(report))
+    raise typer.Exit(report.exit_status)
+
+
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
     app.command()(publish)
+    app.command()(audit)

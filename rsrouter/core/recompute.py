@@ -88,8 +88,15 @@ def _certify(tree: Tree, plan: Plan, split: AlphaSplit, rows: list[StoredVotes],
         if flat:
             at = np.array([i for i, _, _ in flat])
             bounds = plan.bounds(
-                stage, np.stack([counts for _, _, counts in flat]), np.array([look for _, look, _ in flat]), reference[at],
-                classes[at], alpha=split.stages[name], sides=sides, lower_share=split.lower_share)
+                stage,
+                np.stack([counts for _, _, counts in flat]),
+                np.array([look for _, look, _ in flat]),
+                reference[at],
+                classes[at],
+                alpha=split.stages[name],
+                sides=sides,
+                lower_share=split.lower_share,
+            )
             # the bounds of all looks hold at once
             np.maximum.at(lower, at, bounds.lower)
             np.minimum.at(upper, at, bounds.upper)
@@ -100,11 +107,15 @@ def _certify(tree: Tree, plan: Plan, split: AlphaSplit, rows: list[StoredVotes],
         grouped[name] = np.where(counted[:, None], group_entries(stage, entry, classes), no_entries(stage, classes))
         nearest[name] = np.where(sampled[:, None], entry, 0.0)
     radius, by = recursion(tree, grouped)
-    return [_certificate(tree, plan, row, float(radius[i]), tree.order[by[i]], {s: e[i] for s, e in nearest.items()})
-            for i, row in enumerate(rows)]
+    return [
+        _certificate(tree, plan, row, float(radius[i]), tree.order[by[i]], {s: e[i] for s, e in nearest.items()})
+        for i, row in enumerate(rows)
+    ]
 
 
-def _certificate(tree: Tree, plan: Plan, row: StoredVotes, radius: float, bound_by: str, entry: Mapping[str, Array]) -> Certificate:
+def _certificate(
+    tree: Tree, plan: Plan, row: StoredVotes, radius: float, bound_by: str, entry: Mapping[str, Array]
+) -> Certificate:
     certified = radius > 0.0 and row.c > ABSTAIN
     r_router, r_expert = (np.inf, 0.0) if row.c > ABSTAIN else (0.0, 0.0)
     for position, (name, index) in enumerate(row.path if row.c > ABSTAIN else []):
@@ -134,8 +145,12 @@ def _certificate(tree: Tree, plan: Plan, row: StoredVotes, radius: float, bound_
 def _counts(stage: Stage, votes: Sequence[int]) -> NDArray[np.int64]:
     counts = np.asarray(votes, dtype=np.int64)
     if counts.shape != (stage.num_outcomes,) or np.any(counts < 0):
-        raise PlanError(f"Votes of stage {stage.name!r} do not fit it", expected=f"{stage.num_outcomes} counts of at least 0",
-                        received=str(list(votes)), remedy="the table belongs to another router, or was edited")
+        raise PlanError(
+            f"Votes of stage {stage.name!r} do not fit it",
+            expected=f"{stage.num_outcomes} counts of at least 0",
+            received=str(list(votes)),
+            remedy="the table belongs to another router, or was edited",
+        )
     return counts
 
 
@@ -150,8 +165,12 @@ def read_votes(tree: Tree, plan: Plan, votes: Votes) -> StoredVotes:
     select, estimate, earlier = (votes.get(purpose, {}) for purpose in ("select", "estimate", "earlier"))
     unknown = sorted(({*select, *estimate} | {key.rpartition("@")[0] for key in earlier}) - set(tree.stages))
     if unknown:
-        raise PlanError("Votes of stages that the tree does not have", expected=f"some of {sorted(tree.stages)}",
-                        received=str(unknown), remedy="the table belongs to another router")
+        raise PlanError(
+            "Votes of stages that the tree does not have",
+            expected=f"some of {sorted(tree.stages)}",
+            received=str(unknown),
+            remedy="the table belongs to another router",
+        )
     for name, counts in select.items():
         row.selected[name] = _sum_to(_counts(tree.stages[name], counts), (plan.n0,), name, "selection")
     for name, counts in estimate.items():
@@ -162,27 +181,44 @@ def read_votes(tree: Tree, plan: Plan, votes: Votes) -> StoredVotes:
         before = _sum_to(_counts(tree.stages[name], counts), plan.looks, name, "earlier")
         final = row.looks.get(name, [(-1, before)])[-1]
         if not (place[int(before.sum())] < final[0] and np.all(before <= final[1])):
-            raise PlanError(f"An earlier look of stage {name!r} is not part of its last one",
-                            expected="fewer votes, of every outcome at most as many", received=str(before.tolist()),
-                            remedy="the row was edited")
+            raise PlanError(
+                f"An earlier look of stage {name!r} is not part of its last one",
+                expected="fewer votes, of every outcome at most as many",
+                received=str(before.tolist()),
+                remedy="the row was edited",
+            )
         row.looks[name].insert(-1, (place[int(before.sum())], before))
     for network, stages in stages_by_network(tree).items():
-        for what, sums in (("selection", {s.name: s.name in row.selected for s in stages}),
-                           ("estimation", {s.name: row.looks[s.name][-1][0] if s.name in row.looks else -1 for s in stages})):
+        for what, sums in (
+            ("selection", {s.name: s.name in row.selected for s in stages}),
+            ("estimation", {s.name: row.looks[s.name][-1][0] if s.name in row.looks else -1 for s in stages}),
+        ):
             if len(set(sums.values())) > 1:
-                raise PlanError(f"Stages on network {network!r} have different numbers of {what} votes",
-                                expected="one forward pass, one vote each", received=str(sums), remedy="the row was edited")
+                raise PlanError(
+                    f"Stages on network {network!r} have different numbers of {what} votes",
+                    expected="one forward pass, one vote each",
+                    received=str(sums),
+                    remedy="the row was edited",
+                )
     _descend(tree, row)
     if row.c <= ABSTAIN and row.looks:
-        raise PlanError("Estimation votes where the selection answers nothing", expected="none", received=str(sorted(row.looks)),
-                        remedy="the row was edited")
+        raise PlanError(
+            "Estimation votes where the selection answers nothing",
+            expected="none",
+            received=str(sorted(row.looks)),
+            remedy="the row was edited",
+        )
     return row
 
 
 def _sum_to(counts: NDArray[np.int64], sums: Sequence[int], name: str, what: str) -> NDArray[np.int64]:
     if int(counts.sum()) not in sums:
-        raise PlanError(f"The {what} votes of stage {name!r} do not sum to a look of the plan", expected=f"one of {tuple(sums)}",
-                        received=str(int(counts.sum())), remedy="the table was drawn under another plan, or edited")
+        raise PlanError(
+            f"The {what} votes of stage {name!r} do not sum to a look of the plan",
+            expected=f"one of {tuple(sums)}",
+            received=str(int(counts.sum())),
+            remedy="the table was drawn under another plan, or edited",
+        )
     return counts
 
 
@@ -191,8 +227,12 @@ def _descend(tree: Tree, row: StoredVotes) -> None:
     at: int | str = tree.root
     while isinstance(at, str):
         if at not in row.selected:
-            raise PlanError(f"The selection stops before stage {at!r}", expected=f"selection votes of {at!r}",
-                            received=str(sorted(row.selected)), remedy="the row was edited")
+            raise PlanError(
+                f"The selection stops before stage {at!r}",
+                expected=f"selection votes of {at!r}",
+                received=str(sorted(row.selected)),
+                remedy="the row was edited",
+            )
         index = descend(tree, at, row.selected[at])
         row.path.append((at, index))
         at = tree.stages[at].leads_to[index]

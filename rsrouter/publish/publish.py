@@ -15,7 +15,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from rsrouter._version import __version__
 from rsrouter.core.errors import HubError, InputError
 from rsrouter.hub import explained
-from rsrouter.publish.stage import find_tables, router_folder, stage
+from rsrouter.publish.stage import stage
+from rsrouter.serialise import find_tables, router_folder
 
 
 @dataclass(frozen=True)

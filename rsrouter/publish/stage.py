@@ -20,22 +20,6 @@ _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tsv\Z")
 
 
-def router_folder(folder: Path) -> Path:
-    """The folder with `config.json`: `folder` itself, or `folder/router` of a whole run."""
-    if not (folder / CONFIG).is_file() and (folder / "router" / CONFIG).is_file():
-        return folder / "router"
-    return folder
-
-
-def find_tables(folder: Path) -> list[Path]:
-    """Results tables that belong to a router: `certificates/*.tsv` in its folder, or of a whole run
-    `certificates.tsv` and `experts/*.tsv`; sorted, empty if there are none."""
-    found = sorted((folder / "certificates").glob("*.tsv"))
-    if not found and (folder / "certificates.tsv").is_file():
-        found = [folder / "certificates.tsv", *sorted((folder / "experts").glob("*.tsv"))]
-    return found
-
-
 def check_pinned(experts: Sequence[Mapping[str, Any]]) -> None:
     """Refuses experts that others could not fetch: every weight file must be on the Hub at a full commit hash.
 

@@ -279,7 +279,7 @@ def test_gated_and_missing(hub: HubServer, run: Path, tmp_path: Path) -> None:
         RoutedSmooth.from_pretrained("org/router", cache_dir=tmp_path / "a")
     assert "access" in caught.value.remedy
     hub.gated = {"lab/sigma-0.25"}
-    with pytest.raises(HubError, match="sigma-0.25 is gated|sigma-0.25@"):
+    with pytest.raises(HubError, match=r"sigma-0\.25.* is gated"):
         RoutedSmooth.from_pretrained("org/router", cache_dir=tmp_path / "b")
     hub.gated.clear()
     for action in ("corrupt", "cut"):

@@ -1,0 +1,252 @@
+"""The checks that need the images: votes again, fresh votes, attacks, on some rows of a table."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rsrouter.audit.attack import attack
+from rsrouter.audit.state import Settings, State, environment
+from rsrouter.audit.votes import (
+    ROUNDING_SHARE,
+    ROUNDING_VOTES,
+    STAGE_TESTS,
+    FreshRow,
+    fresh_row,
+    moved_votes,
+    pooled_p_value,
+    rederive,
+    same_environment,
+    smallest_inflation,
+    smallest_inflation_seen,
+)
+from rsrouter.core.errors import PlanError
+from rsrouter.core.recompute import StoredVotes, read_votes
+from rsrouter.core.types import ABSTAIN
+from rsrouter.data import ImageData
+from rsrouter.results import Table
+from rsrouter.results.verify import Run
+from rsrouter.sampling.engine import Engine
+from rsrouter.smooth import RoutedSmooth, Smooth
+
+
+def audit_rows(state: State, table: Table, run: Run, subject: Smooth | RoutedSmooth, images: ImageData) -> None:
+    settings = state.settings
+    rng = np.random.default_rng([settings.seed, int.from_bytes(hashlib.sha256(table.name.encode()).digest()[:4], "little")])
+    count = len(table) if settings.rows is None else min(settings.rows, len(table))
+    chosen = np.sort(rng.choice(len(table), count, replace=False))
+    rows: list[tuple[int, StoredVotes]] = []
+    for i in chosen.tolist():
+        try:
+            rows.append((i, read_votes(subject.tree, run.plan, table.counts(i))))
+        except PlanError:
+            continue  # reported with the radii
+    if not rows:
+        for check in ("votes", "fresh", "attack"):
+            state.skip(check, table.name, "none of the rows has votes that can be read")
+        return
+    pixels = {i: images.image(int(table.idx[i])) for i, _ in rows}
+    _votes(state, table, run, subject, rows, pixels)
+    _fresh(state, table, run, subject, rows, pixels)
+    _attack(state, table, run, subject, rows, pixels)
+
+
+def _engine(subject: Smooth | RoutedSmooth, seed: int, device: str | None) -> Engine:
+    return subject._engine(seed, device)
+
+
+def _votes(
+    state: State,
+    table: Table,
+    run: Run,
+    subject: Smooth | RoutedSmooth,
+    rows: list[tuple[int, StoredVotes]],
+    pixels: dict[int, Tensor],
+) -> None:
+    """Votes again from the published seed."""
+    here = environment(state.settings.device)
+    recorded = {
+        "device": run.device,
+        "torch": run.versions.get("torch"),
+        "numpy": run.versions.get("numpy"),
+        "threads": run.threads,
+    }
+    differs = same_environment(recorded, here)
+    if (run.device == "cpu") != (here["device"] == "cpu"):
+        state.skip(
+            "votes",
+            table.name,
+            f"drawn on {run.device}; this is {here['device']}, whose noise is another: audit there to compare",
+        )
+        return
+    engine = _engine(subject, run.seed, state.settings.device)
+    found: list[tuple[int | None, str]] = []
+    named = True
+    total = 0
+    for at, (i, _) in enumerate(rows):
+        state.tell("votes", at, len(rows))
+        idx, stored = int(table.idx[i]), table.counts(i)
+        moved, drawn = moved_votes(stored, rederive(subject.tree, engine, [pixels[i]], [idx if named else None], [stored])[0])
+        if at == 0 and moved > ROUNDING_VOTES:
+            # certify without ids names an image by its content alone
+            other, _ = moved_votes(stored, rederive(subject.tree, engine, [pixels[i]], [None], [stored])[0])
+            if other < moved:
+                named, moved = False, other
+        total += drawn
+        allowed = max(ROUNDING_VOTES, int(ROUNDING_SHARE * drawn)) if differs else 0
+        if moved > allowed:
+            found.append((idx, f"{moved} of {drawn} votes are not those that seed {run.seed} gives for this image"))
+    how = f"to rounding ({'; '.join(differs)})" if differs else "bit for bit"
+    state.add(
+        "votes",
+        table.name,
+        found,
+        f"{total:,} votes of {len(rows)} rows drawn again from their seed, compared {how}",
+        exact=not differs,
+        differs=differs,
+        votes=total,
+    )
+
+
+def _fresh(
+    state: State,
+    table: Table,
+    run: Run,
+    subject: Smooth | RoutedSmooth,
+    rows: list[tuple[int, StoredVotes]],
+    pixels: dict[int, Tensor],
+) -> None:
+    """Fresh noise against counts and radii.
+
+    An adaptive plan stops where its votes look decided, so a test at its last look pays for all of its looks; and
+    the shares at stopping lean, if only slightly, so they are not pooled over rows.
+    """
+    settings, looks = state.settings, len(run.plan.looks)
+    each = settings.level / 3 / len(rows) / looks
+    engine = _engine(subject, settings.seed, settings.device)
+    found: list[tuple[int | None, str]] = []
+    results: list[FreshRow] = []
+    for at, (i, stored) in enumerate(rows):
+        state.tell("fresh", at, len(rows))
+        on_path = {s for s, _ in stored.path}
+        sampled = {s for s in stored.looks if run.rule != "min" or s in on_path}
+        row = fresh_row(
+            subject.tree,
+            engine,
+            pixels[i],
+            stored,
+            str(table.bound_by[i]),
+            votes=settings.fresh_votes,
+            level=settings.level / 3 / looks,
+            tests=len(rows),
+            sampled=sampled,
+        )
+        results.append(row)
+        idx = int(table.idx[i])
+        if row.p_value < each:
+            found.append((idx, f"stored votes do not agree with fresh ones (p = {row.p_value:.1g}, Fisher)"))
+        if int(table.predict[i]) != ABSTAIN and float(table.radius[i]) > row.most:
+            found.append((idx, f"radius {table.radius[i]:.6f} published; fresh votes allow at most {row.most:.6f}"))
+    use = [r for r in results if r.votes[0]]
+    pooled, together = None, float("inf")
+    if looks == 1 and use:
+        pooled = pooled_p_value(use)
+        shares, stored_votes, fresh_votes = [r.shares[0] for r in use], [r.votes[0] for r in use], [r.votes[1] for r in use]
+        together = smallest_inflation(shares, stored_votes, fresh_votes, settings.level / 3)
+        if pooled < settings.level / 3:
+            text = f"over all audited rows stored votes favour the certified class more than fresh ones do (p = {pooled:.1g})"
+            found.append((None, text))
+    elif use:
+        together = smallest_inflation_seen(use, each / STAGE_TESTS)
+    single = float(np.median([r.detectable for r in use])) if use else float("inf")
+    state.add(
+        "fresh",
+        table.name,
+        found,
+        f"{settings.fresh_votes:,} fresh votes a network on {len(rows)} rows; radii inflated by {_percent(together)} in all of "
+        f"them, or by {_percent(single)} in one (median), would have been seen with probability 95%",
+        detectable_all_rows=_finite(together),
+        detectable_one_row=_finite(single),
+        p_value=pooled,
+        level=settings.level,
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%" if np.isfinite(value) else "any amount (not detectable)"
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _attack(
+    state: State,
+    table: Table,
+    run: Run,
+    subject: Smooth | RoutedSmooth,
+    rows: list[tuple[int, StoredVotes]],
+    pixels: dict[int, Tensor],
+) -> None:
+    """Looks for another answer inside the certified balls."""
+    settings = state.settings
+    if settings.attack_steps < 1:
+        state.skip("attack", table.name, "switched off (attack_steps=0)")
+        return
+    certified = [i for i, _ in rows if int(table.predict[i]) != ABSTAIN]
+    if not certified:
+        state.skip("attack", table.name, "every audited row abstains")
+        return
+    x = torch.stack([pixels[i] for i in certified])
+    c = torch.from_numpy(table.predict[certified].astype(np.int64))
+    radius = torch.from_numpy(table.radius[certified])
+    parts = []
+    for start in range(0, len(certified), 16):
+        state.tell("attack", start, len(certified))
+        part = slice(start, start + 16)
+        parts.append(
+            attack(
+                subject.tree,
+                subject._routed.models,
+                x[part],
+                c[part],
+                radius[part],
+                steps=settings.attack_steps,
+                seed=(settings.seed + start) % 2**62,
+                eight_bit=run.noise == "sound",
+            )
+        )
+    points = torch.cat(parts)
+    distance = (points.double() - x.double()).flatten(1).norm(dim=1)
+    inside = (distance < radius).numpy()
+    alpha = min(settings.level, run.alpha)
+    found: list[tuple[int | None, str]] = []
+    answers = _predict(subject, points, settings, alpha, 0)
+    doubtful = np.flatnonzero(inside & (answers != ABSTAIN) & (answers != c.numpy()))
+    confirmed = _predict(subject, points[doubtful], settings, alpha, 1) if len(doubtful) else np.zeros(0, np.int64)
+    for k, again in zip(doubtful.tolist(), confirmed.tolist(), strict=True):
+        if again == answers[k]:
+            found.append(
+                (
+                    int(table.idx[certified[k]]),
+                    f"answers {again} instead of {int(c[k])} at distance {float(distance[k]):.6f}, inside radius "
+                    f"{float(radius[k]):.6f}; twice, each with error probability {alpha:g}",
+                )
+            )
+    state.add(
+        "attack",
+        table.name,
+        found,
+        f"{int(inside.sum())} certified balls searched with {settings.attack_steps} gradient steps; "
+        f"{'no' if not found else len(found)} flips, {int((answers == ABSTAIN).sum())} points undecided",
+        searched=int(inside.sum()),
+        undecided=int((answers == ABSTAIN).sum()),
+    )
+
+
+def _predict(subject: Smooth | RoutedSmooth, points: Tensor, settings: Settings, alpha: float, turn: int) -> np.ndarray:
+    seed = int.from_bytes(hashlib.sha256(f"{settings.seed} predict {turn}".encode()).digest()[:7], "little")
+    return subject.predict(points, n=settings.predict_votes, alpha=alpha, seed=seed, device=settings.device)

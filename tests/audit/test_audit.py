@@ -1,0 +1,295 @@
+"""The audit passes an honest run, and catches what it must catch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_router as small
+import torch
+from safetensors.torch import load_file, save_file
+
+from rsrouter import AdaptivePlan, ExpertPool, FixedPlan, InputError, RoutedSmooth, Smooth
+from rsrouter.audit import AuditReport, audit
+from rsrouter.data import ImageData
+from rsrouter.jobs import certify_table
+from rsrouter.results import Row, read_table
+
+
+def cells_of(run: Path) -> list[list[str]]:
+    return [line.split("\t") for line in (run / "certificates.tsv").read_text().splitlines()]
+
+
+def write_cells(run: Path, cells: list[list[str]]) -> None:
+    (run / "certificates.tsv").write_text("\n".join("\t".join(row) for row in cells) + "\n")
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content, indent=2))
+
+
+def failed(report: AuditReport) -> set[str]:
+    assert report.ok == (not report.findings)
+    return {c.name for c in report.checks if c.status == "failed"}
+
+
+def test_an_honest_run_passes(clean: Path, data: ImageData) -> None:
+    report = audit(clean, data=data, rows=None, seed=1)
+    assert report.ok
+    assert report.complete
+    assert report.exit_status == 0
+    assert [c.name for c in report.checks] == ["weights", "digests", "seed", "radii", "repeats", "votes", "fresh", "attack"]
+    votes, fresh, attack = report.checks[-3:]
+    assert votes.details["exact"]
+    assert 0 < fresh.details["detectable_all_rows"] < fresh.details["detectable_one_row"] < 1
+    assert attack.details["searched"] >= 10
+    stored = json.loads(report.to_json())
+    assert stored["ok"]
+    assert stored["settings"]["seed"] == 1
+    assert stored["environment"]["torch"] == torch.__version__
+
+
+def test_without_images_the_rest_is_checked_and_says_so(clean: Path) -> None:
+    report = audit(clean)
+    assert report.ok
+    assert not report.complete
+    assert {c.name for c in report.checks if c.status == "skipped"} == {"votes", "fresh", "attack"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "options"),
+    [
+        (AdaptivePlan(1000, (0.1, 0.2, 0.3, 0.35), 50), {}),
+        (FixedPlan(50, 400), {"rule": "min", "sides": "one"}),
+    ],
+)
+def test_other_plans_and_experts_alone_pass_too(tmp_path: Path, data: ImageData, plan, options) -> None:
+    pool = ExpertPool([small.expert(0.25), small.expert(0.5, tilt=0.01)])
+    routed = small.routed(pool)
+    routed.save_pretrained(tmp_path / "router")
+    certify_table(routed, data, tmp_path / "certificates.tsv", plan=plan, **options)
+    certify_table(Smooth(pool[0]), data, tmp_path / "experts" / "sigma_0.25.tsv", plan=plan)
+    report = audit(tmp_path, data=data, rows=None, seed=2)
+    assert report.ok, str(report)
+    assert set(report.tables) == {"certificates", "sigma_0.25"}
+
+
+def test_ids_may_be_left_out(run: Path, data: ImageData) -> None:
+    """Certificates made by `RoutedSmooth.certify` itself name their images by content alone."""
+    routed = RoutedSmooth.from_pretrained(run / "router")
+    certificates = routed.certify(small.pixels(data), plan=small.PLAN)
+    lines = [
+        Row.from_certificate(c, idx=i, rule="tree", seed=routed.metadata["seed"]).to_line() for i, c in enumerate(certificates)
+    ]
+    header = (run / "certificates.tsv").read_text().splitlines(keepends=True)[0]
+    (run / "certificates.tsv").write_text("".join([header, *lines]))
+    assert audit(run, data=data, rows=None, seed=3, attack_steps=0).ok
+
+
+def test_one_radius_inflated_by_one_percent_in_any_row(run: Path) -> None:
+    honest = cells_of(run)
+    column = honest[0].index("radius")
+    certified = [i for i in range(1, len(honest)) if float(honest[i][column]) > 0]
+    assert len(certified) >= 10
+    for i in certified:
+        cells = [list(row) for row in honest]
+        cells[i][column] = f"{float(cells[i][column]) * 1.01:.8f}"
+        write_cells(run, cells)
+        report = audit(run)
+        assert failed(report) == {"radii"}
+        assert [f.idx for f in report.findings] == [int(cells[i][0])]
+        assert report.exit_status == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("predict", "2"), ("n_drawn", "7"), ("expert", "sigma_9"), ("r_expert", "9.0"), ("seed", "5")]
+)
+def test_other_cells(run: Path, column: str, value: str) -> None:
+    cells = cells_of(run)
+    cells[1][cells[0].index(column)] = value
+    if column == "predict":
+        cells[1][cells[0].index("correct")] = "0"
+    write_cells(run, cells)
+    assert failed(audit(run)) == {"radii"}
+
+
+def test_swapped_expert_weights(run: Path, data: ImageData) -> None:
+    experts = run / "router" / "experts"
+    first, second = (experts / n / "model.safetensors" for n in ("sigma_0.25", "sigma_0.5"))
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b)
+    second.write_bytes(a)
+    report = audit(run, data=data)
+    assert failed(report) == {"weights"}
+    assert "sha256" in report.findings[0].text or "digest" in report.findings[0].text
+
+
+def test_swapped_weights_with_every_digest_made_to_fit(run: Path, data: ImageData) -> None:
+    """Somebody saves other experts properly, and keeps the old table."""
+    other = ExpertPool([small.expert(0.25, tilt=0.02), small.expert(0.5)])
+    small.routed(other).save_pretrained(run / "router")
+    assert "digests" in failed(audit(run))
+    # ... and then edits the table's digest and seed as well
+    routed = RoutedSmooth.from_pretrained(run / "router")
+    seed = routed.default_seed(small.PLAN, 1e-3, "tree", "two")
+    edit(run / "certificates.json", lambda m: m.update(digest=routed.digest, seed=seed))
+    cells = cells_of(run)
+    for row in cells[1:]:
+        row[cells[0].index("seed")] = str(seed)
+    write_cells(run, cells)
+    assert failed(audit(run)) == set()
+    assert "votes" in failed(audit(run, data=data, rows=4, attack_steps=0))
+
+
+def test_a_changed_sigma(run: Path, data: ImageData) -> None:
+    def larger(config: dict) -> None:
+        config["pool"]["experts"][1]["sigma"] = 0.6
+
+    edit(run / "router" / "config.json", larger)
+    assert failed(audit(run)) == {"weights"}
+    # with the expert's own digest removed, so that the router loads
+    edit(run / "router" / "config.json", lambda config: config["pool"]["experts"][1].pop("digest"))
+    report = audit(run)
+    assert "digests" in failed(report)
+    assert any("sigma 0.5 in the table, 0.6 in the router" in f.text for f in report.findings)
+
+
+def test_a_row_copied_to_another_image(run: Path, data: ImageData) -> None:
+    cells = cells_of(run)
+    names = cells[0]
+    donor = next(i for i in range(1, len(cells)) if cells[i][names.index("predict")] == "0")
+    target = next(i for i in range(1, len(cells)) if cells[i][names.index("predict")] == "-1")
+    for column in names:
+        if column not in ("idx", "label", "correct"):
+            cells[target][names.index(column)] = cells[donor][names.index(column)]
+    cells[target][names.index("correct")] = str(int(cells[target][names.index("label")] == "0"))
+    write_cells(run, cells)
+    report = audit(run, data=data, rows=None, seed=4, attack_steps=0)
+    idx = int(cells[target][0])
+    # the seed gives this image other votes, its fresh votes are others, and two rows share theirs
+    assert {(f.check, f.idx) for f in report.findings} >= {("votes", idx), ("fresh", idx)}
+    assert "repeats" in failed(report)
+    assert ("votes", int(cells[donor][0])) not in {(f.check, f.idx) for f in report.findings}
+
+
+def test_votes_and_radius_inflated_together(run: Path, data: ImageData) -> None:
+    """Counts edited so that the radius follows from them: only drawing again can tell."""
+    table = read_table(run / "certificates.tsv")
+    routed = RoutedSmooth.from_pretrained(run / "router")
+    from rsrouter.core.recompute import recompute
+    from rsrouter.results.verify import Run
+
+    run_of = Run.of(table)
+    i = int(np.flatnonzero(table.predict >= 0)[0])
+    votes = {k: {s: list(v) for s, v in stages.items()} for k, stages in table.counts(i).items()}
+    for counts in votes["estimate"].values():
+        top = int(np.argmax(counts))
+        for k in range(len(counts)):
+            if k != top:
+                counts[top] += counts[k]
+                counts[k] = 0
+    (better,) = recompute(routed.tree, run_of.plan, run_of.split(routed.tree), [votes])
+    assert better.radius > table.radius[i]
+    lines = (run / "certificates.tsv").read_text().splitlines(keepends=True)
+    lines[i + 1] = Row.from_certificate(
+        better, idx=int(table.idx[i]), label=int(table.label[i]), rule="tree", seed=run_of.seed
+    ).to_line()
+    (run / "certificates.tsv").write_text("".join(lines))
+    report = audit(run, data=data, rows=None, seed=5, attack_steps=0)
+    assert {(f.check, f.idx) for f in report.findings} == {("votes", int(table.idx[i])), ("fresh", int(table.idx[i]))}
+    assert any("fresh votes allow at most" in f.text for f in report.findings)
+
+
+def test_a_seed_chosen_by_hand(run: Path, data: ImageData, tmp_path: Path) -> None:
+    routed = RoutedSmooth.from_pretrained(run / "router")
+    (run / "certificates.tsv").unlink()
+    (run / "certificates.json").unlink()
+    certify_table(routed, data, run / "certificates.tsv", plan=small.PLAN, seed=12345)
+    report = audit(run, data=data, seed=6)
+    assert failed(report) == {"seed"}
+    assert "shopped" in report.findings[0].text
+
+
+def test_a_flip_inside_a_claimed_ball_is_found(run: Path, data: ImageData) -> None:
+    """Radii three times too large: beyond what is true, so an attacker gets through."""
+    cells = cells_of(run)
+    for row in cells[1:]:
+        row[3] = f"{float(row[3]) * 3:.8f}"
+    write_cells(run, cells)
+    report = audit(run, data=data, rows=None, seed=7)
+    flips = {f.idx for f in report.findings if f.check == "attack"}
+    assert len(flips) >= 6
+    assert flips <= {f.idx for f in report.findings if f.check == "radii"}
+    assert "instead of" in next(f.text for f in report.findings if f.check == "attack")
+    assert "votes" not in failed(report)
+
+
+def test_attacked_points_stay_inside(data: ImageData) -> None:
+    from rsrouter.audit.attack import attack
+
+    pool = ExpertPool([small.expert(0.25), small.expert(0.5, tilt=0.01)])
+    x, radius = small.pixels(data), torch.linspace(0.01, 2.0, len(data))
+    routed = small.routed(pool)
+    for eight_bit in (False, True):
+        found = attack(
+            routed.tree, routed._routed.models, x, torch.zeros(len(data), dtype=torch.int64), radius, steps=5, eight_bit=eight_bit
+        )
+        distance = (found.double() - x.double()).flatten(1).norm(dim=1)
+        assert torch.all(distance < radius)
+        assert found.min() >= 0
+        assert found.max() <= 1
+        if eight_bit:
+            assert torch.allclose(found * 255, (found * 255).round(), atol=1e-3)
+        else:
+            assert torch.all(distance[:4] > 0.5 * radius[:4])
+
+
+def test_other_versions_are_compared_to_rounding(run: Path, data: ImageData) -> None:
+    edit(run / "certificates.json", lambda m: m["versions"].update(torch="1.0"))
+    report = audit(run, data=data, seed=8, attack_steps=0)
+    votes = next(c for c in report.checks if c.name == "votes")
+    assert report.ok
+    assert not votes.details["exact"]
+    assert "torch 1.0 against" in votes.summary
+    edit(run / "certificates.json", lambda m: m.update(device="Some GPU"))
+    votes = next(c for c in audit(run, data=data, seed=8, attack_steps=0).checks if c.name == "votes")
+    assert votes.status == "skipped"
+
+
+def test_a_damaged_router_file(run: Path) -> None:
+    path = run / "router" / "router.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 0.5
+    save_file(tensors, path)
+    assert failed(audit(run)) == {"weights"}
+    path.write_bytes(b"nonsense")
+    assert failed(audit(run)) == {"weights"}
+
+
+def test_what_cannot_be_audited(run: Path, tmp_path: Path, data: ImageData) -> None:
+    with pytest.raises(InputError, match="No router"):
+        audit(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="rows"):
+        audit(run, rows=0)
+    with pytest.raises(InputError, match="not the certified images"):
+        audit(run, data=data.subset(range(3)))
+    (run / "certificates.tsv").unlink()
+    with pytest.raises(InputError, match="no certificates"):
+        audit(run)
+
+
+def test_by_name_on_the_hub(hub, tmp_path: Path, data: ImageData) -> None:
+    from rsrouter.publish import publish
+
+    pool = small.put_experts(hub, tmp_path)
+    small.run_folder(small.routed(pool), tmp_path / "run", data)
+    done = publish(tmp_path / "run", "org/router")
+    report = audit("org/router", data=data, rows=3, seed=9)
+    assert report.ok, str(report)
+    assert report.revision == done.commit
+    assert audit("org/router", revision=done.commit, local_files_only=True).ok
