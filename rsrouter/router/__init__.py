@@ -1,4 +1,4 @@
-"""Routers: flat (Dual RS), cascade, and how they are labelled."""
+"""Routers: flat (Dual RS), cascade, deferral, and how they are labelled."""
 
 from typing import Any
 
@@ -8,10 +8,12 @@ from rsrouter.core.errors import CheckpointError
 from rsrouter.experts.registry import register_architecture
 from rsrouter.router.base import Routed, Router, single_tree
 from rsrouter.router.cascade import CascadeRouter
+from rsrouter.router.chain import Voter
+from rsrouter.router.deferral import DeferralRouter
 from rsrouter.router.describe import build_module
 from rsrouter.router.flat import FlatRouter
 from rsrouter.router.labels import Labels, label_images, label_votes
-from rsrouter.router.trunk import HeadedTrunk, MLPHead, Trunk
+from rsrouter.router.trunk import HeadedTrunk, MLPHead, ResidualHead, Trunk
 
 
 def _torch_layers(num_classes: int, description: dict[str, Any]) -> nn.Module:
@@ -20,9 +22,12 @@ def _torch_layers(num_classes: int, description: dict[str, Any]) -> nn.Module:
 
 
 register_architecture("mlp_head", MLPHead)
+register_architecture("residual_head", ResidualHead)
 register_architecture("torch_layers", _torch_layers)
 
-ROUTERS: dict[str, type[FlatRouter] | type[CascadeRouter]] = {r.kind: r for r in (FlatRouter, CascadeRouter)}
+ROUTERS: dict[str, type[FlatRouter] | type[CascadeRouter] | type[DeferralRouter]] = {
+    r.kind: r for r in (FlatRouter, CascadeRouter, DeferralRouter)
+}
 
 
 def router_from_config(config: dict[str, Any]) -> Router:
@@ -43,6 +48,6 @@ def router_from_config(config: dict[str, Any]) -> Router:
 
 
 __all__ = [
-    "ROUTERS", "CascadeRouter", "FlatRouter", "HeadedTrunk", "Labels", "MLPHead", "Routed", "Router", "Trunk", "label_images",
-    "label_votes", "router_from_config", "single_tree",
+    "ROUTERS", "CascadeRouter", "DeferralRouter", "FlatRouter", "HeadedTrunk", "Labels", "MLPHead", "ResidualHead", "Routed", "Router",
+    "Trunk", "Voter", "label_images", "label_votes", "router_from_config", "single_tree",
 ]

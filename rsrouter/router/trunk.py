@@ -76,3 +76,25 @@ class MLPHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layers(x)
         return out
+
+
+class ResidualHead(nn.Module):
+    """The expert's logits plus a correction from its features; starts as the expert itself.
+
+    Args:
+        num_classes: number of classes, and of the last inputs, which are the expert's logits.
+        in_features: width of features plus logits.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, num_classes: int, in_features: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        last = nn.Linear(hidden, num_classes)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(nn.Linear(in_features, hidden), nn.ReLU(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x[:, -self.num_classes :] + self.layers(x)
+        return out

@@ -20,22 +20,25 @@ Counts = NDArray[np.int64]
 
 @dataclass
 class SimulatedVotes:
-    """Votes of one voter on N images: `counts (N, C)` for estimation (rows sum to `n` or less: the rest is
-    invalid), `selection (N, C)` for the choice of the class."""
+    """Votes of one voter on N images: `counts (N, C)` of `n` for estimation, `selection (N, C)` of `n0` for the choice
+    of the class. Rows may sum to less: the other votes name no class (a head's "defer")."""
 
     counts: Counts
     selection: Counts
     n: int
+    n0: int
     sigma: float
     _bounds: dict[float, tuple[Array, Array]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def draw(cls, votes: Counts, sigma: float, n: int, n0: int, rng: np.random.Generator) -> SimulatedVotes:
-        """What `n` votes might look like after the few in `votes (N, C)`: multinomial counts at probabilities from
-        the posterior (a Dirichlet prior of 0.02 per class, which leaves unanimous votes nearly unanimous)."""
+    def draw(cls, votes: Counts, sigma: float, n: int, n0: int, rng: np.random.Generator, classes: int | None = None) -> SimulatedVotes:
+        """What `n` votes might look like after the few in `votes (N, L)`: multinomial counts at probabilities from
+        the posterior (a Dirichlet prior of 0.02 per outcome, which leaves unanimous votes nearly unanimous). Only the
+        first `classes` outcomes are classes."""
         weights = rng.standard_gamma(np.maximum(votes, 0) + 0.02)
         shares = weights / weights.sum(1, keepdims=True)
-        return cls(np.stack([rng.multinomial(n, p) for p in shares]), np.stack([rng.multinomial(n0, p) for p in shares]), n, sigma)
+        counts, selection = rng.multinomial(n, shares), rng.multinomial(n0, shares)
+        return cls(counts[:, :classes], selection[:, :classes], n, n0, sigma)
 
     def quantiles(self, alpha: float) -> tuple[Array, Array]:
         """`Phi^-1` of the lower and upper Clopper-Pearson bound of every count, each at `alpha`."""
@@ -46,7 +49,7 @@ class SimulatedVotes:
 
     def take(self, rows: NDArray[np.int64]) -> SimulatedVotes:
         """The votes on some images."""
-        return SimulatedVotes(self.counts[rows], self.selection[rows], self.n, self.sigma)
+        return SimulatedVotes(self.counts[rows], self.selection[rows], self.n, self.n0, self.sigma)
 
 
 def expert_radius(votes: SimulatedVotes, alpha: float) -> tuple[NDArray[np.int64], Array]:
@@ -76,7 +79,7 @@ def chain_radius(
     for name, tau in chain:
         selection = voters[name].selection
         top = selection.argmax(1)
-        wins = selection[rows, top] >= tau * selection.sum(1) if tau is not None else np.ones(len(rows), bool)
+        wins = selection[rows, top] >= tau * voters[name].n0 if tau is not None else np.ones(len(rows), bool)
         c = np.where((c < 0) & wins, top, c)
     last = voters[chain[-1][0]]
     if len(chain) == 1:
