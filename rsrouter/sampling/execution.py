@@ -52,11 +52,8 @@ def default_batch(numel: int, device: torch.device) -> int:
     accelerator about 32 MB. Deterministic, so that two runs never differ by a timing.
     """
     budget = 2**20 if device.type == "cpu" else 2**25
-    rows = max(1, budget // (4 * numel))
-    for size in (1000, 500, 250, 100, 50, 25, 10, 5):
-        if rows >= size:
-            return size
-    return rows
+    rows = budget // (4 * numel)
+    return next((size for size in (1000, 500, 250, 100, 50, 25) if rows >= size), 10)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

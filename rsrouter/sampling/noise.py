@@ -24,7 +24,7 @@ from torch import Tensor
 from rsrouter.core.errors import InputError
 
 #: Votes per chunk of a noise stream; part of the stream's definition.
-CHUNK = 50
+CHUNK = 100
 
 
 def stream_key(*parts: object) -> bytes:
