@@ -16,6 +16,7 @@ process, or `hub.run(code)` for a fresh interpreter with `HF_ENDPOINT` set befor
     hub.files(repo_id, revision="main")      path -> content as the Hub would serve it
     hub.head(repo_id, branch="main")         commit hash of a branch
     hub.gated.add(repo_id)                   403 with X-Error-Code GatedRepo
+    hub.private.add(repo_id)                 as if it did not exist; one created with private=True opens to its creator's token
     hub.tokens = {"hf_secret"}               writes need one of these tokens (401 otherwise); None: anyone may write
 
 Faults (`hub.fault(method, path_regex, action, times=1)`, times=None for always): an int is that status (412, 503);
@@ -124,6 +125,7 @@ class HubServer:
         self.requests: list[tuple[str, str]] = []
         self.gated: set[str] = set()
         self.private: set[str] = set()
+        self.owners: dict[str, str] = {}
         self.tokens: set[str] | None = None
         self.stopped = False
         self._faults: list[Fault] = []
@@ -302,7 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(401, "", "Invalid username or password.")
         if groups.get("id") in self.hub.gated and self.command in {"GET", "HEAD"} and "/resolve/" in self.path:
             raise Refused(403, "GatedRepo", f"Access to model {groups['id']} is restricted")
-        if groups.get("id") in self.hub.private and (self.hub.tokens is None or token not in self.hub.tokens):
+        if groups.get("id") in self.hub.private and token != self.hub.owners.get(groups["id"]):
             raise Refused(401, "RepoNotFound", "Repository not found")
 
     def _send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
@@ -338,6 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo.commit({".gitattributes": rules.encode()}, "initial commit", "refs/heads/main", None)
         if body.get("private") or body.get("visibility") == "private":
             self.hub.private.add(repo_id)
+            self.hub.owners[repo_id] = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self._json({"url": url, "name": repo_id, "id": repo_id})
 
     def validate_yaml(self) -> None:
