@@ -18,6 +18,7 @@ Normalisation = Annotated[str | None, typer.Option(help="cifar10, imagenet, none
 Numbers = Annotated[str | None, typer.Option(help="One number per channel, such as 0.49,0.48,0.45.")]
 Classes = Annotated[int | None, typer.Option("--num-classes", help="Width of the logits, where the file does not tell.")]
 Shape = Annotated[str | None, typer.Option("--input-shape", help="C,H,W, such as 3,32,32.")]
+Filename = Annotated[str | None, typer.Option(help="Weight file, where a folder or repository has several.")]
 Licence = Annotated[str | None, typer.Option(help="Licence of the weights, as their publisher states it.")]
 
 
@@ -29,11 +30,12 @@ def _numbers(text: str, what: str) -> list[float]:
                          remedy="such as 0.25,0.5") from error
 
 
-def _settings(architecture: str | None, normalisation: str | None, mean: str | None, std: str | None, num_classes: int | None,
-              input_shape: str | None, licence: str | None) -> dict[str, Any]:
+def _settings(filename: str | None, architecture: str | None, normalisation: str | None, mean: str | None, std: str | None,
+              num_classes: int | None, input_shape: str | None, licence: str | None) -> dict[str, Any]:
     """What was said on the command line; what was not said is asked for by `load_expert`."""
     given: dict[str, Any] = {
-        "architecture": architecture, "normalisation": normalisation, "num_classes": num_classes, "licence": licence,
+        "filename": filename, "architecture": architecture, "normalisation": normalisation, "num_classes": num_classes,
+        "licence": licence,
         "mean": None if mean is None else _numbers(mean, "mean"), "std": None if std is None else _numbers(std, "std"),
         "input_shape": None if input_shape is None else [int(v) for v in _numbers(input_shape, "input-shape")]}
     return {key: value for key, value in given.items() if value is not None}
@@ -43,6 +45,7 @@ def wrap(
     source: Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="The pool file to write.")] = Path("pool.json"),
     sigma: Sigma = None,
+    filename: Filename = None,
     architecture: Architecture = None,
     normalisation: Normalisation = None,
     mean: Numbers = None,
@@ -65,7 +68,7 @@ def wrap(
     from rsrouter.data import load_data
     from rsrouter.experts import wrap as wrap_spec
 
-    settings = _settings(architecture, normalisation, mean, std, num_classes, input_shape, licence)
+    settings = _settings(filename, architecture, normalisation, mean, std, num_classes, input_shape, licence)
     spec: Any = source[0]
     if len(source) > 1 or not source[0].endswith((".toml", ".yaml", ".yml")):
         sigmas: list[Any] = [None] * len(source)
@@ -111,6 +114,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="A legacy checkpoint: .pth.tar, .pt, safetensors, a folder, or hf-hub:org/name.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder: model.safetensors, config.json, README.md.")],
     sigma: Annotated[float | None, typer.Option(help="Noise level in [0,1] pixels; a checkpoint does not carry it.")] = None,
+    filename: Filename = None,
     architecture: Architecture = None,
     normalisation: Normalisation = None,
     mean: Numbers = None,
@@ -126,7 +130,7 @@ def convert(
     """
     from rsrouter.experts import convert as convert_checkpoint
 
-    settings = _settings(architecture, normalisation, mean, std, num_classes, input_shape, licence)
+    settings = _settings(filename, architecture, normalisation, mean, std, num_classes, input_shape, licence)
     if sigma is not None:
         settings["sigma"] = sigma
     folder = convert_checkpoint(source, out, **settings)

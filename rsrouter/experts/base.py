@@ -190,6 +190,10 @@ class Expert:
         """sha256 of everything that decides a vote: weights, structure, sigma, normalisation."""
         return module_digest(self.module, self.sigma, self.num_classes, self.input_shape, self.mean, self.std)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: the weights travel, the way to fetch them does not."""
+        return {**self.__dict__, "_module": self.module, "_load": None}
+
     def __repr__(self) -> str:
         return f"Expert({self.name!r}, sigma={self.sigma:g}, num_classes={self.num_classes}, input_shape={self.input_shape})"
 

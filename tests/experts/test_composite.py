@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,14 @@ def test_ensemble_pool_round_trip(members: list[Expert], x: Tensor, tmp_path: Pa
     (tmp_path / "pool.json").write_text(json.dumps(content))
     with pytest.raises(IntegrityError, match="composite"):
         ExpertPool.load(tmp_path)
+
+
+def test_experts_travel_to_worker_processes(members: list[Expert], x: Tensor) -> None:
+    pool = ExpertPool([ensemble(members, consensus=2, name="e"), members[0]])
+    again = pickle.loads(pickle.dumps(pool))
+    assert again.digest == pool.digest
+    assert again[0].provenance == pool[0].provenance
+    assert torch.equal(again["e"].network()(x), pool["e"].network()(x))
 
 
 def test_part_of_an_ensemble_is_verified(members: list[Expert], tmp_path: Path) -> None:
