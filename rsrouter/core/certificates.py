@@ -44,6 +44,8 @@ from rsrouter.core.types import ABSTAIN
 _NDTRI_SAFETY = 1e-14
 
 
+# Bounds of exactly 0 or 1 become NaN in the next two and certify nothing: no finite number of votes gives them, only
+# rounding does.
 def _ndtri_down(p: Array) -> Array:
     z = special.ndtri(p)
     with np.errstate(invalid="ignore"):
@@ -74,7 +76,11 @@ def vote_radius(sigma: float, lower: ArrayLike, upper: ArrayLike | None = None) 
             R = sigma * Phi^-1(lower).
 
     Returns:
-        float64 array; 0 where nothing is certified (a lower bound of NaN, or not above the upper one).
+        float64 array; 0 where nothing is certified (a lower bound of NaN, or not above the upper one, or a bound
+        of exactly 0 or 1, which no finite number of votes gives).
+
+    Raises:
+        PlanError: no usable sigma.
     """
     if not (np.isfinite(sigma) and sigma > 0):
         raise PlanError("A radius needs a noise level", expected="a finite sigma above 0", received=repr(sigma),

@@ -190,6 +190,8 @@ def test_nan_and_nonsense_bounds_certify_nothing():
     assert vote_radius(0.5, np.nan) == 0.0
     assert vote_radius(0.5, [0.9], [np.nan])[0] == 0.0
     assert vote_radius(0.5, 0.5) == 0.0
+    assert vote_radius(0.5, 1.0) == 0.0
+    assert vote_radius(0.5, [0.9], [0.0])[0] == 0.0
     for c in (np.array([0.0]), np.array([[0]])):
         with pytest.raises(PlanError):
             tree_radius([stage], None, {}, {}, c)

@@ -43,7 +43,7 @@ def survey(seed: int, trees: int) -> tuple[list[int], list[int]]:
             if certificate.radius > 0.0:
                 true = {}
                 for name, stage in tree.stages.items():
-                    reference, exact = np.array([policy._reference[name][i]]), p[name][None]
+                    reference, exact = np.array([policy._reference[name][i]]), np.clip(p[name][None], 1e-300, np.nextafter(1, 0))
                     entry = entry_radii(stage, exact, exact, reference)
                     true[name] = group_entries(stage, entry, np.array([certificate.predict]))
                 above += certificate.radius > recursion(tree, true)[0][0] * (1 + 1e-9) + 1e-12
