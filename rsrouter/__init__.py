@@ -26,7 +26,19 @@ if TYPE_CHECKING:
         ResultsError,
         RSRouterError,
     )
-    from rsrouter.experts import Expert, ExpertPool, load_expert, register_architecture
+    from rsrouter.data import load_data
+    from rsrouter.experts import (
+        Expert,
+        ExpertPool,
+        build_architecture,
+        convert,
+        denoised,
+        ensemble,
+        load_expert,
+        register_architecture,
+        select_experts,
+        wrap,
+    )
     from rsrouter.report import write_report
     from rsrouter.results import ResultsWriter, Table, merge_tables, read_table
     from rsrouter.router import CascadeRouter, FlatRouter, Labels, MLPHead, label_images
@@ -39,7 +51,11 @@ _WHERE = {
         "ABSTAIN", "AdaptivePlan", "Certificate", "CheckpointError", "FixedPlan", "HubError", "InputError", "IntegrityError",
         "NetworkError", "PlanError", "RSRouterError", "ResultsError",
     ),
-    "rsrouter.experts": ("Expert", "ExpertPool", "load_expert", "register_architecture"),
+    "rsrouter.data": ("load_data",),
+    "rsrouter.experts": (
+        "Expert", "ExpertPool", "build_architecture", "convert", "denoised", "ensemble", "load_expert", "register_architecture",
+        "select_experts", "wrap",
+    ),
     "rsrouter.report": ("write_report",),
     "rsrouter.results": ("ResultsWriter", "Table", "merge_tables", "read_table"),
     "rsrouter.router": ("CascadeRouter", "FlatRouter", "Labels", "MLPHead", "label_images"),
@@ -50,10 +66,11 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
-    "ABSTAIN", "AdaptivePlan", "CascadeRouter", "Certificate", "CheckpointError", "Execution", "Expert", "ExpertPool", "FixedPlan",
-    "FlatRouter", "HubError", "InputError", "IntegrityError", "Labels", "MLPHead", "NetworkError", "PlanError", "RSRouterError",
-    "Recipe", "ResultsError", "ResultsWriter", "RoutedSmooth", "Smooth", "Table", "__version__", "core", "label_images",
-    "load_expert", "merge_tables", "read_table", "register_architecture", "train_router", "write_report",
+    "ABSTAIN", "AdaptivePlan", "CascadeRouter", "Certificate", "CheckpointError", "Execution", "Expert", "ExpertPool",
+    "FixedPlan", "FlatRouter", "HubError", "InputError", "IntegrityError", "Labels", "MLPHead", "NetworkError", "PlanError",
+    "RSRouterError", "Recipe", "ResultsError", "ResultsWriter", "RoutedSmooth", "Smooth", "Table", "__version__",
+    "build_architecture", "convert", "core", "denoised", "ensemble", "label_images", "load_data", "load_expert", "merge_tables",
+    "read_table", "register_architecture", "select_experts", "train_router", "wrap", "write_report",
 ]
 
 
