@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rsrouter._version import __version__
+from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import Plan
 from rsrouter.core.types import Certificate
@@ -112,6 +113,7 @@ def certify_table(
     order = list(range(len(images))) if indices is None else [int(i) for i in indices]
     if bad := [i for i in order if not 0 <= i < len(images)]:
         raise InputError("An image index is out of range", expected=f"0 to {len(images) - 1}", received=str(bad[:5]), remedy="check --start and --count")
+    plan.check(smoothed.tree, AlphaSplit.even(alpha, smoothed.tree.paths), sides)  # before anything is written
     seed = smoothed.default_seed(plan, alpha, rule, sides) if seed is None else int(seed)
     described = {**(data or {}), "images": len(images)}
     if "fingerprint" not in described and getattr(images, "fingerprint", None):

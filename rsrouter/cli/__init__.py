@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 
-import click
 import typer
 
 from rsrouter._version import __version__
@@ -42,21 +41,10 @@ for _name in _GROUPS:
 def main() -> None:
     """Entry point: errors made for users are printed without a traceback, exit status 2."""
     try:
-        app(standalone_mode=False)
+        app()
     except RSRouterError as error:
         for title, text in (("error", error.message), ("expected", error.expected), ("received", error.received), ("do", error.remedy)):
             if text:
-                click.secho(f"{title:>9}: ", nl=False, err=True, fg="red" if title == "error" else None, bold=True)
-                click.echo(text, err=True)
+                typer.secho(f"{title:>9}: ", nl=False, err=True, fg="red" if title == "error" else None, bold=True)
+                typer.echo(text, err=True)
         sys.exit(2)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; what was written can be resumed", err=True)
-        sys.exit(130)
-    except click.exceptions.Exit as signal:
-        sys.exit(signal.exit_code)

@@ -1,0 +1,122 @@
+"""The command line: exit codes, errors without tracebacks, resuming, and no verb without an example."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from typer.main import get_command
+
+from rsrouter import CascadeRouter, ExpertPool, RoutedSmooth, read_table
+from rsrouter.cli import app, main
+from rsrouter.cli.options import parse_radii
+from rsrouter.core.errors import InputError
+from rsrouter.demo import load_pool, load_slice
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command line in this process: (exit status, stdout, stderr)."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rsrouter", *map(str, words)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A cascade's folder and a few images."""
+    folder = tmp_path_factory.mktemp("files")
+    images, labels = load_slice("test").batch(range(5))
+    np.savez(folder / "test.npz", images=(images * 255).round().to(torch.uint8).numpy(), labels=labels.numpy())
+    pool = ExpertPool([load_pool()["sigma_0.5"], load_pool()["sigma_1"]])
+    RoutedSmooth(pool, CascadeRouter((0.6,))).save_pretrained(folder / "router")
+    pool.save(folder / "pool.json")
+    return folder
+
+
+def test_every_verb_has_help_with_an_example():
+    commands = get_command(app).commands
+    assert {"demo", "wrap", "label", "train", "certify", "predict", "report", "merge", "publish", "audit", "plan", "bench"} <= set(commands)
+    for name, command in commands.items():
+        assert f"rsrouter {name}" in (command.help or ""), f"{name} shows no example"
+
+
+def test_version_and_no_arguments(call):
+    assert call("--version")[1].startswith("rsrouter ")
+    status, out, err = call()
+    assert status == 2
+    assert "certify" in out + err
+
+
+def test_certify_writes_a_table_and_goes_on_with_it(call, files, tmp_path):
+    words = ("certify", files / "router", "--data", files / "test.npz", "--out", tmp_path / "t.tsv", "--n", 300, "--radii", "0,0.5")
+    status, out, _ = call(*words, "--format", "json")
+    assert status == 0
+    assert json.loads(out)["rows"] == 5
+    before = (tmp_path / "t.tsv").read_bytes()
+    assert call(*words)[0] == 0
+    assert (tmp_path / "t.tsv").read_bytes() == before
+    status, _, err = call(*words, "--alpha", 0.01)
+    assert status == 2
+    assert "alpha" in err
+    assert (tmp_path / "t.tsv").read_bytes() == before
+
+
+def test_certify_one_expert_of_a_pool_as_cohen(call, files, tmp_path):
+    status, _, _ = call("certify", files / "pool.json", "--expert", "sigma_1", "--data", files / "test.npz", "--out", tmp_path / "e.tsv",
+                        "--plan", "fixed", "--n", 200, "--count", 2, "--every", 2)
+    assert status == 0
+    table = read_table(tmp_path / "e.tsv")
+    assert table.idx.tolist() == [0]
+    assert table.n_drawn.tolist() == [300]
+
+
+def test_predict(call, files):
+    status, out, _ = call("predict", files / "router", "--data", files / "test.npz", "--n", 200, "--count", 3, "--format", "json")
+    assert status == 0
+    assert set(json.loads(out)) == {"0", "1", "2"}
+
+
+BAD = {
+    "no router": (("certify", "nowhere", "--data", "x.npz", "--out", "t.tsv"), "No router there"),
+    "no data": (("certify", "{files}/router", "--data", "nowhere.npz", "--out", "{tmp}/t.tsv"), "nowhere.npz"),
+    "device": (("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--device", "warp"), "device"),
+    "plan": (("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--plan", "magic"), "Unknown plan"),
+    "radii": (("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--radii", "a,b"), "Radii"),
+    "radius too large": (("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--radii", "0,50"), "radius 50"),
+    "pool without expert": (("certify", "{files}/pool.json", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv"), "no router"),
+    "unknown expert": (("certify", "{files}/pool.json", "--expert", "x", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv"), "No such expert"),
+    "sigma": (("plan", "--sigma", "-1"), "noise level"),
+    "no such option": (("plan", "--sigma", "1", "--colour", "red"), "No such option"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_exits_with_2_and_says_what_to_do(call, files, tmp_path, kind):
+    words, message = BAD[kind]
+    status, out, err = call(*(w.format(files=files, tmp=tmp_path) for w in words))
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "t.tsv").exists()
+
+
+def test_radii():
+    assert parse_radii("0:1:0.25") == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert parse_radii("0,0.5") == (0.0, 0.5)
+    for text in ("", "1:0:0.5", "0:1:0", "x"):
+        with pytest.raises(InputError):
+            parse_radii(text)
