@@ -160,6 +160,17 @@ def test_the_whole_tables_lower_bound_by_hand() -> None:
     assert np.all(population <= [(100 - q) / 100, (50 - q) / 100, 0.0])
 
 
+def test_the_populations_lower_bound_spends_half_of_delta_on_each_step() -> None:
+    alpha, delta, table = 0.01, 1e-3, make_table("t", [1.0] * 50 + [0.2] * 50, [1] * 100)
+    counts = np.arange(101)
+    tail = stats.binom.sf(counts, 100, alpha)
+    q, whole = int(counts[tail <= delta / 2][0]), int(counts[tail <= delta][0])
+    assert q > whole
+    # Clopper-Pearson by its definition: at the bound, so many successes or more have probability delta / 2
+    bound = curves.certified_lower(table, [0.5], alpha=alpha, delta=delta, population=True)[0]
+    assert stats.binom.sf(50 - q - 1, 100, bound) == pytest.approx(delta / 2, rel=1e-6)
+
+
 def test_shares_and_votes() -> None:
     counts = '{"select":{"router":[6,4]},"estimate":{"router":[30,20],"a":[10,0]}}'
     table = make_table("t", [1.0, 0.5, 0.2, 0.0], [1, 1, 0, 0], abstain=[False, False, False, True], expert=["a", "b", "a", "a"],
