@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import pairwise
 
 from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
-from rsrouter.core.tree import cascade_tree, expert_stage
+from rsrouter.core.tree import Stage, cascade_tree, expert_stage
 from rsrouter.experts.base import Expert, ExpertPool, check_sigma, module_digest
 from rsrouter.router.base import Routed, vote_model
 from rsrouter.router.trunk import HeadedTrunk
@@ -28,11 +30,14 @@ class Voter:
         expert: name of the expert whose frozen network looks at the noisy image.
         sigma: standard deviation of the noise; None: the expert's own.
         head: name of the head on the expert's features that casts the vote; None: the expert's logits.
+        others: experts that look at the same noisy image; their features and logits come before the expert's own in
+            the head's input.
     """
 
     expert: str
     sigma: float | None = None
     head: str | None = None
+    others: tuple[str, ...] = ()
 
 
 class _Votes(nn.Module):
@@ -61,11 +66,14 @@ def check_thresholds(thresholds: Sequence[float], voters: int | None = None) -> 
 
 def check_voters(voters: Sequence[Voter], pool: ExpertPool, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
     """Raises InputError for an unknown expert or head, an unusable sigma, or the same voter twice in a row."""
-    unknown = sorted({v.expert for v in voters} - set(pool.names))
+    unknown = sorted({name for v in voters for name in (v.expert, *v.others)} - set(pool.names))
     if not voters or unknown:
         raise InputError("The cascade's experts do not fit the pool", expected=f"names out of {list(pool.names)}",
                          received=str([v.expert for v in voters]), remedy="name experts of the pool, in the order in which they are asked")
-    if any(a == b for a, b in zip(voters, voters[1:], strict=False)):
+    if any(len({v.expert, *v.others}) != 1 + len(v.others) or (v.others and v.head is None) for v in voters):
+        raise InputError("A voter cannot read these experts", expected="different experts, and a head that reads them",
+                         received=str([v for v in voters if v.others]), remedy="give the voter a head, or leave out others")
+    if any(a == b for a, b in pairwise(voters)):
         raise InputError("A cascade asks the same expert twice in a row", expected="another expert in between",
                          received=str([v.expert for v in voters]), remedy="drop one of the two: the second vote is the same as the first")
     missing = sorted({v.head for v in voters if v.head is not None} - set(heads.keys()))
@@ -88,32 +96,36 @@ def bind_chain(
     heads = {} if heads is None else heads
     check_voters(voters, pool, heads)
     thresholds = check_thresholds(thresholds, len(voters))
-    groups: dict[tuple[str, float], list[int]] = {}
+    groups: dict[tuple[str, float, tuple[str, ...]], list[int]] = {}
     for position, voter in enumerate(voters):
-        groups.setdefault((voter.expert, pool[voter.expert].sigma if voter.sigma is None else float(voter.sigma)), []).append(position)
-    stages, models = {}, []
-    for (name, sigma), positions in groups.items():
+        sigma = pool[voter.expert].sigma if voter.sigma is None else float(voter.sigma)
+        groups.setdefault((voter.expert, sigma, voter.others), []).append(position)
+    stages: dict[int, Stage] = {}
+    models = []
+    for (name, sigma, others), positions in groups.items():
         expert = pool[name]
-        network = name if sigma == expert.sigma else f"{name}@{sigma:g}"
+        network = "+".join((name, *others)) + ("" if sigma == expert.sigma else f"@{sigma:g}")
         titles = [network if k == 0 else f"{network}:{k + 1}" for k in range(len(positions))]
         for title, position in zip(titles, positions, strict=True):
             stages[position] = expert_stage(title, sigma, pool.num_classes, network=network, expert=name)
-        models.append(_network(expert, network, sigma, titles, [voters[p].head for p in positions], heads, pool.num_classes))
+        wanted = [voters[p].head for p in positions]
+        models.append(_network(expert, [pool[o] for o in others], network, sigma, titles, wanted, heads))
     return Routed(cascade_tree([stages[p] for p in range(len(voters))], thresholds), tuple(models))
 
 
 def _network(
-    expert: Expert, network: str, sigma: float, titles: Sequence[str], wanted: Sequence[str | None],
-    heads: Mapping[str, nn.Module] | nn.ModuleDict, num_classes: int,
+    expert: Expert, others: Sequence[Expert], network: str, sigma: float, titles: Sequence[str], wanted: Sequence[str | None],
+    heads: Mapping[str, nn.Module] | nn.ModuleDict,
 ) -> VoteModel:
-    """One forward pass that casts the votes of every stage on one trunk at one noise level."""
+    """One forward pass that casts the votes of every stage on the same experts at one noise level."""
     if list(wanted) == [None] and sigma == expert.sigma:
         return vote_model(expert)
     used = list(dict.fromkeys(h for h in wanted if h is not None))
-    digest = expert.digest + "".join(module_digest(heads[h], h) for h in used) + (f"@{sigma!r}" if sigma != expert.sigma else "")
+    parts = [expert.digest, *(o.digest for o in others), *(module_digest(heads[h], h) for h in used), repr(sigma), repr(list(wanted))]
     if not used:
         module: nn.Module = _Votes(expert.network(), [0] * len(wanted), single=True)
     else:
         picks = [0 if h is None else 1 + used.index(h) for h in wanted]
-        module = _Votes(HeadedTrunk(expert, [heads[h] for h in used]), picks, single=False)
-    return VoteModel(network, module, sigma, tuple(titles), (num_classes,) * len(titles), digest)
+        module = _Votes(HeadedTrunk(expert, [heads[h] for h in used], others=others), picks, single=False)
+    classes = expert.num_classes
+    return VoteModel(network, module, sigma, tuple(titles), (classes,) * len(titles), sha256("".join(parts).encode()).hexdigest())

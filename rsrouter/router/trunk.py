@@ -39,19 +39,36 @@ class Trunk(nn.Module):
         return features, self.module.get_classifier()(features)
 
 
+class FusedTrunk(nn.Module):
+    """Several frozen experts on one noisy image: pixels to `(everything (B, sum of F + C), logits (B, C))`.
+
+    `everything` is features and logits of each expert, those of the first one last; `logits` are the first one's.
+    """
+
+    def __init__(self, experts: Sequence[Expert]) -> None:
+        super().__init__()
+        self.trunks = nn.ModuleList(Trunk(e) for e in reversed(experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [part for trunk in self.trunks for part in trunk(x)]
+        return torch.cat(parts, 1), parts[-1]
+
+
 class HeadedTrunk(nn.Module):
     """An expert and heads on it: pixels to `(expert logits, head logits, ...)`.
 
-    Each head gets `torch.cat([features, logits], 1)`, the input that `MLPHead` is made for.
+    Each head gets `torch.cat([features, logits], 1)`, the input that `MLPHead` is made for; with `others`, the
+    features and logits of those experts on the same noisy image come before.
     """
 
-    def __init__(self, expert: Expert, heads: Sequence[nn.Module], *, with_expert: bool = True) -> None:
+    def __init__(
+        self, expert: Expert, heads: Sequence[nn.Module], *, with_expert: bool = True, others: Sequence[Expert] = ()
+    ) -> None:
         super().__init__()
-        self.trunk, self.heads, self.with_expert = Trunk(expert), nn.ModuleList(heads), with_expert
+        self.trunk, self.heads, self.with_expert = FusedTrunk([expert, *others]), nn.ModuleList(heads), with_expert
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        features, logits = self.trunk(x)
-        both = torch.cat([features, logits], 1)
+        both, logits = self.trunk(x)
         outputs = tuple(head(both) for head in self.heads)
         return (logits, *outputs) if self.with_expert else outputs
 
