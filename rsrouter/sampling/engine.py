@@ -27,7 +27,7 @@ from rsrouter.sampling.execution import (
     resolve_device,
     warn_halved,
 )
-from rsrouter.sampling.noise import NoiseStream, check_eight_bit, make_noise, stream_key
+from rsrouter.sampling.noise import SHARED, NoiseStream, check_eight_bit, make_noise, stream_key
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class _Runner:
 
     def __init__(self, model: VoteModel, shape: tuple[int, ...], execution: Execution, device: torch.device) -> None:
         self.model, self.shape, self.device = model, shape, device
-        self.module = prepare(model.module, execution, device)
+        self.module = prepare(model.module, execution, device, shape)
         batch = execution.batch or default_batch(int(np.prod(shape)), device)
         self.execution = replace(execution, batch=batch)
         while True:
@@ -154,7 +154,7 @@ class Engine:
         seed: part of every stream's key.
         device: where networks run; None is the CPU.
         execution: how they run.
-        noise: `"gaussian"` or `"sound"`.
+        noise: `"gaussian"` or `"sound"`, with `-shared` where all images read one stream (`noise.SHARED`).
 
     Raises:
         NetworkError: a network that cannot be certified (see `check_network`).
@@ -167,7 +167,7 @@ class Engine:
     ) -> None:
         self.device = resolve_device(device)
         self.shape, self.seed, self.noise = tuple(shape), int(seed), noise
-        make_noise(noise, self.shape, self.device)
+        self._stream = make_noise(noise, self.shape, self.device)
         self._execution = execution or Execution()
         self._models = {m.name: m for m in models}
         if len(self._models) != len(models):
@@ -207,7 +207,7 @@ class Engine:
         Returns:
             Per request a mapping of every stage of its network to `(width + 1,)` counts, invalid votes last.
         """
-        if self.noise == "sound":
+        if self.noise.startswith("sound"):
             check_eight_bit(images)
         wanted = sorted({r.image for r in requests})
         position = {image: at for at, image in enumerate(wanted)}
@@ -217,11 +217,11 @@ class Engine:
             members = [i for i, r in enumerate(requests) if r.network == name]
             model, runner = self._models[name], self.runner(name)
             chosen = [requests[i] for i in members]
-            keys = [stream_key(r.purpose, self.seed, identity[r.image], model.digest, name) for r in chosen]
+            owner = [b"" if self.noise.endswith(SHARED) else identity[r.image] for r in chosen]
+            keys = [stream_key(r.purpose, self.seed, who, model.digest, name) for r, who in zip(chosen, owner, strict=True)]
             while True:
                 try:
-                    noise = make_noise(self.noise, self.shape, self.device)
-                    counts = runner.enqueue(on_device, position, chosen, keys, noise).cpu().numpy()
+                    counts = runner.enqueue(on_device, position, chosen, keys, self._stream).cpu().numpy()
                     break
                 except torch.OutOfMemoryError:
                     if runner.batch == 1:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import time
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,11 +100,34 @@ def _fold_batchnorm(module: nn.Module) -> nn.Module | None:
     return traced
 
 
-def prepare(module: nn.Module, execution: Execution, device: torch.device) -> nn.Module:
-    """A private copy of `module`, in eval mode, as it will run; the original is not touched."""
+@torch.inference_mode()
+def _same_function(folded: nn.Module, module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether two random images get the same outputs up to rounding. Tracing runs Python on stand-ins, so that a test
+    such as `isinstance(x, Tensor)` may silently take the other branch."""
+    x = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0))
+    try:
+        pairs = [tuple(o) if isinstance(o, tuple | list) else (o,) for o in (folded(x), module(x))]
+        return len(pairs[0]) == len(pairs[1]) and all(
+            a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * (1 + float(torch.nan_to_num(b).abs().max())),
+                                                  equal_nan=True) for a, b in zip(*pairs, strict=True))
+    except Exception:  # whatever a wrongly traced module raises only means "do not fold"
+        return False
+
+
+def prepare(module: nn.Module, execution: Execution, device: torch.device, shape: tuple[int, ...] | None = None) -> nn.Module:
+    """A private copy of `module`, in eval mode, as it will run; the original is not touched.
+
+    Args:
+        module: from images to logits.
+        execution: how it is to run.
+        device: where.
+        shape: `(C, H, W)`; where given, a folded copy is used only if it computes the same function.
+    """
     prepared = copy.deepcopy(module).eval().requires_grad_(False)
     if execution.fold:
-        prepared = _fold_batchnorm(prepared) or prepared
+        folded = _fold_batchnorm(copy.deepcopy(prepared))
+        if folded is not None and (shape is None or _same_function(folded, prepared, shape)):
+            prepared = folded
     prepared = prepared.to(device=device, dtype=_DTYPES[execution.dtype])
     if execution.channels_last:
         prepared = prepared.to(memory_format=torch.channels_last)
@@ -180,3 +205,32 @@ def check_network(
 def warn_halved(name: str, batch: int) -> None:
     """Tells the user that memory ran out and the execution batch, part of the recorded function, is now smaller."""
     warnings.warn(f"network {name!r} ran out of memory; its execution batch is now {batch} rows", RuntimeWarning, stacklevel=3)
+
+
+def calibrate(module: nn.Module, shape: tuple[int, ...], device: torch.device, execution: Execution, *, repeats: int = 3) -> int:
+    """The execution batch with most rows a second on this machine, out of a few, by a second or so of forward passes.
+
+    The result belongs into an `Execution` that is stored with the router: it decides bits, so it must not be found
+    anew, by another timing, in every run.
+    """
+    prepared = prepare(module, execution, device)
+    base = default_batch(math.prod(shape), device)
+    best, fastest = base, 0.0
+    for batch in sorted({max(1, int(base * factor)) for factor in (0.25, 0.5, 1, 2, 4)}):
+        x = as_input(torch.rand((batch, *shape), generator=torch.Generator().manual_seed(0)).to(device), execution)
+        try:
+            with torch.inference_mode():
+                float(prepared(x).sum())
+                speeds = []
+                for _ in range(repeats):
+                    start, rows = time.perf_counter(), 0
+                    while rows < 2 * base:
+                        out = prepared(x)
+                        rows += batch
+                    float(out.sum())
+                    speeds.append(rows / (time.perf_counter() - start))
+        except torch.OutOfMemoryError:
+            break
+        if max(speeds) > fastest:
+            best, fastest = batch, max(speeds)
+    return best

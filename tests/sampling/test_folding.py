@@ -1,0 +1,44 @@
+"""Folding goes through a symbolic trace, and a trace that computes something else is not used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rsrouter.sampling.execution import Execution, prepare
+
+CPU = torch.device("cpu")
+
+
+class Misled(nn.Module):
+    """Takes another branch under tracing, where tensors are stand-ins; `how` says what the other branch does."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.bn, self.how = nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x)).flatten(1)
+        if isinstance(y, Tensor):
+            return y
+        return -y if self.how == "negates" else y.no_such_attribute
+
+
+@pytest.mark.parametrize("how", ["negates", "raises"])
+def test_a_trace_that_differs_is_not_run(how: str) -> None:
+    torch.manual_seed(0)
+    module = Misled(how).eval()
+    x = torch.rand(4, 1, 2, 2)
+    prepared = prepare(module, Execution(), CPU, (1, 2, 2))
+    torch.testing.assert_close(prepared(x), module(x))
+    assert any(isinstance(m, nn.BatchNorm2d) for m in prepared.modules())
+
+
+def test_an_honest_trace_is_folded() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten()).eval()
+    prepared = prepare(module, Execution(), CPU, (1, 2, 2))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in prepared.modules())
+    x = torch.rand(4, 1, 2, 2)
+    torch.testing.assert_close(prepared(x), module(x))
