@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -320,7 +321,8 @@ def test_denoised_expert_beats_the_plain_classifier(tmp_path: Path, capsys: pyte
 
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, str(root / "examples" / "train_denoiser.py"), "--train", str(ASSETS / "images" / "train.npz"),
-                    "--test", str(ASSETS / "images" / "test.npz"), "--out", str(tmp_path), "--epochs", "3"], check=True)
+                    "--test", str(ASSETS / "images" / "test.npz"), "--out", str(tmp_path), "--epochs", "3"], check=True,
+                   env={**os.environ, "PYTHONPATH": str(root)})
     data = load_data(ASSETS / "images" / "test.npz").batch(range(500))
     classifier = load_expert(tmp_path / "classifier")
     from rsrouter.experts import load_denoiser
