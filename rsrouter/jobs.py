@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,7 @@ from rsrouter.core.plans import Plan
 from rsrouter.core.types import Certificate
 from rsrouter.results import ResultsWriter, Row, Table, read_table
 from rsrouter.sampling.execution import default_batch, resolve_device
+from rsrouter.sampling.noise import SHARED
 from rsrouter.smooth import Progress, RoutedSmooth, Smooth
 
 
@@ -48,9 +51,18 @@ class Running:
     accuracy: tuple[float, ...]
 
 
+def describe_indices(order: Sequence[int]) -> dict[str, Any]:
+    """The images of a job, short enough for metadata: start, stop and step where they are evenly spaced, else a digest."""
+    steps = {b - a for a, b in pairwise(order)}
+    if len(steps) <= 1:
+        step = steps.pop() if steps else 1
+        return {"start": order[0], "stop": order[-1] + step, "step": step} if order else {"start": 0, "stop": 0, "step": 1}
+    return {"sha256": hashlib.sha256(repr(list(order)).encode()).hexdigest()}
+
+
 def job_metadata(
     smoothed: Smooth | RoutedSmooth, *, plan: Plan, alpha: float, seed: int, rule: str, sides: str, device: str | None, name: str,
-    data: dict[str, Any],
+    data: dict[str, Any], order: Sequence[int],
 ) -> dict[str, Any]:
     """What makes a table reproducible; rows are only ever added under the same metadata (but for `info`)."""
     where = resolve_device(device)
@@ -69,7 +81,8 @@ def job_metadata(
         "experts": [{"name": e.name, "sigma": e.sigma, "digest": e.digest} for e in experts],
         "stages": [{"name": s.name, "sigma": s.sigma, "kind": s.kind, "tau": s.tau, "network": s.network}
                    for s in smoothed.tree.stages.values()],
-        "noise": smoothed.noise, "execution": execution, "data": data,
+        "noise": smoothed.noise, "independent_noise": not smoothed.noise.endswith(SHARED), "execution": execution, "data": data,
+        "indices": describe_indices(order), "num_images": len(order),
         "device": "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where),
         "versions": {"rsrouter": __version__, "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
         "info": {"threads": torch.get_num_threads(), "platform": platform.platform(), "python": platform.python_version()},
@@ -79,7 +92,7 @@ def job_metadata(
 def certify_table(
     smoothed: Smooth | RoutedSmooth, images: Images, out: str | Path, *, plan: Plan, alpha: float = 1e-3, seed: int | None = None,
     rule: str = "tree", sides: str | None = None, device: str | None = None, batch_size: int | None = None,
-    indices: Sequence[int] | None = None, name: str | None = None, data: dict[str, Any] | None = None,
+    indices: Sequence[int] | None = None, shard: tuple[int, int] | None = None, name: str | None = None, data: dict[str, Any] | None = None,
     radii: Sequence[float] = (0.0, 0.5, 1.0), progress: Callable[[Running], None] | None = None, block: int = 256,
 ) -> Table:
     """Certifies images into `out` (a TSV with its JSON beside it); goes on where an earlier run stopped.
@@ -94,6 +107,7 @@ def certify_table(
         plan, alpha, seed, rule, sides, device, batch_size: as in `RoutedSmooth.certify`; `sides=None` is "two" for
             a routed classifier and "one" for a single expert.
         indices: which images, in which order; None: all. An image's id is its index.
+        shard: `(i, N)`, i from 0: only every N-th of `indices`, from the i-th on; `merge_tables` puts shards together.
         name: of the run, for the report.
         data: description of the data set for the metadata.
         radii: for the running estimate.
@@ -119,7 +133,13 @@ def certify_table(
     if "fingerprint" not in described and getattr(images, "fingerprint", None):
         described["fingerprint"] = images.fingerprint  # type: ignore[attr-defined]
     metadata = job_metadata(smoothed, plan=plan, alpha=alpha, seed=seed, rule=rule, sides=sides, device=device,
-                            name=name or (smoothed.expert.name if isinstance(smoothed, Smooth) else "routed"), data=described)
+                            name=name or (smoothed.expert.name if isinstance(smoothed, Smooth) else "routed"), data=described, order=order)
+    if shard is not None:
+        index, count = shard
+        if not 0 <= index < count:
+            raise InputError("The shard does not exist", expected="(i, N) with 0 <= i < N", received=repr(shard), remedy="count from 0")
+        metadata["shard"] = {"index": index, "count": count}
+        order = order[index::count]
     path = Path(out)
     with ResultsWriter(path, metadata) as writer:
         tally = _Tally(radii)

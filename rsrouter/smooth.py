@@ -173,7 +173,8 @@ class Smooth(_Smoothed):
     Args:
         expert: the base classifier and its sigma.
         execution: how the network runs (part of the certified function).
-        noise: `"gaussian"` or `"sound"` (exact arithmetic for 8-bit images).
+        noise: `"gaussian"`, or `"sound"` (exact arithmetic for 8-bit images); `"gaussian-shared"` and `"sound-shared"` read
+            one stream for all images, which is cheaper and leaves each certificate valid, but not independent of the rest.
     """
 
     def __init__(self, expert: Expert, *, execution: Execution | None = None, noise: str = "gaussian") -> None:
@@ -223,7 +224,7 @@ class RoutedSmooth(_Smoothed, ModelHubMixin, library_name="rsrouter", tags=["ran
         pool: the experts.
         router: which of them answers.
         execution: how the networks run (part of the certified function).
-        noise: `"gaussian"` or `"sound"`.
+        noise: `"gaussian"`, `"sound"`, `"gaussian-shared"` or `"sound-shared"`, as in `Smooth`.
     """
 
     def __init__(self, pool: ExpertPool, router: Router, *, execution: Execution | None = None, noise: str = "gaussian") -> None:

@@ -216,7 +216,7 @@ def _attack(
                 radius[part],
                 steps=settings.attack_steps,
                 seed=(settings.seed + start) % 2**62,
-                eight_bit=run.noise == "sound",
+                eight_bit=run.noise.startswith("sound"),
             )
         )
     points = torch.cat(parts)

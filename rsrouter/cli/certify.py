@@ -32,6 +32,24 @@ def load_smoothed(source: str, expert: str | None, revision: str | None) -> Any:
     return routed if expert is None else Smooth(routed.pool[expert], execution=routed.execution, noise=routed.noise)
 
 
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """`"i/N"` as numbers, i from 0.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None:
+        return None
+    try:
+        index, count = (int(part) for part in text.split("/"))
+        if not 0 <= index < count:
+            raise ValueError
+    except ValueError as error:
+        raise InputError("The shard cannot be read", expected="i/N with 0 <= i < N", received=repr(text),
+                         remedy="four parts are 0/4, 1/4, 2/4 and 3/4") from error
+    return index, count
+
+
 def certify(
     source: Source,
     data: Data,
@@ -49,6 +67,7 @@ def certify(
     start: Annotated[int, typer.Option("--start", help="First image.")] = 0,
     count: Annotated[int | None, typer.Option("--count", help="How many images; default all.")] = None,
     every: Annotated[int, typer.Option("--every", help="Take every k-th image, as the field's --skip.")] = 1,
+    shard: Annotated[str | None, typer.Option("--shard", help="i/N: only this part (i from 0); `rsrouter merge` joins them.")] = None,
     expert: ExpertName = None,
     revision: Revision = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run in reports.")] = None,
@@ -77,7 +96,7 @@ def certify(
         bar.update(r.votes - bar.n)
 
     table = certify_table(smoothed, images, out, plan=make_plan(plan, n, n0, radii), alpha=alpha, seed=seed, rule=rule, sides=sides,
-                          device=device, batch_size=batch_size, indices=range(start, last, every), name=name,
+                          device=device, batch_size=batch_size, indices=range(start, last, every), shard=parse_shard(shard), name=name,
                           data={"name": images.name}, radii=shown, progress=step)
     bar.close()
     summary = summarise(table, radii=parse_radii(radii))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from math import pi
 
 import numpy as np
@@ -45,18 +46,20 @@ def _raw_bits(key: bytes, chunk: int, words: int) -> NDArray[np.uint64]:
 
 
 class NoiseStream(ABC):
-    """Adds noise to images; one object per engine run.
+    """Adds noise to images.
 
     Args:
         shape: `(C, H, W)` of one image.
         device: where noise is made and added.
+        keep: how many chunks to remember. One is enough for streams that are read once, whose requests may end
+            inside a chunk; more pays where images share a stream.
     """
 
     name: str
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.shape, self.device = tuple(shape), device
-        self._cached: tuple[bytes, int, Tensor] | None = None
+    def __init__(self, shape: tuple[int, ...], device: torch.device, keep: int = 1) -> None:
+        self.shape, self.device, self.keep = tuple(shape), device, keep
+        self._kept: OrderedDict[tuple[bytes, int, float], Tensor] = OrderedDict()
 
     def add(self, image: Tensor, sigma: float, key: bytes, start: int, out: Tensor) -> Tensor | None:
         """Writes `image + sigma * noise[start : start + len(out)]` into `out (M, C, H, W)`.
@@ -74,10 +77,15 @@ class NoiseStream(ABC):
         return torch.cat(marked) if marked else None
 
     def _chunk(self, key: bytes, chunk: int, sigma: float) -> Tensor:
-        """The chunk's noise `(CHUNK, C, H, W)`; the last one is kept, since requests may end inside a chunk."""
-        if self._cached is None or self._cached[0] != key or self._cached[1] != chunk:
-            self._cached = (key, chunk, self._make(key, chunk, sigma))
-        return self._cached[2]
+        """The chunk's noise `(CHUNK, C, H, W)`, remembered if it was among the last `keep`."""
+        name = (key, chunk, sigma)
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        while len(self._kept) >= self.keep:
+            self._kept.popitem(last=False)
+        self._kept[name] = self._make(key, chunk, sigma)
+        return self._kept[name]
 
     @abstractmethod
     def _make(self, key: bytes, chunk: int, sigma: float) -> Tensor: ...
@@ -157,18 +165,25 @@ class SoundNoise(NoiseStream):
         return bad
 
 
-NOISES: dict[str, type[NoiseStream]] = {"gaussian": GaussianNoise, "sound": SoundNoise}
+_STREAMS: dict[str, type[NoiseStream]] = {"gaussian": GaussianNoise, "sound": SoundNoise}
+#: With this suffix all images of a run share one stream: cheaper, each certificate as valid as ever, but no longer
+#: independent of the others, so nothing may be concluded about the table as a whole. Never shared across purposes.
+SHARED = "-shared"
+NOISES = (*_STREAMS, *(name + SHARED for name in _STREAMS))
+#: Memory for remembered chunks of a shared stream.
+_KEEP_BYTES = 2**26
 
 
 def make_noise(name: str, shape: tuple[int, ...], device: torch.device) -> NoiseStream:
-    """A noise stream by name.
+    """A noise stream by name, one of `NOISES`.
 
     Raises:
         InputError: unknown name.
     """
     if name not in NOISES:
-        raise InputError("Unknown noise", expected=f"one of {sorted(NOISES)}", received=repr(name), remedy="use 'gaussian'")
-    return NOISES[name](shape, device)
+        raise InputError("Unknown noise", expected=f"one of {NOISES}", received=repr(name), remedy="use 'gaussian'")
+    keep = max(1, _KEEP_BYTES // (4 * CHUNK * int(np.prod(shape)))) if name.endswith(SHARED) else 1
+    return _STREAMS[name.removesuffix(SHARED)](shape, device, keep)
 
 
 def check_eight_bit(images: Tensor) -> None:

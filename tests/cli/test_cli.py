@@ -84,6 +84,22 @@ def test_certify_one_expert_of_a_pool_as_cohen(call, files, tmp_path):
     assert table.n_drawn.tolist() == [300]
 
 
+def test_shards_merge_to_the_table_of_one_process(call, files, tmp_path):
+    words = ("certify", files / "router", "--data", files / "test.npz", "--n", 300, "--radii", "0,0.5")
+    assert call(*words, "--out", tmp_path / "whole.tsv")[0] == 0
+    parts = [tmp_path / f"part{i}.tsv" for i in range(3)]
+    for i, part in enumerate(parts):
+        assert call(*words, "--out", part, "--shard", f"{i}/3")[0] == 0
+    assert call("merge", *parts, "--out", tmp_path / "merged.tsv")[0] == 0
+
+    def untimed(path):
+        return [line.split("\t")[:5] + line.split("\t")[6:] for line in path.read_text().splitlines()]
+
+    assert untimed(tmp_path / "merged.tsv") == untimed(tmp_path / "whole.tsv")
+    assert call(*words, "--out", tmp_path / "bad.tsv", "--shard", "3/3")[0] == 2
+    assert call(*words, "--out", tmp_path / "whole.tsv", "--count", 2)[0] == 2, "another job must not join the table"
+
+
 def test_predict(call, files):
     status, out, _ = call("predict", files / "router", "--data", files / "test.npz", "--n", 200, "--count", 3, "--format", "json")
     assert status == 0

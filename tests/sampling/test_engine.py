@@ -12,7 +12,7 @@ from rsrouter.core import NetworkError, VoteRequest
 from rsrouter.core.errors import InputError
 from rsrouter.experts.small_resnet import SmallResNet
 from rsrouter.sampling import Engine, Execution, VoteModel, image_identity
-from rsrouter.sampling.execution import prepare
+from rsrouter.sampling.execution import calibrate, default_batch, prepare
 
 SHAPE = (1, 12, 12)
 
@@ -243,3 +243,25 @@ def test_no_synchronisation_inside_the_loop_on_cuda():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert counts.sum().item() == 5000
+
+
+def test_shared_noise_is_one_stream_for_all_images_and_still_nothing_else():
+    same = images(1).expand(3, *SHAPE)
+    shared = votes(Engine([model(network())], SHAPE, seed=0, noise="gaussian-shared"), same, requests(range(3)))
+    assert len({tuple(v) for v in shared}) == 1
+    named = [image_identity(x, i) for i, x in enumerate(same)]
+    own = Engine([model(network())], SHAPE, seed=0).run(same, named, requests(range(3)))
+    assert len({tuple(v["net"]) for v in own}) > 1
+    x = images()
+    together = votes(Engine([model(network())], SHAPE, seed=0, noise="gaussian-shared"), x, requests(range(6)))
+    alone = votes(Engine([model(network())], SHAPE, seed=0, noise="gaussian-shared"), x[4:5], requests([0]))
+    assert (alone[0] == together[4]).all()
+
+
+def test_calibration_gives_a_batch_that_runs():
+    cpu = torch.device("cpu")
+    batch = calibrate(network(), SHAPE, cpu, Execution(), repeats=1)
+    assert batch >= 1
+    engine = Engine([model(network())], SHAPE, seed=0, execution=Execution(batch=batch))
+    assert votes(engine, images(1), requests([0]))[0].sum() == 170
+    assert default_batch(3 * 224 * 224, cpu) == 10
