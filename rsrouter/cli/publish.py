@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,7 +98,7 @@ def audit(
     if out is not None:
         out.write_text(report.to_json(), encoding="utf-8")
     typer.echo(report.to_json() if format is Format.json else str(report))
-    raise typer.Exit(report.exit_status)
+    sys.exit(report.exit_status)  # an exit code survives every way of being called
 
 
 def register(app: typer.Typer) -> None:

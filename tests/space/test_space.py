@@ -1,0 +1,125 @@
+"""The Space: its live certificate is the library's, and the page works in a real browser."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_router as small
+import torch
+from PIL import Image
+
+from rsrouter import ABSTAIN, ExpertPool
+
+SPACE = Path(__file__).resolve().parents[2] / "examples" / "space"
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(SPACE))
+    yield importlib.import_module("live")
+    sys.modules.pop("live", None)
+
+
+@pytest.fixture
+def routed():
+    return small.routed(ExpertPool([small.expert(0.25), small.expert(0.5, tilt=0.01)]))
+
+
+def test_moments_grow_into_a_certificate(live, routed) -> None:
+    image = small.images().image(0)
+    moments = [(m.votes, m.radius, m.predict, m.done) for m in live.watch(routed, image, 1000)]
+    assert len(moments) > 4
+    assert [v for v, *_ in moments] == sorted(v for v, *_ in moments)
+    assert [done for *_, done in moments] == [False] * (len(moments) - 1) + [True]
+    assert moments[-1][2] == 0
+    assert 0.2 < moments[-1][1] < 0.6
+    last = list(live.watch(routed, image, 1000))[-1]
+    assert last.path[-1] in {"sigma_0.25", "sigma_0.5"}
+    assert last.votes == last.curve[-1][0]
+    for votes in last.counts.values():
+        assert 100 <= sum(votes) <= 1000
+
+
+def test_a_hopeless_image_abstains(live, routed) -> None:
+    grey = torch.full(small.SHAPE, 0.5)
+    last = list(live.watch(routed, grey, 500))[-1]
+    assert last.predict == ABSTAIN
+    assert last.radius == 0.0
+    assert 'data-state="abstains"' in live.verdict(last, ("a", "b", "c"))
+
+
+def test_what_is_drawn(live, routed) -> None:
+    image = small.images().image(1)
+    last = list(live.watch(routed, image, 500))[-1]
+    classes = ("<b>bright</b>", "middle", "right")
+    page = live.verdict(last, classes) + live.stages(last, routed, classes) + live.curve(last, 500)
+    assert "<b>bright" not in page
+    assert page.count('class="decided"') == 1
+    assert f"{np.floor(last.radius * 1000) / 1000:.3f}" in page
+    assert live.noisy_copies(routed, image).count("<img") == 8
+
+
+def test_pictures_of_any_kind(live) -> None:
+    for mode, size in (("RGB", (40, 90)), ("L", (28, 28)), ("RGBA", (7, 5)), ("P", (100, 100))):
+        pixels = live.as_pixels(Image.new(mode, size), (1, 28, 28))
+        assert pixels.shape == (1, 28, 28)
+        assert live.as_pixels(Image.new(mode, size), (3, 32, 32)).shape == (3, 32, 32)
+    exact = small.images().image(2)
+    assert torch.equal(live.as_pixels(live.to_picture(exact, 4), small.SHAPE), exact)
+
+
+@pytest.mark.slow
+def test_in_a_browser(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pick a bundled image, see its noise, certify, upload a picture, certify again; nothing is fetched from elsewhere."""
+    pytest.importorskip("gradio")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium")
+    monkeypatch.syspath_prepend(str(SPACE))
+    app = importlib.import_module("app")
+    page_server = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    Image.effect_noise((64, 48), 60).save(tmp_path / "upload.png")
+    try:
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1280, "height": 1100})
+            errors, outside = [], []
+            page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("request", lambda r: outside.append(r.url) if r.url.startswith("http") and "127.0.0.1" not in r.url else None)
+            page.goto(page_server.local_url)
+            page.locator("#bundled .thumbnail-item").first.wait_for(timeout=60_000)
+            page.locator("#bundled .thumbnail-item").nth(1).click()
+            page.locator(".noisy img").first.wait_for(timeout=30_000)
+            assert page.locator(".noisy img").count() == 12
+            page.locator("#certify").click()
+            page.locator(".verdict.live").wait_for(timeout=30_000)  # votes on their way
+            page.locator(".verdict.done").wait_for(timeout=120_000)
+            assert page.inner_text("#class") == "Pullover"
+            assert float(page.inner_text("#radius")) > 0.25
+            assert page.locator(".stages li.decided").count() == 1
+            page.locator("#budget input").first.check()
+            page.locator("#picture button[aria-label^='Remove'], #picture button[aria-label^='Clear']").first.click()
+            page.locator("#picture input[type=file]").set_input_files(str(tmp_path / "upload.png"))
+            page.locator("#picture img").wait_for(timeout=30_000)
+            time.sleep(1)
+            page.locator("#certify").click()
+            page.locator(".verdict.live").wait_for(timeout=30_000)
+            page.locator(".verdict.done").wait_for(timeout=120_000)
+            page.screenshot(path=tmp_path / "space.png", full_page=True)
+            assert not errors
+            assert not outside
+            page.set_viewport_size({"width": 390, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+            browser.close()
+    finally:
+        page_server.close()
+        sys.modules.pop("app", None)
+        sys.modules.pop("live", None)
