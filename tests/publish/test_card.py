@@ -17,7 +17,7 @@ from rsrouter.card import render_card
 from rsrouter.publish import publish
 from rsrouter.report import certified_accuracy
 
-GOLDEN = Path(__file__).with_name("golden.md")
+GOLDEN = Path(__file__).with_name("golden_card.txt")
 
 
 @pytest.fixture
