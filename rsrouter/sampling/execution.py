@@ -15,6 +15,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rsrouter.core.errors import InputError, NetworkError
 
+#: Logits below this are rounding errors of larger numbers, as far as `check_network` can tell.
+_SMALL = 1e-3
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,9 +79,13 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def _fold_batchnorm(module: nn.Module) -> nn.Module | None:
     """A traced copy with every `conv -> batchnorm` pair folded; None where the module cannot be traced."""
     try:
-        traced = fx.symbolic_trace(module)
+        return _folded(module)
     except Exception:  # tracing runs user code: whatever it raises only means "do not fold"
         return None
+
+
+def _folded(module: nn.Module) -> nn.Module:
+    traced = fx.symbolic_trace(module)
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
@@ -123,7 +130,12 @@ def prepare(module: nn.Module, execution: Execution, device: torch.device, shape
         device: where.
         shape: `(C, H, W)`; where given, a folded copy is used only if it computes the same function.
     """
-    prepared = copy.deepcopy(module).eval().requires_grad_(False)
+    try:
+        prepared = copy.deepcopy(module).eval().requires_grad_(False)
+    except RuntimeError as error:  # tensors with a history, such as the weights of the old `nn.utils.weight_norm`
+        raise NetworkError("A network cannot be copied", expected="a module that copy.deepcopy accepts",
+                           received=str(error).splitlines()[0],
+                           remedy="call torch.nn.utils.remove_weight_norm, or use nn.utils.parametrizations") from error
     if execution.fold:
         folded = _fold_batchnorm(copy.deepcopy(prepared))
         if folded is not None and (shape is None or _same_function(folded, prepared, shape)):
@@ -176,12 +188,14 @@ def check_network(
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.rand((batch, *shape), generator=generator).to(device)
-    first = torch.cat(heads(module(as_input(x, execution)), widths, name, batch), 1).float()
-    again = torch.cat(heads(module(as_input(x, execution)), widths, name, batch), 1).float()
-    scale = 1.0 + float(torch.nan_to_num(first).abs().max())
+    first = [h.float() for h in heads(module(as_input(x, execution)), widths, name, batch)]
+    again = [h.float() for h in heads(module(as_input(x, execution)), widths, name, batch)]
+    # each head by its own size: probabilities of a thousand classes are small, and still decide
+    scales = [max(float(torch.where(torch.isfinite(h), h, 0.0).abs().max()), _SMALL) for h in first]
 
-    def differ(a: Tensor, b: Tensor) -> float:
-        return float(torch.nan_to_num(a - b).abs().max()) / scale if a.numel() else 0.0
+    def differ(a: list[Tensor], b: list[Tensor]) -> float:
+        gaps = [torch.where((u == v) | (u.isnan() & v.isnan()), 0.0, (u - v).abs().nan_to_num(nan=torch.inf)) for u, v in zip(a, b, strict=True)]
+        return max(float(gap.max()) / scale for gap, scale in zip(gaps, scales, strict=True))
 
     if differ(first, again) > 0.0:
         raise NetworkError(f"Network {name!r} is random at test time", expected="the same logits for the same input",
@@ -192,8 +206,8 @@ def check_network(
     other = torch.rand((batch, *shape), generator=generator).to(device) * 3.0 - 1.0
     places = torch.randperm(batch, generator=generator).to(device)[: len(kept)]
     other[places] = x[kept]
-    moved = torch.cat(heads(module(as_input(other, execution)), widths, name, batch), 1).float()[places]
-    gap = differ(first[kept], moved)
+    moved = [h.float()[places] for h in heads(module(as_input(other, execution)), widths, name, batch)]
+    gap = differ([h[kept] for h in first], moved)
     tolerance = 1e-3 if execution.dtype == "float32" else 5e-2
     if gap > tolerance:
         raise NetworkError(f"The votes of network {name!r} depend on the rest of the batch", expected="logits of a row alone",

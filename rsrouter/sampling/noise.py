@@ -106,8 +106,9 @@ class GaussianNoise(NoiseStream):
             return torch.randn((CHUNK, *self.shape), generator=generator, device=self.device)
         half = (size + 1) // 2
         bits = torch.from_numpy(_raw_bits(key, chunk, half).view(np.int32)).view(2, half)
-        # uniform on (0, 1]: 24 random bits, the centre of each cell, so that the logarithm is finite
-        radius = (bits[0] >> 8).to(torch.float32).add_(float(2**23) + 0.5).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
+        # uniform on {1/2, 1, 2, ..., 2^24 - 1} / 2^24: 24 random bits, 0 moved up so that the logarithm is finite (adding
+        # 1/2 everywhere would not do: above 2^23 float32 has no halves)
+        radius = (bits[0] >> 8).to(torch.float32).add_(2.0**23).clamp_(min=0.5).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
         angle = bits[1].to(torch.float32).mul_(pi / 2**31)
         noise = torch.empty(2, half)
         torch.mul(radius, torch.cos(angle), out=noise[0])

@@ -129,6 +129,41 @@ def test_networks_that_cannot_be_certified_are_refused():
         votes(Engine([model(nn.Sequential(nn.Flatten(), nn.Linear(144, 3)))], SHAPE, seed=0), images(1), requests([0]))
 
 
+class _Neighbours(nn.Module):
+    """Logits minus their mean over the batch, as small as `size` asks, beside a head of large logits."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.fc, self.size = nn.Linear(144, 4), size
+
+    def forward(self, x):
+        logits = self.fc(x.flatten(1))
+        return 100.0 * logits, self.size * (logits - logits.mean(0))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
+def test_small_logits_that_depend_on_the_batch_are_refused_too(size):
+    two = VoteModel("net", _Neighbours(size), 0.5, ("net", "other"), (4, 4), "digest")
+    with pytest.raises(NetworkError, match="rest of the batch"):
+        votes(Engine([two], SHAPE, seed=0), images(1), requests([0]))
+
+
+def test_a_row_that_is_invalid_for_its_neighbours_is_noticed():
+    class Spoilt(_Stays):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits + (torch.nan if x.max() > 1.5 else 0.0)  # only among the rows of the second batch
+
+    with pytest.raises(NetworkError, match="rest of the batch"):
+        votes(Engine([model(Spoilt(nn.Linear(144, 4)))], SHAPE, seed=0), images(1), requests([0]))
+
+
+def test_a_network_that_cannot_be_copied_says_so():
+    net = nn.Sequential(nn.Flatten(), torch.nn.utils.weight_norm(nn.Linear(144, 4)))
+    with pytest.raises(NetworkError, match="cannot be copied"):
+        votes(Engine([model(net)], SHAPE, seed=0), images(1), requests([0]))
+
+
 class _NaNWhereBright(nn.Module):
     def forward(self, x):
         flat = x.flatten(1)

@@ -42,3 +42,25 @@ def test_an_honest_trace_is_folded() -> None:
     assert not any(isinstance(m, nn.BatchNorm2d) for m in prepared.modules())
     x = torch.rand(4, 1, 2, 2)
     torch.testing.assert_close(prepared(x), module(x))
+
+
+class ByKeyword(Misled):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(input=self.conv(x)).flatten(1)
+
+
+class NeverEval(Misled):
+    """BatchNorm that stays in training mode: for `check_network` to refuse, not for folding to trip over."""
+
+    def train(self, mode: bool = True) -> NeverEval:
+        super().train(mode)
+        self.bn.training = True
+        return self
+
+
+@pytest.mark.parametrize("module", [ByKeyword("negates"), NeverEval("negates")])
+def test_what_cannot_be_folded_runs_as_it_is(module: nn.Module) -> None:
+    module.eval()
+    x = torch.rand(4, 1, 2, 2)
+    prepared = prepare(module, Execution(), CPU, (1, 2, 2))
+    torch.testing.assert_close(prepared(x), module(x))

@@ -47,6 +47,17 @@ def test_gaussian_noise_is_standard_normal_and_streams_differ():
     assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(first.size)
 
 
+def test_gaussian_noise_is_finite_for_every_word(monkeypatch):
+    """The radius of the word that is all zeros after shifting was infinite: one vote in ten thousand at 3 x 32 x 32."""
+    words = np.array([0, 255, 256, 2**31 - 1, 2**31, 2**31 + 255, 2**32 - 1], dtype=np.uint64)
+    monkeypatch.setattr(
+        "rsrouter.sampling.noise._raw_bits", lambda key, chunk, count: np.resize(words << np.uint64(32) | words, count)
+    )
+    noise = GaussianNoise((1, 1, 7), CPU)._make(b"", 0, 1.0)
+    assert torch.isfinite(noise).all()
+    assert 5.5 < noise.abs().max() < 6.0
+
+
 def test_more_than_32_bits_of_the_key_count():
     """torch's CPU generator keeps 32 bits of its seed; our chunks must not."""
     keys = [stream_key(i) for i in range(2000)]
