@@ -18,6 +18,7 @@ from rsrouter.report import Summary, summarise, wrong_certificates
 from rsrouter.report.summary import Series
 from rsrouter.results import Table
 from rsrouter.results.verify import Run
+from rsrouter.sampling.noise import SHARED
 from rsrouter.serialise import origins
 from rsrouter.smooth import RoutedSmooth
 
@@ -133,7 +134,7 @@ def _expert(expert: Expert) -> list[dict[str, Any]]:
 def _results(summary: Summary, tables: list[Table], repo_id: str, figure: str | None) -> dict[str, Any]:
     runs = [(table, Run.of(table)) for table in tables]
     main = next(run for table, run in runs if table.name == summary.main.name)
-    images = len(summary.main)
+    images, shared = len(summary.main), main.noise.endswith(SHARED)
     return {
         "quantity": "certified accuracy" if summary.labelled else "certified share",
         "labelled": summary.labelled,
@@ -145,7 +146,8 @@ def _results(summary: Summary, tables: list[Table], repo_id: str, figure: str | 
         "one_minus_alpha": f"{1 - main.alpha:g}",
         "images": f"{images:,}",
         "expected_wrong": f"{images * main.alpha:.2g}",
-        "most_wrong": wrong_certificates(images, main.alpha, delta=1e-3),
+        "most_wrong": wrong_certificates(images, main.alpha, delta=1e-3, independent=not shared),
+        "shared": shared,
     }
 
 

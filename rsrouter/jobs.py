@@ -22,7 +22,7 @@ from rsrouter.core.plans import Plan
 from rsrouter.core.types import Certificate
 from rsrouter.results import ResultsWriter, Row, Table, read_table
 from rsrouter.sampling.execution import default_batch, resolve_device
-from rsrouter.sampling.noise import SHARED
+from rsrouter.sampling.noise import CHUNK, SHARED
 from rsrouter.smooth import Progress, RoutedSmooth, Smooth
 
 
@@ -81,7 +81,8 @@ def job_metadata(
         "experts": [{"name": e.name, "sigma": e.sigma, "digest": e.digest} for e in experts],
         "stages": [{"name": s.name, "sigma": s.sigma, "kind": s.kind, "tau": s.tau, "network": s.network}
                    for s in smoothed.tree.stages.values()],
-        "noise": smoothed.noise, "independent_noise": not smoothed.noise.endswith(SHARED), "execution": execution, "data": data,
+        "noise": smoothed.noise, "independent_noise": not smoothed.noise.endswith(SHARED),
+        "stream": {"chunk": CHUNK}, "execution": execution, "data": data,
         "indices": describe_indices(order), "num_images": len(order),
         "device": "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where),
         "versions": {"rsrouter": __version__, "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},

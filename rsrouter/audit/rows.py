@@ -30,6 +30,7 @@ from rsrouter.data import ImageData
 from rsrouter.results import Table
 from rsrouter.results.verify import Run
 from rsrouter.sampling.engine import Engine
+from rsrouter.sampling.noise import CHUNK, SHARED
 from rsrouter.smooth import RoutedSmooth, Smooth
 
 
@@ -82,6 +83,14 @@ def _votes(
             f"drawn on {run.device}; this is {here['device']}, whose noise is another: audit there to compare",
         )
         return
+    stream = table.metadata.get("stream") or {"chunk": CHUNK}
+    if stream != {"chunk": CHUNK}:
+        state.skip(
+            "votes",
+            table.name,
+            f"its noise streams are {stream}, this version's are {{'chunk': {CHUNK}}}: use the version that drew it",
+        )
+        return
     engine = _engine(subject, run.seed, state.settings.device)
     found: list[tuple[int | None, str]] = []
     named = True
@@ -126,7 +135,15 @@ def _fresh(
     """
     settings, looks = state.settings, len(run.plan.looks)
     each = settings.level / 3 / len(rows) / looks
-    engine = _engine(subject, settings.seed, settings.device)
+    # streams of their own, also where the table shared one between its images
+    engine = Engine(
+        subject._routed.models,
+        pixels[rows[0][0]].shape,
+        seed=settings.seed,
+        device=settings.device,
+        execution=subject.execution,
+        noise=run.noise.removesuffix(SHARED),
+    )
     found: list[tuple[int | None, str]] = []
     results: list[FreshRow] = []
     for at, (i, stored) in enumerate(rows):
@@ -152,7 +169,7 @@ def _fresh(
             found.append((idx, f"radius {table.radius[i]:.6f} published; fresh votes allow at most {row.most:.6f}"))
     use = [r for r in results if r.votes[0]]
     pooled, together = None, float("inf")
-    if looks == 1 and use:
+    if looks == 1 and use and not run.noise.endswith(SHARED):
         pooled = pooled_p_value(use)
         shares, stored_votes, fresh_votes = [r.shares[0] for r in use], [r.votes[0] for r in use], [r.votes[1] for r in use]
         together = smallest_inflation(shares, stored_votes, fresh_votes, settings.level / 3)

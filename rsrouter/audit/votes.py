@@ -207,7 +207,7 @@ def pooled_p_value(rows: Sequence[FreshRow]) -> float:
     return float(stats.norm.sf((a - b).sum() / spread)) if spread > 0 else 1.0
 
 
-def repeated_rows(tables: Sequence[tuple[int, Votes]], level: float = 1e-6) -> list[tuple[int, ...]]:
+def repeated_rows(tables: Sequence[tuple[int, Votes]], level: float = 1e-3) -> list[tuple[int, ...]]:
     """Groups of images with equal votes that chance does not explain.
 
     Two multinomial draws from the *same* probabilities agree with probability about the product over outcomes of
