@@ -56,11 +56,19 @@ def check_thresholds(thresholds: Sequence[float], voters: int | None = None) -> 
     """Thresholds as floats; InputError unless each is in (1/2, 1) and there is one per voter but the last."""
     values = tuple(float(t) for t in thresholds)
     if not all(0.5 < t < 1.0 for t in values):
-        raise InputError("A cascade's thresholds are out of range", expected="each in (1/2, 1)", received=str(values),
-                         remedy="0.55 is a reasonable start; tune on validation images")
+        raise InputError(
+            "A cascade's thresholds are out of range",
+            expected="each in (1/2, 1)",
+            received=str(values),
+            remedy="0.55 is a reasonable start; tune on validation images",
+        )
     if voters is not None and len(values) != voters - 1:
-        raise InputError("A cascade needs a threshold for each expert but the last", expected=f"{voters - 1} thresholds",
-                         received=f"{len(values)}", remedy="give one tau per expert that may defer")
+        raise InputError(
+            "A cascade needs a threshold for each expert but the last",
+            expected=f"{voters - 1} thresholds",
+            received=f"{len(values)}",
+            remedy="give one tau per expert that may defer",
+        )
     return values
 
 
@@ -68,25 +76,44 @@ def check_voters(voters: Sequence[Voter], pool: ExpertPool, heads: Mapping[str, 
     """Raises InputError for an unknown expert or head, an unusable sigma, or the same voter twice in a row."""
     unknown = sorted({name for v in voters for name in (v.expert, *v.others)} - set(pool.names))
     if not voters or unknown:
-        raise InputError("The cascade's experts do not fit the pool", expected=f"names out of {list(pool.names)}",
-                         received=str([v.expert for v in voters]), remedy="name experts of the pool, in the order in which they are asked")
+        raise InputError(
+            "The cascade's experts do not fit the pool",
+            expected=f"names out of {list(pool.names)}",
+            received=str([v.expert for v in voters]),
+            remedy="name experts of the pool, in the order in which they are asked",
+        )
     if any(len({v.expert, *v.others}) != 1 + len(v.others) or (v.others and v.head is None) for v in voters):
-        raise InputError("A voter cannot read these experts", expected="different experts, and a head that reads them",
-                         received=str([v for v in voters if v.others]), remedy="give the voter a head, or leave out others")
+        raise InputError(
+            "A voter cannot read these experts",
+            expected="different experts, and a head that reads them",
+            received=str([v for v in voters if v.others]),
+            remedy="give the voter a head, or leave out others",
+        )
     if any(a == b for a, b in pairwise(voters)):
-        raise InputError("A cascade asks the same expert twice in a row", expected="another expert in between",
-                         received=str([v.expert for v in voters]), remedy="drop one of the two: the second vote is the same as the first")
+        raise InputError(
+            "A cascade asks the same expert twice in a row",
+            expected="another expert in between",
+            received=str([v.expert for v in voters]),
+            remedy="drop one of the two: the second vote is the same as the first",
+        )
     missing = sorted({v.head for v in voters if v.head is not None} - set(heads.keys()))
     if missing:
-        raise InputError("A voter's head is missing", expected=f"one of {sorted(heads.keys())}", received=str(missing),
-                         remedy="pass every head by name")
+        raise InputError(
+            "A voter's head is missing",
+            expected=f"one of {sorted(heads.keys())}",
+            received=str(missing),
+            remedy="pass every head by name",
+        )
     for voter in voters:
         if voter.sigma is not None:
             check_sigma(voter.sigma, f"the voter on {voter.expert!r}")
 
 
 def bind_chain(
-    pool: ExpertPool, voters: Sequence[Voter], thresholds: Sequence[float], heads: Mapping[str, nn.Module] | nn.ModuleDict | None = None
+    pool: ExpertPool,
+    voters: Sequence[Voter],
+    thresholds: Sequence[float],
+    heads: Mapping[str, nn.Module] | nn.ModuleDict | None = None,
 ) -> Routed:
     """Tree and networks of `voters` in a row.
 
@@ -114,14 +141,25 @@ def bind_chain(
 
 
 def _network(
-    expert: Expert, others: Sequence[Expert], network: str, sigma: float, titles: Sequence[str], wanted: Sequence[str | None],
+    expert: Expert,
+    others: Sequence[Expert],
+    network: str,
+    sigma: float,
+    titles: Sequence[str],
+    wanted: Sequence[str | None],
     heads: Mapping[str, nn.Module] | nn.ModuleDict,
 ) -> VoteModel:
     """One forward pass that casts the votes of every stage on the same experts at one noise level."""
     if list(wanted) == [None] and sigma == expert.sigma:
         return vote_model(expert)
     used = list(dict.fromkeys(h for h in wanted if h is not None))
-    parts = [expert.digest, *(o.digest for o in others), *(module_digest(heads[h], h) for h in used), repr(sigma), repr(list(wanted))]
+    parts = [
+        expert.digest,
+        *(o.digest for o in others),
+        *(module_digest(heads[h], h) for h in used),
+        repr(sigma),
+        repr(list(wanted)),
+    ]
     if not used:
         module: nn.Module = _Votes(expert.network(), [0] * len(wanted), single=True)
     else:

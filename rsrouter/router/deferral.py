@@ -31,7 +31,9 @@ class DeferralRouter(Router):
     kind: ClassVar[str] = "deferral"
 
     def __init__(
-        self, voters: Sequence[Voter | str], thresholds: Sequence[float],
+        self,
+        voters: Sequence[Voter | str],
+        thresholds: Sequence[float],
         heads: Mapping[str, nn.Module] | nn.ModuleDict | None = None,
     ) -> None:
         self.voters = tuple(Voter(v) if isinstance(v, str) else v for v in voters)
@@ -39,8 +41,12 @@ class DeferralRouter(Router):
         used = {v.head for v in self.voters if v.head is not None}
         given = {} if heads is None else dict(heads.items())
         if used != set(given) or not all(isinstance(head, nn.Module) for head in given.values()):
-            raise InputError("Heads and voters do not fit", expected=f"modules named {sorted(used)}", received=str(sorted(given)),
-                             remedy="pass one module for every head that a voter names")
+            raise InputError(
+                "Heads and voters do not fit",
+                expected=f"modules named {sorted(used)}",
+                received=str(sorted(given)),
+                remedy="pass one module for every head that a voter names",
+            )
         self.heads = nn.ModuleDict({name: given[name] for name in sorted(given)})
 
     @property
@@ -52,7 +58,8 @@ class DeferralRouter(Router):
 
     def to_config(self) -> dict[str, Any]:
         return {
-            "kind": self.kind, "thresholds": list(self.thresholds),
+            "kind": self.kind,
+            "thresholds": list(self.thresholds),
             "voters": [{"expert": v.expert, "sigma": v.sigma, "head": v.head, "others": list(v.others)} for v in self.voters],
             "heads": {name: describe_module(head) for name, head in self.heads.items()},
         }

@@ -15,7 +15,14 @@ from rsrouter.sampling.noise import stream_key
 
 @torch.inference_mode()
 def noisy_features(
-    experts: Sequence[Expert], sigma: float, images: Tensor, copies: int, *, seed: int, purpose: str, device: str | None = None,
+    experts: Sequence[Expert],
+    sigma: float,
+    images: Tensor,
+    copies: int,
+    *,
+    seed: int,
+    purpose: str,
+    device: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Features and logits of noisy copies: float16 `(N, copies, sum of F + classes)` on the CPU.
@@ -37,7 +44,9 @@ def noisy_features(
     where = resolve_device(device)
     execution = Execution()
     trunk = prepare(FusedTrunk(experts).eval(), execution, where)
-    key = stream_key(purpose, seed, *(e.digest for e in experts), repr(float(sigma)), images.shape[0], images[:1].cpu().numpy().tobytes())
+    key = stream_key(
+        purpose, seed, *(e.digest for e in experts), repr(float(sigma)), images.shape[0], images[:1].cpu().numpy().tobytes()
+    )
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
     batch = default_batch(images[0].numel(), where)
     rows = torch.arange(len(images)).repeat_interleave(copies)

@@ -37,7 +37,12 @@ class HeadRecipe:
 
 
 def train_head(
-    features: Tensor, labels: Tensor, num_classes: int, *, recipe: HeadRecipe, seed: int,
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    recipe: HeadRecipe,
+    seed: int,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> ResidualHead:
     """A class head on a frozen trunk at one noise level.

@@ -31,7 +31,9 @@ class SimulatedVotes:
     _bounds: dict[float, tuple[Array, Array]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def draw(cls, votes: Counts, sigma: float, n: int, n0: int, rng: np.random.Generator, classes: int | None = None) -> SimulatedVotes:
+    def draw(
+        cls, votes: Counts, sigma: float, n: int, n0: int, rng: np.random.Generator, classes: int | None = None
+    ) -> SimulatedVotes:
         """What `n` votes might look like after the few in `votes (N, L)`: multinomial counts at probabilities from
         the posterior (a Dirichlet prior of 0.02 per outcome, which leaves unanimous votes nearly unanimous). Only the
         first `classes` outcomes are classes."""
@@ -44,7 +46,10 @@ class SimulatedVotes:
         """`Phi^-1` of the lower and upper Clopper-Pearson bound of every count, each at `alpha`."""
         if alpha not in self._bounds:
             k = np.arange(self.n + 1)
-            self._bounds[alpha] = (ndtri(binom_lower(k, self.n, alpha))[self.counts], ndtri(binom_upper(k, self.n, alpha))[self.counts])
+            self._bounds[alpha] = (
+                ndtri(binom_lower(k, self.n, alpha))[self.counts],
+                ndtri(binom_upper(k, self.n, alpha))[self.counts],
+            )
         return self._bounds[alpha]
 
     def take(self, rows: NDArray[np.int64]) -> SimulatedVotes:

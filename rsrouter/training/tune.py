@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ Chain = tuple[tuple[str, float | None], ...]
 #: Noise of tuning votes: no certificate sees it.
 TUNE = "tune"
 #: Thresholds that are tried.
-TAUS = (0.505, 0.53, 0.56, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.94, 0.97, 0.985, 0.995)
+TAUS = (0.505, 0.53, 0.56, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.94, 0.97, 0.99)
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Goal:
     Attributes:
         radii: the radii the user cares about.
         envelope: `(R,)` certified accuracy of the best single expert at each of them.
-        floor: where a radius falls below this part of the envelope, the shortfall counts once more.
+        floor, strictness: where some radius falls below `floor` times the envelope, the largest shortfall costs
+            `strictness` times itself.
     """
 
     radii: tuple[float, ...]
     envelope: Array
-    floor: float = 0.9
+    floor: float = 0.915
+    strictness: float = 5.0
 
     def coverage(self, reached: Array) -> float:
         """Mean over radii of reached / envelope, over radii that some expert holds."""
@@ -46,9 +49,9 @@ class Goal:
         return float(ratio.mean()) if ratio.size else 1.0
 
     def score(self, reached: Array) -> float:
-        """Coverage less the mean shortfall below `floor`."""
+        """Coverage less `strictness` times the largest shortfall below `floor`."""
         ratio = self._ratio(reached)
-        return float(ratio.mean() - np.maximum(0.0, self.floor - ratio).mean()) if ratio.size else 1.0
+        return float(ratio.mean() - self.strictness * max(0.0, self.floor - float(ratio.min()))) if ratio.size else 1.0
 
     def _ratio(self, reached: Array) -> Array:
         some = self.envelope > 0
@@ -63,7 +66,13 @@ def goal_of(experts: Mapping[str, SimulatedVotes], labels: NDArray[np.int64], ra
 
 
 def search_chain(
-    voters: Mapping[str, SimulatedVotes], labels: NDArray[np.int64], goal: Goal, alpha: float, *, max_stages: int = 3, beam: int = 6,
+    voters: Mapping[str, SimulatedVotes],
+    labels: NDArray[np.int64],
+    goal: Goal,
+    alpha: float,
+    *,
+    max_stages: int = 3,
+    beam: int = 8,
     last: Sequence[str] | None = None,
 ) -> tuple[Chain, float]:
     """The chain of best score, by beam search: a stage is put in front of, or between, those that stand.
@@ -83,18 +92,19 @@ def search_chain(
     def score(chain: Chain) -> float:
         return goal.score(accuracy(*chain_radius(voters, chain, alpha), labels, goal.radii))
 
-    kept = [(score(((name, None),)), ((name, None),)) for name in (voters if last is None else last)]
+    single: list[Chain] = [((name, None),) for name in (voters if last is None else last)]
+    kept = [(score(chain), chain) for chain in single]
     best = max(kept, key=lambda item: item[0])
     for _ in range(max_stages - 1):
         longer: dict[Chain, float] = {}
         for _, chain in kept:
-            for position in range(len(chain)):
-                for name in voters:
-                    if name == chain[position][0] or (position and name == chain[position - 1][0]):
-                        continue
-                    for tau in TAUS:
-                        new = (*chain[:position], (name, tau), *chain[position:])
-                        if new not in longer:
+            for name in voters:
+                for tau in TAUS:
+                    places = [(*chain[:p], (name, tau), *chain[p:]) for p in range(len(chain))]
+                    if last is None or name in last:
+                        places.append((*chain[:-1], (chain[-1][0], tau), (name, None)))
+                    for new in places:
+                        if new not in longer and all(a[0] != b[0] for a, b in pairwise(new)):
                             longer[new] = score(new)
         # one chain per order of voters, so that the beam does not fill up with near copies
         by_order: dict[tuple[str, ...], tuple[float, Chain]] = {}
@@ -109,9 +119,21 @@ def search_chain(
 
 
 def tune_cascade(
-    pool: ExpertPool, images: Tensor, labels: Tensor, radii: Sequence[float], *, n: int = 400, plan_n: int = 10_000, n0: int = 100,
-    alpha: float = 1e-3, max_stages: int = 3, seed: int = 0, votes: NDArray[np.int64] | None = None, device: str | None = None,
-    progress: Callable[[int], None] | None = None, log: Callable[[dict[str, Any]], None] | None = None,
+    pool: ExpertPool,
+    images: Tensor,
+    labels: Tensor,
+    radii: Sequence[float],
+    *,
+    n: int = 400,
+    plan_n: int = 10_000,
+    n0: int = 100,
+    alpha: float = 1e-3,
+    max_stages: int = 3,
+    seed: int = 0,
+    votes: NDArray[np.int64] | None = None,
+    device: str | None = None,
+    progress: Callable[[int], None] | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
 ) -> CascadeRouter:
     """Chooses order and thresholds of a cascade on validation images.
 
@@ -136,7 +158,9 @@ def tune_cascade(
     x = check_images(images, pool.input_shape)
     target = check_labels(labels, len(x), pool.num_classes).numpy()
     if len(pool) < 2:
-        raise InputError("A cascade needs two experts", expected="a pool of two or more", received=str(len(pool)), remedy="use Smooth(expert)")
+        raise InputError(
+            "A cascade needs two experts", expected="a pool of two or more", received=str(len(pool)), remedy="use Smooth(expert)"
+        )
     if votes is None:
         votes = label_votes(pool, x, n=n, seed=seed, device=device, purpose=TUNE, progress=progress)
     voters = simulate_pool(pool, votes, plan_n=plan_n, n0=n0, seed=seed)
@@ -147,15 +171,29 @@ def tune_cascade(
         chain = ((others[0], TAUS[-1]), chain[0])
     if log is not None:
         reached = accuracy(*chain_radius(voters, chain, alpha), target, goal.radii)
-        log({"kind": "cascade", "chain": [list(stage) for stage in chain], "score": score, "coverage": goal.coverage(reached),
-             "accuracy": reached.tolist(), "envelope": goal.envelope.tolist(), "radii": list(goal.radii), "images": len(x)})
+        log(
+            {
+                "kind": "cascade",
+                "chain": [list(stage) for stage in chain],
+                "score": score,
+                "coverage": goal.coverage(reached),
+                "accuracy": reached.tolist(),
+                "envelope": goal.envelope.tolist(),
+                "radii": list(goal.radii),
+                "images": len(x),
+            }
+        )
     return CascadeRouter([tau for _, tau in chain if tau is not None], [name for name, _ in chain])
 
 
 def simulate_pool(pool: ExpertPool, votes: NDArray[np.int64], *, plan_n: int, n0: int, seed: int) -> dict[str, SimulatedVotes]:
     """`SimulatedVotes` of every expert from few votes `(N, K, classes + 1)`; InputError for another shape."""
     if votes.ndim != 3 or votes.shape[1:] != (len(pool), pool.num_classes + 1):
-        raise InputError("Votes do not fit the pool", expected=f"(N, {len(pool)}, {pool.num_classes + 1})", received=str(votes.shape),
-                         remedy="pass what label_votes returned")
+        raise InputError(
+            "Votes do not fit the pool",
+            expected=f"(N, {len(pool)}, {pool.num_classes + 1})",
+            received=str(votes.shape),
+            remedy="pass what label_votes returned",
+        )
     rng = np.random.default_rng(seed)
     return {e.name: SimulatedVotes.draw(votes[:, k, :-1], e.sigma, plan_n, n0, rng) for k, e in enumerate(pool)}

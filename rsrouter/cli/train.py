@@ -1,0 +1,197 @@
+"""`rsrouter label` and `rsrouter train`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from rsrouter.cli.options import DEFAULT_RADII, Alpha, Device, Format, Out, OutputFormat, Radii, Seed, parse_radii
+from rsrouter.core.errors import InputError
+
+Pool = Annotated[str, typer.Argument(metavar="POOL", help="pool.json or a spec file, as `rsrouter wrap` writes it.")]
+Data = Annotated[str, typer.Option("--data", help="npz, parquet, image folder, or hf-hub:org/name@revision.")]
+Start = Annotated[int, typer.Option("--start", help="First image.")]
+Count = Annotated[int | None, typer.Option("--count", help="How many images; default all.")]
+
+
+def _votes_bar(title: str, total: int | None = None) -> tuple[tqdm[Any], Callable[[int], None]]:
+    bar = tqdm(desc=title, total=total, unit="vote", unit_scale=True, file=sys.stderr)
+
+    def step(count: int) -> None:
+        bar.update(count)
+
+    return bar, step
+
+
+def _part(source: str, start: int, count: int | None) -> tuple[Any, Any, str]:
+    """Images, labels and name of a part of a data set; InputError where a label is missing."""
+    import torch
+
+    from rsrouter.data import load_data
+
+    data = load_data(source)
+    last = len(data) if count is None else min(len(data), start + count)
+    images, labels = data.batch(range(start, last))
+    classes = torch.as_tensor(labels)
+    if len(classes) and int(classes.min()) < 0:
+        raise InputError(
+            "Training needs labels", expected="a class for every image", received=source, remedy="use a labelled data set"
+        )
+    return images, classes, f"{data.name}, images {start} to {last - 1}"
+
+
+def label(
+    pool: Pool,
+    data: Data,
+    out: Out,
+    n: Annotated[int, typer.Option("--n", help="Votes per expert and image.")] = 100,
+    start: Start = 0,
+    count: Count = None,
+    unseen: Annotated[bool | None, typer.Option("--unseen/--seen", help="Whether no expert was trained on these images.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    format: OutputFormat = Format.text,
+) -> None:
+    """Draw every expert's votes on every image, for `rsrouter train --labels`; started again, it goes on.
+
+    Example: rsrouter label pool.json --data train.npz --count 1000 --unseen --out labels.npz
+    """
+    from rsrouter import ExpertPool
+    from rsrouter.router.labels import target_radii
+    from rsrouter.router.stored import load_votes, store_votes
+
+    experts = ExpertPool.load(pool)
+    images, classes, name = _part(data, start, count)
+    bar, step = _votes_bar("label", len(images) * len(experts) * n)
+    metadata = store_votes(
+        experts, images, classes, out, n=n, seed=seed, unseen=unseen, source=name, device=device, progress=step
+    )
+    bar.close()
+    votes, target, _ = load_votes(out, experts)
+    mean = target_radii(votes, target, experts.sigmas).radius.mean(0)
+    if unseen is None:
+        typer.echo("note: say --unseen or --seen; experts look better than they are on images they were trained on", err=True)
+    if format is Format.json:
+        typer.echo(json.dumps({**metadata, "mean_radius": dict(zip(experts.names, mean.tolist(), strict=True)), "out": str(out)}))
+        return
+    for who, value in zip(experts.names, mean, strict=True):
+        typer.echo(f"{who}: mean radius {value:.3f}")
+    typer.echo(f"labels: {out}")
+
+
+def train(
+    pool: Annotated[
+        str | None, typer.Argument(metavar="[POOL]", help="pool.json or a spec file; with --from that router's own pool.")
+    ] = None,
+    data: Annotated[str, typer.Option("--data", help="Training images, best ones that no expert has seen.")] = "",
+    out: Out = Path("router"),
+    kind: Annotated[str, typer.Option("--kind", help="auto, deferral, cascade or flat.")] = "auto",
+    validation: Annotated[
+        str | None, typer.Option("--validation", help="Images that choices are made on; default: the last fifth.")
+    ] = None,
+    radii: Radii = DEFAULT_RADII,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Of a flat router: utility or dual-rs.")] = None,
+    labels: Annotated[Path | None, typer.Option("--labels", help="Of a flat router: what `rsrouter label` wrote.")] = None,
+    parent: Annotated[str | None, typer.Option("--from", help="Folder or Hub repository of a router to go on from.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of --from.")] = None,
+    start: Start = 0,
+    count: Count = None,
+    n: Annotated[int, typer.Option("--n", help="Votes per stage of the certification this is tuned for.")] = 10_000,
+    alpha: Alpha = 1e-3,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    format: OutputFormat = Format.text,
+) -> None:
+    """Train a router over frozen experts: heads and thresholds for the radii you care about.
+
+    Example: rsrouter train pool.json --data train.npz --validation validation.npz --radii 0:2:0.25 --out router
+    """
+    from rsrouter import ExpertPool, FlatRouter, RoutedSmooth
+    from rsrouter.router.labels import target_radii
+    from rsrouter.router.stored import load_votes
+    from rsrouter.training import train_router
+
+    if not data:
+        raise InputError(
+            "Training needs images",
+            expected="--data",
+            received="none",
+            remedy="npz, parquet, a folder of images or a Hub data set",
+        )
+    router: Any = kind
+    notes: dict[str, Any] = {}
+    if parent is not None:
+        old = RoutedSmooth.from_pretrained(parent, revision=revision)
+        experts = old.pool if pool is None else ExpertPool.load(pool)
+        notes["parent"] = {"name": parent, "revision": revision, "digest": old.router.digest}
+        # a flat router goes on from its weights where the experts are the same; anything else is chosen anew
+        if (
+            isinstance(old.router, FlatRouter)
+            and set(old.router.order(old.pool)) <= set(experts.names)
+            and len(experts) == len(old.pool)
+        ):
+            router = old.router
+    elif pool is None:
+        raise InputError(
+            "Training needs experts", expected="POOL, or --from", received="neither", remedy="rsrouter wrap writes pool.json"
+        )
+    else:
+        experts = ExpertPool.load(pool)
+    images, classes, name = _part(data, start, count)
+    notes["data"] = name
+    chosen = None
+    if validation is not None:
+        held, held_classes, notes["validation_data"] = _part(validation, 0, None)
+        chosen = (held, held_classes)
+    routing = None
+    if labels is not None:
+        votes, target, metadata = load_votes(labels, experts)
+        if target.tolist() != classes.tolist():
+            raise InputError(
+                "Labels and images do not fit",
+                expected=metadata["source"],
+                received=name,
+                remedy="train on the images that were labelled",
+            )
+        routing = target_radii(votes, target, experts.sigmas, plan_n=n, alpha=alpha)
+        notes["labels"] = {k: metadata[k] for k in ("n", "seed", "unseen", "source")}
+    bar, step = _votes_bar("experts' votes")
+    routed = train_router(
+        experts,
+        router,
+        images,
+        classes,
+        radii=parse_radii(radii),
+        seed=seed,
+        out=out,
+        recipe=recipe,
+        routing_labels=routing,
+        validation=chosen,
+        plan_n=n,
+        alpha=alpha,
+        device=device,
+        votes=step,
+        notes=notes,
+    )
+    bar.close()
+    lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    if format is Format.json:
+        typer.echo(json.dumps({"out": str(out), "kind": routed.router.kind, "digest": routed.router.digest, "last": lines[-1]}))
+        return
+    last = lines[-1]
+    if "coverage" in last:
+        typer.echo("chain: " + " -> ".join(who if tau is None else f"{who} ({tau:g})" for who, tau in last["chain"]))
+        typer.echo(f"coverage of the experts' envelope on {last['images']} validation images (simulated): {last['coverage']:.3f}")
+    typer.echo(f"{routed.router.kind} router: {out}")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs."""
+    app.command()(label)
+    app.command()(train)

@@ -1,0 +1,153 @@
+"""Routing labels on disk: drawn in blocks and gone on with after a crash, or read from certification tables."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rsrouter.core.errors import InputError, ResultsError
+from rsrouter.core.types import ABSTAIN
+from rsrouter.experts.base import ExpertPool
+from rsrouter.results import read_table
+from rsrouter.results.table import align
+from rsrouter.router.labels import LABEL, Labels, label_votes
+from rsrouter.sampling.noise import stream_key
+
+
+def store_votes(
+    pool: ExpertPool,
+    images: Tensor,
+    labels: Tensor,
+    out: str | Path,
+    *,
+    n: int = 100,
+    seed: int = 0,
+    unseen: bool | None = None,
+    source: str = "",
+    device: str | None = None,
+    block: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Draws every expert's votes on every image into an npz file; started again, it goes on where it stopped.
+
+    Args:
+        pool: the experts.
+        images: `(N, C, H, W)` pixels in [0,1].
+        labels: `(N,)` class indices.
+        out: the file: `votes (N, K, classes + 1)`, `labels (N,)` and `metadata` (JSON text).
+        n, seed: votes per expert and image, and the key of their noise.
+        unseen: whether no expert was trained on these images; None: not known. Kept in the file, because experts
+            look better than they are on their own training images.
+        source: where the images are from, for the metadata.
+        device: where experts vote.
+        block: images between two writes.
+        progress: called with the number of votes drawn since the last call.
+
+    Returns:
+        The metadata.
+
+    Raises:
+        ResultsError: the file holds labels of something else; it is not touched.
+    """
+    path = Path(out)
+    pixels = images.detach().cpu().contiguous().numpy().tobytes()
+    metadata = {
+        "kind": "routing-labels",
+        "experts": list(pool.names),
+        "sigmas": list(pool.sigmas),
+        "digests": [e.digest for e in pool],
+        "n": int(n),
+        "seed": int(seed),
+        "purpose": LABEL,
+        "unseen": unseen,
+        "source": source,
+        "images": len(images),
+        "fingerprint": stream_key(pixels, labels.numpy().tobytes()).hex(),
+    }
+    votes = np.zeros((0, len(pool), pool.num_classes + 1), dtype=np.int64)
+    if path.exists():
+        found, votes, _ = _read(path)
+        if found != metadata:
+            different = sorted(k for k in {*found, *metadata} if found.get(k) != metadata.get(k))
+            raise ResultsError(
+                "The file holds other labels",
+                expected="a new file, or the same job to go on with",
+                received=f"{path}: other {', '.join(different)}",
+                remedy="choose another --out; nothing was overwritten",
+            )
+    for start in range(len(votes), len(images), block):
+        part = images[start : start + block]
+        votes = np.concatenate([votes, label_votes(pool, part, n=n, seed=seed, device=device, progress=progress)])
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+        np.savez_compressed(temporary, votes=votes, labels=labels.numpy(), metadata=np.array(json.dumps(metadata)))
+        os.replace(temporary, path)
+    return metadata
+
+
+def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.int64], NDArray[np.int64]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["metadata"])), file["votes"].astype(np.int64), file["labels"].astype(np.int64)
+    except (OSError, KeyError, ValueError) as error:
+        raise ResultsError(
+            "Not a file of routing labels",
+            expected="an npz that `rsrouter label` wrote",
+            received=f"{path}: {error}",
+            remedy="label again, into a new file",
+        ) from error
+
+
+def load_votes(path: str | Path, pool: ExpertPool) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[str, Any]]:
+    """Votes `(N, K, classes + 1)`, true classes `(N,)` and metadata of a finished `store_votes` file.
+
+    Raises:
+        ResultsError: not such a file, unfinished, or made with other experts.
+    """
+    metadata, votes, labels = _read(Path(path))
+    if metadata.get("digests") != [e.digest for e in pool]:
+        raise ResultsError(
+            "The labels were made with other experts",
+            expected=str(list(pool.names)),
+            received=str(metadata.get("experts")),
+            remedy="label again with this pool",
+        )
+    if len(votes) != metadata["images"]:
+        raise ResultsError(
+            "The labels are unfinished",
+            expected=f"{metadata['images']} images",
+            received=str(len(votes)),
+            remedy="run the same `rsrouter label` again; it goes on where it stopped",
+        )
+    return votes, labels, metadata
+
+
+def labels_from_tables(paths: Sequence[str | Path]) -> tuple[NDArray[np.int64], NDArray[np.int64], Labels]:
+    """Routing labels from certification tables, one per expert, in the pool's order; published tables will do.
+
+    Args:
+        paths: TSV tables `idx label predict radius correct time ...` of the same images (those that all of them hold).
+
+    Returns:
+        Image indices `(N,)`, true classes `(N,)`, and `Labels` (radius 0 where the table abstains or is wrong).
+
+    Raises:
+        InputError: tables without labels. ResultsError: tables that cannot be read or do not fit together.
+    """
+    tables = align([read_table(path) for path in paths], common=True)
+    if not tables or not all(t.labelled for t in tables):
+        raise InputError(
+            "Routing labels need the true classes",
+            expected="tables with a correct column of 0 and 1",
+            received=str(list(paths)),
+            remedy="certify labelled images",
+        )
+    right = np.stack([(t.correct == 1) & (t.predict != ABSTAIN) for t in tables], axis=1)
+    radius = np.where(right, np.stack([t.radius for t in tables], axis=1), 0.0)
+    return tables[0].idx, tables[0].label, Labels(radius, np.stack([t.predict for t in tables], axis=1))
