@@ -45,6 +45,7 @@ def run(pool: ExpertPool, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.usefixtures("real_figure")
 def test_published_and_loaded_back(hub: HubServer, pool: ExpertPool, run: Path, tmp_path: Path) -> None:
     done = publish(run, "org/router")
     assert done.commit == hub.head("org/router")
@@ -59,6 +60,8 @@ def test_published_and_loaded_back(hub: HubServer, pool: ExpertPool, run: Path, 
         WEIGHTS,
     ]
     assert set(stored) == {f.path for f in done.files} | {".gitattributes"}
+    assert b"<svg" in stored["certificates/curve.svg"]
+    assert len(stored["certificates/curve.svg"]) > 5000
     assert stored["certificates/certificates.tsv"] == (run / "certificates.tsv").read_bytes()
     # an empty cache, and a hash: the same certificates, byte for byte
     before = small.run_folder(small.routed(pool), tmp_path / "before")
