@@ -52,3 +52,10 @@ def check_ids(ids: Sequence[object] | None, count: int) -> list[object]:
         raise InputError("There must be one id per image", expected=f"{count} ids", received=f"{len(listed)}",
                          remedy="pass the images' indices in their data set")
     return [int(i) if hasattr(i, "__index__") else i for i in listed]
+
+
+def check_seed(seed: object) -> int:
+    """A seed as an int, or InputError."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise InputError("A seed must be a whole number", expected="an integer", received=repr(seed), remedy="leave it out")
+    return int(seed)  # type: ignore[call-overload]

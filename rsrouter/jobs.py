@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rsrouter._version import __version__
-from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import Plan
 from rsrouter.core.types import Certificate
@@ -128,7 +127,16 @@ def certify_table(
     order = list(range(len(images))) if indices is None else [int(i) for i in indices]
     if bad := [i for i in order if not 0 <= i < len(images)]:
         raise InputError("An image index is out of range", expected=f"0 to {len(images) - 1}", received=str(bad[:5]), remedy="check --start and --count")
-    plan.check(smoothed.tree, AlphaSplit.even(alpha, smoothed.tree.paths), sides)  # before anything is written
+    if len(set(order)) < len(order) or not order:
+        raise InputError("A table holds each image once, and one at least", expected="different indices",
+                         received=f"{len(order)} indices, {len(set(order))} of them different", remedy="check indices, --start and --count")
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise InputError("block must be a whole number", expected="block >= 1", received=repr(block), remedy="leave it out")
+    tally = _Tally(radii)
+    arguments: dict[str, Any] = {"rule": rule} if routed else {}
+    # certifying no image checks every argument before anything is written
+    shape = smoothed.pool.input_shape if isinstance(smoothed, RoutedSmooth) else smoothed.expert.input_shape
+    smoothed.certify(torch.zeros((0, *shape)), plan=plan, alpha=alpha, seed=seed, sides=sides, batch_size=batch_size, device=device, **arguments)
     seed = smoothed.default_seed(plan, alpha, rule, sides) if seed is None else int(seed)
     described = {**(data or {}), "images": len(images)}
     if "fingerprint" not in described and getattr(images, "fingerprint", None):
@@ -143,12 +151,10 @@ def certify_table(
         order = order[index::count]
     path = Path(out)
     with ResultsWriter(path, metadata) as writer:
-        tally = _Tally(radii)
         done = writer.done()
         if done:
             tally.add_table(read_table(path))
         todo = [i for i in order if i not in done]
-        arguments: dict[str, Any] = {"rule": rule} if routed else {}
         for start in range(0, len(todo), block):
             part = _Block(todo[start : start + block], images, writer, tally, rule if routed else "", seed)
             before = tally.votes
@@ -191,10 +197,17 @@ class _Block:
     def __init__(self, ids: list[int], images: Images, writer: ResultsWriter, tally: _Tally, rule: str, seed: int) -> None:
         self.ids, self.writer, self.tally, self.rule, self.seed = ids, writer, tally, rule, seed
         self.loaded = [images[i] for i in ids]
+        if wrong := [i for i, (_, label) in zip(ids, self.loaded, strict=True) if not hasattr(label, "__index__") or int(label) < -1]:
+            raise InputError("A label is not a class index", expected="whole numbers, -1 where unknown",
+                             received=f"another label at image {wrong[0]}", remedy="check the data set")
         self.waiting: dict[int, Row] = {}
         self.following = 0
 
     def tensor(self) -> Tensor:
+        kinds = {f"{tuple(i.shape)} {i.dtype}" if isinstance(i, Tensor) else type(i).__name__ for i, _ in self.loaded}
+        if len(kinds) > 1 or not isinstance(self.loaded[0][0], Tensor):
+            raise InputError("The images of a data set do not stack", expected="float tensors (C, H, W) of one shape",
+                             received=", ".join(sorted(kinds)), remedy="convert them, or crop them to one size")
         return torch.stack([image for image, _ in self.loaded])
 
     def keep(self, position: int, certificate: Certificate, seconds: float) -> None:

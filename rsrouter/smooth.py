@@ -28,7 +28,7 @@ from rsrouter.core.plans import Plan
 from rsrouter.core.policy import CertifyPolicy, VoteRequest
 from rsrouter.core.types import Certificate
 from rsrouter.experts.base import Expert, ExpertPool
-from rsrouter.inputs import check_ids, check_images
+from rsrouter.inputs import check_ids, check_images, check_seed
 from rsrouter.router.base import Routed, Router, single_tree
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution
@@ -88,13 +88,16 @@ class _Smoothed:
         self, images: Tensor, *, plan: Plan, alpha: float, seed: int | None, ids: Sequence[object] | None, rule: str, sides: str,
         batch_size: int | None, device: str | None, on_certificate: OnCertificate | None, progress: Callable[[Progress], None] | None,
     ) -> list[Certificate]:
+        if not isinstance(plan, Plan):
+            raise InputError("Certifying needs a plan", expected="rsrouter.FixedPlan or rsrouter.AdaptivePlan", received=repr(plan),
+                             remedy="plan=rsrouter.FixedPlan(n0=100, n=100_000)")
         x = check_images(images, self._shape)
         names = check_ids(ids, len(x))
         tree = self._routed.tree
         split = AlphaSplit.even(alpha, tree.paths)
         plan.check(tree, split, sides)
         policy = CertifyPolicy(tree, plan, split, len(x), rule=rule, sides=sides)
-        seed = self.default_seed(plan, alpha, rule, sides) if seed is None else int(seed)
+        seed = self.default_seed(plan, alpha, rule, sides) if seed is None else check_seed(seed)
         engine = self._engine(seed, device)
         self.metadata = {"seed": seed, "rule": rule, "sides": sides, "alpha": alpha, "plan": plan.to_dict(),
                          "split": {"stages": dict(split.stages), "lower_share": split.lower_share}, "digest": self.digest}
@@ -156,7 +159,7 @@ class _Smoothed:
         x = check_images(images, self._shape)
         names = check_ids(ids, len(x))
         policy = PredictPolicy(self._routed.tree, n, AlphaSplit.even(alpha, self._routed.tree.paths), len(x))
-        engine = self._engine(secrets.randbits(62) if seed is None else int(seed), device)
+        engine = self._engine(secrets.randbits(62) if seed is None else check_seed(seed), device)
         window = -(-16 * engine.forward_batch // n)
         for start in range(0, len(x), window):
             part = range(start, min(start + window, len(x)))

@@ -1,0 +1,104 @@
+"""`certify_table`: what cannot work is refused before a table is begun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rsrouter import CascadeRouter, Expert, ExpertPool, FixedPlan, RoutedSmooth
+from rsrouter.core.errors import InputError, PlanError
+from rsrouter.jobs import certify_table
+
+SHAPE = (1, 4, 4)
+
+
+def routed(noise: str = "gaussian") -> RoutedSmooth:
+    torch.manual_seed(0)
+    experts = [
+        Expert(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), sigma=s, num_classes=3, input_shape=SHAPE) for s in (0.25, 0.5)
+    ]
+    return RoutedSmooth(ExpertPool(experts), CascadeRouter([0.6]), noise=noise)
+
+
+class Images:
+    def __init__(self, **odd: Any) -> None:
+        self.odd = odd
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = torch.full(SHAPE, index / 4)
+        if index == 2:
+            return self.odd.get("image", image), self.odd.get("label", 1)
+        return image, 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rule": "mim"},
+        {"sides": "both"},
+        {"alpha": 2.0},
+        {"batch_size": 0},
+        {"block": 0},
+        {"indices": [0, 1, 0]},
+        {"indices": []},
+        {"indices": [4]},
+        {"seed": 1.5},
+        {"seed": "x"},
+        {"plan": None},
+        {"shard": (2, 2)},
+    ],
+    ids=str,
+)
+def test_arguments_are_checked_before_anything_is_written(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    with pytest.raises((InputError, PlanError)) as caught:
+        certify_table(routed(), Images(), tmp_path / "t.tsv", **{"plan": FixedPlan(10, 50), **arguments})
+    assert caught.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_noise_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Unknown noise"):
+        certify_table(routed("uniform"), Images(), tmp_path / "t.tsv", plan=FixedPlan(10, 50))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"image": torch.zeros(1, 3, 4)},
+        {"image": np.zeros(SHAPE, np.float32)},
+        {"image": torch.zeros(SHAPE, dtype=torch.uint8)},
+        {"image": torch.full(SHAPE, torch.nan)},
+        {"label": None},
+        {"label": -2},
+        {"label": 0.5},
+    ],
+    ids=str,
+)
+def test_images_and_labels_that_do_not_fit(tmp_path: Path, odd: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        certify_table(routed(), Images(**odd), tmp_path / "t.tsv", plan=FixedPlan(10, 50))
+
+
+def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    class Broken(Images):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            if index == 3:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    arguments: dict[str, Any] = {"plan": FixedPlan(10, 50), "seed": np.int64(3)}
+    with pytest.raises(KeyboardInterrupt):
+        certify_table(routed(), Broken(), tmp_path / "a.tsv", block=1, **arguments)
+    again = certify_table(routed(), Images(), tmp_path / "a.tsv", **arguments)
+    whole = certify_table(routed(), Images(), tmp_path / "b.tsv", **arguments)
+    assert again.idx.tolist() == [0, 1, 2, 3]
+    assert list(again.counts_text) == list(whole.counts_text)
