@@ -230,8 +230,8 @@ def table(args: argparse.Namespace) -> None:
 
     lines = [
         f"{len(labels)} test images (positions {', '.join(_ranges(files))} of the official test set), FixedPlan n0 = {N0}, "
-        f"N = {N:,}, alpha = {ALPHA} in total for each method, the same votes for all. Certified accuracy in %; brackets: 95% bootstrap "
-        "intervals over images (1,000 resamples).",
+        f"N = {N:,}, alpha = {ALPHA} in total for each method, the same votes for all. Certified accuracy in %; brackets: "
+        "95% bootstrap intervals over images (1,000 resamples).",
         "",
         "| method | " + " | ".join(f"{r:g}" for r in RADII) + " | abstains | coverage 0 to 2 | least ratio | ACR |",
         "|---" * (len(RADII) + 5) + "|",

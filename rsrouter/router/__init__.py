@@ -48,6 +48,6 @@ def router_from_config(config: dict[str, Any]) -> Router:
 
 
 __all__ = [
-    "ROUTERS", "CascadeRouter", "DeferralRouter", "FlatRouter", "HeadedTrunk", "Labels", "MLPHead", "ResidualHead", "Routed", "Router",
-    "Trunk", "Voter", "label_images", "label_votes", "router_from_config", "single_tree",
+    "ROUTERS", "CascadeRouter", "DeferralRouter", "FlatRouter", "HeadedTrunk", "Labels", "MLPHead", "ResidualHead", "Routed",
+    "Router", "Trunk", "Voter", "label_images", "label_votes", "router_from_config", "single_tree",
 ]

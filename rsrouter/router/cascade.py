@@ -40,7 +40,8 @@ class CascadeRouter(Router):
         return bind_chain(pool, [Voter(name) for name in self.order(pool)], self.thresholds)
 
     def to_config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "thresholds": list(self.thresholds), "experts": None if self.experts is None else list(self.experts)}
+        experts = None if self.experts is None else list(self.experts)
+        return {"kind": self.kind, "thresholds": list(self.thresholds), "experts": experts}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CascadeRouter:

@@ -41,7 +41,8 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
     if found is not None:
         return {"architecture": found[0], "kwargs": found[1]}
     raise CheckpointError(f"A {name} cannot be written down", expected="a registered architecture or a stack of torch.nn layers",
-                          received=name, remedy=f"rsrouter.register_architecture('my_{name.lower()}', {name}) and build it through "
+                          received=name,
+                          remedy=f"rsrouter.register_architecture('my_{name.lower()}', {name}) and build it through "
                           "rsrouter.build_architecture, before saving and before loading")
 
 
@@ -58,8 +59,9 @@ def build_module(description: dict[str, Any]) -> nn.Module:
     if layer == "Sequential":
         return nn.Sequential(*(build_module(child) for child in description.get("children", [])))
     if layer not in _LAYERS:
-        raise CheckpointError("Unknown layer in a saved router", expected=f"one of {('Sequential', *_LAYERS)} or {architectures()}",
-                              received=repr(layer), remedy="register the architecture, or update rsrouter")
+        raise CheckpointError("Unknown layer in a saved router",
+                              expected=f"one of {('Sequential', *_LAYERS)} or {architectures()}", received=repr(layer),
+                              remedy="register the architecture, or update rsrouter")
     kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in description.get("kwargs", {}).items()}
     try:
         built: nn.Module = getattr(nn, layer)(**kwargs)

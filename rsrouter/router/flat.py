@@ -33,7 +33,9 @@ class FlatRouter(Router):
 
     kind: ClassVar[str] = "flat"
 
-    def __init__(self, module: nn.Module, *, sigma: float, experts: Sequence[str] | None = None, trunk: str | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, *, sigma: float, experts: Sequence[str] | None = None, trunk: str | None = None
+    ) -> None:
         if not isinstance(module, nn.Module):
             raise InputError("A flat router needs a module", expected="a torch.nn.Module with K logits",
                              received=type(module).__name__, remedy="wrap a function in a small nn.Module")

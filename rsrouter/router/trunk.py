@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,12 @@ class Trunk(nn.Module):
         if not has_trunk(expert.module):
             raise InputError(f"Expert {expert.name!r} does not expose its features",
                              expected="forward_features, forward_head(x, pre_logits=True) and get_classifier, as in timm",
-                             received=type(expert.module).__name__, remedy="use a router with a backbone of its own, or a cascade")
+                             received=type(expert.module).__name__,
+                             remedy="use a router with a backbone of its own, or a cascade")
         self.normalise: nn.Module = nn.Identity()
         if expert.mean is not None and expert.std is not None:
             self.normalise = Normalise(expert.mean, expert.std)
-        self.module = expert.module
+        self.module: Any = expert.module
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.module.forward_head(self.module.forward_features(self.normalise(x)), pre_logits=True)

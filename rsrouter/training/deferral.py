@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,10 @@ def head_voters(
         for i, sigma in enumerate(sigmas)
         for weight in recipe.consistency
     ]
+
+
+def _named(say: Callable[[dict[str, Any]], None], name: str, line: dict[str, Any]) -> None:
+    say({"head": name, **line})
 
 
 def _head_votes(features: Tensor, heads: dict[str, nn.Module], classes: int) -> dict[str, NDArray[np.int64]]:
@@ -158,8 +163,8 @@ def train_deferral(
                 pool.num_classes,
                 recipe=settings,
                 seed=seed,
-                log=lambda line, name=name: say({"head": name, **line}),
-            )  # type: ignore[misc]
+                log=partial(_named, say, name),
+            )
         del features
         held_out = noisy_features(
             readers, level, xv, recipe.tune_copies, seed=seed, purpose=TUNE, device=device, progress=progress

@@ -51,7 +51,7 @@ def noisy_features(
     batch = default_batch(images[0].numel(), where)
     rows = torch.arange(len(images)).repeat_interleave(copies)
     parts = []
-    for part in rows.split(batch):
+    for part in torch.split(rows, batch):
         noise = torch.randn((len(part), *images.shape[1:]), generator=generator)
         everything, _ = trunk(as_input((images[part] + sigma * noise).to(where), execution))
         parts.append(everything.to("cpu", torch.float16))

@@ -84,7 +84,7 @@ class _Inputs:
         self._cache = []
         with torch.no_grad():
             for _ in range(self.recipe.copies):
-                parts = [torch.cat(self.trunk(self._noisy(rows)), 1) for rows in torch.arange(len(self.images)).split(500)]
+                parts = [torch.cat(self.trunk(self._noisy(rows)), 1) for rows in torch.split(torch.arange(len(self.images)), 500)]
                 self._cache.append(torch.cat(parts))
 
     def copies(self, rows: Tensor) -> list[Tensor]:
@@ -113,12 +113,13 @@ class _Watch:
         source = _Inputs(router, pool, images, generator, recipe)
         source.start_epoch(0)
         self.copies = source.copies(torch.arange(len(images)))
-        self.least, self.stale, self.best = float("inf"), 0, None
+        self.least, self.stale = float("inf"), 0
+        self.best: dict[str, Tensor] | None = None
 
     @torch.no_grad()
     def look(self, module: nn.Module) -> float:
         module.eval()
-        logits = [torch.cat([module(part) for part in copy.split(500)]) for copy in self.copies]
+        logits = [torch.cat([module(part) for part in torch.split(copy, 500)]) for copy in self.copies]
         module.train()
         task = [
             dual_rs_loss(each, self.soft) if self.recipe.objective == "dual-rs" else utility_loss(each, self.good)
@@ -181,7 +182,7 @@ def train_flat(
     for epoch in range(recipe.epochs):
         inputs.start_epoch(epoch)
         total = 0.0
-        for rows in torch.randperm(len(x), generator=generator).split(recipe.batch):
+        for rows in torch.split(torch.randperm(len(x), generator=generator), recipe.batch):
             logits = [module(c) for c in inputs.copies(rows)]
             if recipe.objective == "dual-rs":
                 task = torch.stack([dual_rs_loss(each, soft[rows]) for each in logits]).mean(0)
@@ -191,7 +192,7 @@ def train_flat(
                 weight = torch.ones(len(rows))
             loss = (weight * (task + consistency_loss(logits, recipe.consistency, recipe.entropy))).mean()
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
             schedule.step()
             total += float(loss.detach()) * len(rows)

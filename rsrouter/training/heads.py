@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsrouter.experts.registry import build_architecture
@@ -59,8 +59,8 @@ def train_head(
     n, copies, width = features.shape
     mean = features.float().mean((0, 1))
     scale = features.float().std((0, 1)) + 1e-3
-    head = build_architecture("residual_head", num_classes, {"in_features": width, "hidden": recipe.hidden})
-    first, last = head.layers[0], head.layers[2]  # type: ignore[index, union-attr]
+    head = cast(ResidualHead, build_architecture("residual_head", num_classes, {"in_features": width, "hidden": recipe.hidden}))
+    first, last = cast(nn.Linear, head.layers[0]), cast(nn.Linear, head.layers[2])
     with torch.no_grad():
         first.weight.copy_(torch.randn(first.weight.shape, generator=generator) / width**0.5)
         first.bias.zero_()
@@ -69,7 +69,8 @@ def train_head(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=recipe.steps)
 
     def forward(x: Tensor) -> Tensor:
-        return x[:, -num_classes:] + last(F.relu(first((x - mean) / scale)))
+        out: Tensor = x[:, -num_classes:] + last(F.relu(first((x - mean) / scale)))
+        return out
 
     head.train()
     total = 0.0
@@ -81,7 +82,7 @@ def train_head(
         task = torch.stack([F.cross_entropy(each, labels[rows], reduction="none") for each in logits]).mean(0)
         loss = (task + consistency_loss(logits, recipe.consistency, recipe.entropy)).mean()
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         schedule.step()
         total += float(loss.detach())
@@ -92,4 +93,4 @@ def train_head(
         first.bias.sub_(first.weight @ (mean / scale))
         first.weight.div_(scale)
     head.eval().requires_grad_(False)
-    return head  # type: ignore[return-value]
+    return head
