@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from rsrouter._version import __version__
 from rsrouter.core.errors import HubError, InputError
@@ -92,7 +92,8 @@ def publish(
         InputError: experts that are not pinned on the Hub, a card with claims that are in no table, a bad name.
         IntegrityError: files that are not what they were saved as, a table of other weights, edited rows.
         ResultsError: a table that cannot be read or does not say how it was made.
-        HubError: the Hub refused or was not reached; nothing of this publication is then visible on `branch`.
+        HubError: the Hub refused or was not reached; `branch` then holds none of this publication (or, where the line
+            went dead after the commit and stayed so, all of it).
     """
     given = Path(folder).expanduser()
     source = router_folder(given)
@@ -159,17 +160,40 @@ def _send(
     # tables of an earlier publication would stand beside a router they do not belong to
     stale = tuple(sorted(p for p in present - wanted if p.startswith("certificates/")))
     operations = [CommitOperationAdd(path_in_repo=f.path, path_or_fileobj=fresh / f.path) for f in plan.files]
-    done = api.create_commit(
-        repo_id,
-        [*operations, *(CommitOperationDelete(path_in_repo=p) for p in stale)],
-        commit_message=message,
-        parent_commit=info.sha,
-        create_pr=create_pr,
-        revision=branch,
-    )
+    try:
+        done = api.create_commit(
+            repo_id,
+            [*operations, *(CommitOperationDelete(path_in_repo=p) for p in stale)],
+            commit_message=message,
+            parent_commit=info.sha,
+            create_pr=create_pr,
+            revision=branch,
+        )
+    except HfHubHTTPError:
+        raise  # the Hub answered: it was refused
+    except Exception:
+        # the answer was lost; the commit may stand all the same
+        landed = None if create_pr else _landed(api, plan, fresh, branch, str(info.sha))
+        if landed is None:
+            raise
+        return Publication(
+            repo_id, plan.files, stale, landed, info.sha, f"{api.endpoint}/{repo_id}/commit/{landed}", False, plan.card
+        )
     _read_back(api, repo_id, done.oid, fresh, plan.files)
     url = str(done.pr_url or done.commit_url)
     return Publication(repo_id, plan.files, stale, done.oid, info.sha, url, False, plan.card)
+
+
+def _landed(api: HfApi, plan: Publication, fresh: Path, branch: str, parent: str) -> str | None:
+    """The head of `branch` if it is the publication, None if it is not or cannot be told."""
+    try:
+        head = str(api.model_info(plan.repo_id, revision=branch).sha)
+        if head == parent:
+            return None
+        _read_back(api, plan.repo_id, head, fresh, plan.files)
+    except Exception:  # whatever goes wrong here, the first error is the one to tell
+        return None
+    return head
 
 
 def _read_back(api: HfApi, repo_id: str, commit: str, fresh: Path, files: tuple[File, ...]) -> None:

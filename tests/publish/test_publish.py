@@ -199,6 +199,7 @@ FAULTS = [
     ("POST", r"/commit/", "drop", "not reached"),
     ("POST", r"/lfs/objects/batch", 503, "503"),
     ("PUT", r"/lfs/", 400, "400"),
+    ("PUT", r"/lfs/", "drop", "not reached"),
 ]
 
 
@@ -233,6 +234,26 @@ def test_a_failed_update_leaves_the_old_publication(
         changed.push_to_hub("org/router")
     assert hub.head("org/router") == first.commit
     assert RoutedSmooth.from_pretrained("org/router").digest == small.routed(pool).digest
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_the_answer_to_the_commit_is_lost(hub: HubServer, run: Path, reachable: bool) -> None:
+    """The commit stands, and its answer never arrives: it is found, or else the error is told; what loads is whole."""
+    publish(run, "org/router")
+    hub.fault("POST", r"/commit/", "cut")
+    (run / "router" / "README.md").write_text("A card with other words.\n")
+    before = hub.head("org/router")
+    if reachable:
+        done = publish(run, "org/router")
+        assert done.commit == hub.head("org/router") != before
+        assert done.parent == before
+    else:
+        hub.fault("POST", r"/paths-info/", "drop", times=None)
+        with pytest.raises(HubError, match="not reached"):
+            publish(run, "org/router")
+        assert hub.head("org/router") != before
+    assert hub.files("org/router")["README.md"] == b"A card with other words.\n"
+    assert RoutedSmooth.from_pretrained("org/router").digest == RoutedSmooth.from_pretrained(run / "router").digest
 
 
 def test_somebody_else_commits_meanwhile(hub: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
