@@ -87,6 +87,7 @@ def render_card(
             version=__version__,
             shape=", ".join(map(str, routed.pool.input_shape)),
             experts=[origin for group in experts for origin in group],
+            on_hub=all(origin["hub"] for group in experts for origin in group),
             router_kind=routed.router.kind,
             router_bytes=f"{sum(t.numel() * t.element_size() for t in routed.router.modules.state_dict().values()):,}",
             results=None if summary is None else _results(summary, list(tables), repo_id, figure),
@@ -122,7 +123,11 @@ def _expert(expert: Expert) -> list[dict[str, Any]]:
             "sigma": f"{expert.sigma:g}",
             "repo": p.location,
             "hub": p.source == "hub",
-            "revision": p.revision or p.source,
+            "where": f"[{p.location}](https://huggingface.co/{p.location})"
+            if p.source == "hub"
+            else f"{p.source}: {p.location.split('/')[-1]}",
+            "revision": p.revision,
+            "sha256": p.sha256,
             "filename": p.filename,
             "licence": p.licence,
         }

@@ -55,6 +55,23 @@ def publish(
         typer.echo(f"commit {done.commit}\n{done.url}")
 
 
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A router's folder, or a whole run with router/ in it.")],
+    out: Annotated[Path, typer.Option("--out", help="A new or empty folder.")],
+    name: Annotated[str, typer.Option("--name", help="Name that the card's snippet uses, ORG/NAME or a path.")],
+    certificates: Annotated[Path | None, typer.Option("--certificates", help="Results table or folder of them.")] = None,
+    licence: Annotated[str, typer.Option("--licence", help="Licence of the router, as the Hub names it.")] = "apache-2.0",
+    title: Annotated[str | None, typer.Option("--title", help="Heading of the card.")] = None,
+) -> None:
+    """Write what `publish` would send to a folder on this machine; experts need not be on the Hub.
+
+    Example: rsrouter card run --out model_cards/mine --name org/router
+    """
+    from rsrouter.publish import write_card
+
+    typer.echo(f"Card: {write_card(folder, out, name, certificates=certificates, licence=licence, title=title)}")
+
+
 def audit(
     source: Annotated[str, typer.Argument(metavar="NAME_OR_DIR", help="A router's folder, a whole run, or a Hub repository.")],
     data: Annotated[
@@ -104,4 +121,5 @@ def audit(
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
     app.command()(publish)
+    app.command()(card)
     app.command()(audit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -114,6 +115,48 @@ def publish(
         text = message or f"Publish router and certificates (rsrouter {__version__})"
         with explained(repo_id, branch):
             return _send(plan, fresh, branch, private, create_pr, text, token)
+
+
+def write_card(
+    folder: str | Path,
+    out: str | Path,
+    repo_id: str,
+    *,
+    certificates: str | Path | None = None,
+    licence: str = "apache-2.0",
+    title: str | None = None,
+) -> Path:
+    """What `publish` would send, as a folder on this machine: the card, the tables, the curve, the router's files.
+
+    For routers that stay where they are, such as those of `model_cards/`: experts need not be on the Hub.
+
+    Args:
+        folder, certificates, licence, title: as in `publish`.
+        out: a new or empty folder.
+        repo_id: the name that the card's snippet uses.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        InputError: `out` holds something, or as in `publish`. IntegrityError, ResultsError: as in `publish`.
+    """
+    given, target = Path(folder).expanduser(), Path(out).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(
+            "The output folder is not empty",
+            expected="a new or empty folder",
+            received=str(target),
+            remedy="choose another; nothing is overwritten",
+        )
+    source = router_folder(given)
+    tables = _tables(given, source, certificates)
+    with tempfile.TemporaryDirectory(prefix="rsrouter-card-") as scratch:
+        fresh = Path(scratch) / "card"
+        fresh.mkdir()
+        stage(source, fresh, repo_id, tables=tables, licence=licence, title=title, pinned=False)
+        shutil.copytree(fresh, target, dirs_exist_ok=True)
+    return target / "README.md"
 
 
 def _tables(given: Path, source: Path, certificates: str | Path | None) -> list[Path]:

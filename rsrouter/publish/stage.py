@@ -55,6 +55,7 @@ def stage(
     tables: Sequence[Path],
     licence: str,
     title: str | None,
+    pinned: bool = True,
 ) -> tuple[list[str], Card, RoutedSmooth]:
     """Copies what is to be published into `fresh` and checks it there.
 
@@ -64,6 +65,7 @@ def stage(
         repo_id: `org/name`.
         tables: results tables to publish.
         licence, title: for the card.
+        pinned: refuse experts that are not on the Hub.
 
     Returns:
         Paths relative to `fresh`, sorted; the card that the tables render to; the router as loaded from `fresh`.
@@ -74,9 +76,12 @@ def stage(
             from their votes.
         ResultsError, CheckpointError, HubError: files or experts that cannot be read or fetched.
     """
-    check_pinned(read_config(folder)["pool"]["experts"])
+    if pinned:
+        check_pinned(read_config(folder)["pool"]["experts"])
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(folder / name, fresh / name)
+    if not pinned and (folder / "experts").is_dir():
+        shutil.copytree(folder / "experts", fresh / "experts")  # weights that were written with the router
     routed = RoutedSmooth.from_pretrained(fresh)
     names = [CONFIG, WEIGHTS]
     (fresh / "certificates").mkdir()

@@ -12,9 +12,9 @@ import small_router as small
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 
-from rsrouter import CascadeRouter, ExpertPool, RoutedSmooth
+from rsrouter import CascadeRouter, ExpertPool, InputError, RoutedSmooth
 from rsrouter.card import render_card
-from rsrouter.publish import publish
+from rsrouter.publish import publish, write_card
 from rsrouter.report import certified_accuracy
 
 GOLDEN = Path(__file__).with_name("golden_card.txt")
@@ -116,3 +116,18 @@ def test_a_cascade_without_certificates(pool: ExpertPool) -> None:
     assert "Multiscale" in card.text
     assert "<b>" not in card.text
     assert "model-index" not in card.text
+
+
+def test_a_card_for_experts_that_are_not_on_the_hub(tmp_path: Path) -> None:
+    pool = ExpertPool([small.expert(0.25), small.expert(0.5, tilt=0.01)])
+    small.run_folder(small.routed(pool), tmp_path / "run")
+    path = write_card(tmp_path / "run", tmp_path / "card", "org/router")
+    text = path.read_text()
+    assert "huggingface.co/" not in text.partition("## Certified accuracy")[0]
+    assert "pinned by sha256" in text
+    assert str(tmp_path) not in text
+    assert (tmp_path / "card" / "certificates" / "certificates.tsv").read_bytes() == (
+        tmp_path / "run" / "certificates.tsv"
+    ).read_bytes()
+    with pytest.raises(InputError, match="not empty"):
+        write_card(tmp_path / "run", tmp_path / "card", "org/router")
