@@ -58,4 +58,4 @@ def check_seed(seed: object) -> int:
     """A seed as an int, or InputError."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise InputError("A seed must be a whole number", expected="an integer", received=repr(seed), remedy="leave it out")
-    return int(seed)  # type: ignore[call-overload]
+    return int(seed)

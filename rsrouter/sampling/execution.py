@@ -194,7 +194,8 @@ def check_network(
     scales = [max(float(torch.where(torch.isfinite(h), h, 0.0).abs().max()), _SMALL) for h in first]
 
     def differ(a: list[Tensor], b: list[Tensor]) -> float:
-        gaps = [torch.where((u == v) | (u.isnan() & v.isnan()), 0.0, (u - v).abs().nan_to_num(nan=torch.inf)) for u, v in zip(a, b, strict=True)]
+        gaps = [torch.where((u == v) | (u.isnan() & v.isnan()), 0.0, (u - v).abs().nan_to_num(nan=torch.inf))
+                for u, v in zip(a, b, strict=True)]
         return max(float(gap.max()) / scale for gap, scale in zip(gaps, scales, strict=True))
 
     if differ(first, again) > 0.0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from legacy import MEAN, STD, NormalizeLayer
@@ -56,6 +57,31 @@ def test_digest_sees_all_that_decides_a_vote() -> None:
         make(nn.Sequential(nn.LeakyReLU(0.1))), make(nn.Sequential(nn.LeakyReLU(0.2))),
     ]
     assert len({e.digest for e in experts}) == len(experts)
+
+
+class Configured(nn.Module):
+    def __init__(self, setting: object) -> None:
+        super().__init__()
+        self.setting, self.calls = setting, 0
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (1, 2), (False, True), ((2, 2), (2, 3)), ({"scale": 1.0}, {"scale": 2.0}), (np.zeros(3), np.ones(3)),
+    (np.float32(1), np.float32(2)), ([torch.zeros(1)], [torch.ones(1)]), (torch.zeros(1), torch.ones(1)),
+], ids=str)
+def test_digest_sees_settings_of_users_modules(one: object, other: object) -> None:
+    assert module_digest(Configured(one)) == module_digest(Configured(copy.deepcopy(one)))
+    assert module_digest(Configured(one)) != module_digest(Configured(other))
+
+
+def test_digest_sees_settings_that_no_repr_tells() -> None:
+    """The same weights split into other heads, or normalised elsewhere, are another function."""
+    layers = []
+    for heads, first in [(2, False), (4, False), (2, True)]:
+        torch.manual_seed(0)
+        layers.append(nn.TransformerEncoderLayer(8, heads, norm_first=first))
+    assert len({str(layer) for layer in layers}) == 1
+    assert len({module_digest(layer) for layer in layers}) == 3
 
 
 def test_network_normalises_pixels() -> None:
