@@ -265,8 +265,7 @@ def table(args: argparse.Namespace) -> None:
         lines.append(
             f"| {name} | "
             + " | ".join(f"{100 * a:.1f}" for a in reached)
-            + f" | {100 * abstained[name]:.1f}" * (name in abstained)
-            + " | " * (name not in abstained)
+            + (f" | {100 * abstained[name]:.1f}" if name in abstained else " | ")
             + f" | {summary[name]['coverage']:.3f} [{spread[0]:.3f}, {spread[1]:.3f}] | {ratio.min():.3f} "
             f"| {radius_mean[name]:.3f} |"
         )

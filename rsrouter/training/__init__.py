@@ -3,13 +3,14 @@
 `train_router` is the one way in; `tune_cascade` and `train_deferral` are what it calls for those kinds.
 """
 
-from rsrouter.training.deferral import DeferralRecipe, train_deferral
+from rsrouter.training.deferral import DEFERRAL_RECIPES, DeferralRecipe, train_deferral
 from rsrouter.training.flat import RECIPES, Recipe
 from rsrouter.training.losses import consistency_loss, dual_rs_loss, good_sets, utility_loss
 from rsrouter.training.train import KINDS, train_router
 from rsrouter.training.tune import tune_cascade
 
 __all__ = [
+    "DEFERRAL_RECIPES",
     "KINDS",
     "RECIPES",
     "DeferralRecipe",

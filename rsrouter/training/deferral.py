@@ -45,14 +45,22 @@ class DeferralRecipe:
         floor, strictness: see `Goal`.
     """
 
-    copies: int = 24
-    tune_copies: int = 300
+    copies: int = 16
+    tune_copies: int = 200
     levels: tuple[float, ...] = (1.025, 1.18)
     consistency: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0)
     head: HeadRecipe = field(default_factory=HeadRecipe)
     stages: int = 3
     floor: float = 0.915
     strictness: float = 5.0
+
+
+#: By name: `deferral` (some ten minutes for 6,000 and 1,000 small images on one core) and `quick` (about a minute for
+#: 1,000 and 400).
+DEFERRAL_RECIPES: dict[str, DeferralRecipe] = {
+    "deferral": DeferralRecipe(),
+    "quick": DeferralRecipe(copies=12, tune_copies=100, consistency=(2.0, 10.0), head=HeadRecipe(steps=500), strictness=2.0),
+}
 
 
 def smallest_sigma(radius: float, n: int, alpha: float, stages: int) -> float:

@@ -20,7 +20,7 @@ from rsrouter.router.flat import FlatRouter
 from rsrouter.router.labels import Labels, label_votes, target_radii
 from rsrouter.router.trunk import Trunk, has_trunk
 from rsrouter.smooth import RoutedSmooth
-from rsrouter.training.deferral import DeferralRecipe, train_deferral
+from rsrouter.training.deferral import DEFERRAL_RECIPES, DeferralRecipe, train_deferral
 from rsrouter.training.flat import RECIPES, Recipe, train_flat
 from rsrouter.training.tune import tune_cascade
 
@@ -60,7 +60,8 @@ def train_router(
         radii: radii the user cares about.
         seed: of noise, initialisation and order.
         out: folder to save to (`config.json`, `router.safetensors`, `training.jsonl`); must not hold another router.
-        recipe: of a flat router a `Recipe` or a name in `RECIPES` (default `"utility"`), else a `DeferralRecipe`.
+        recipe: of a flat router a `Recipe` or a name in `RECIPES` (default `"utility"`), else a
+            `DeferralRecipe` or a name in `DEFERRAL_RECIPES` (`"deferral"`, `"quick"`).
         routing_labels: of a flat router: labels made before; None: made here with `label_n` votes per expert and image.
         validation: images and labels that choices are made on; None: the last fifth of `images`, which then train
             nothing.
@@ -218,6 +219,8 @@ def _check_recipe(router: Router | str, recipe: Recipe | DeferralRecipe | str | 
             )
         return name
     if router in ("auto", "deferral"):
+        if isinstance(recipe, str) and recipe in DEFERRAL_RECIPES:
+            return DEFERRAL_RECIPES[recipe]
         if recipe is not None and not isinstance(recipe, DeferralRecipe):
             raise InputError(
                 "The recipe is for another kind of router",
