@@ -96,7 +96,7 @@ def train(
         str | None, typer.Option("--validation", help="Images that choices are made on; default: the last fifth.")
     ] = None,
     radii: Radii = DEFAULT_RADII,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Flat: utility, dual-rs. Deferral and auto: deferral, quick.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Flat: utility, dual-rs; others: deferral, quick.")] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help="Of a flat router: what `rsrouter label` wrote.")] = None,
     parent: Annotated[str | None, typer.Option("--from", help="Folder or Hub repository of a router to go on from.")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of --from.")] = None,
