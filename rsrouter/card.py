@@ -201,6 +201,7 @@ def _run(table: Table, run: Run, repo_id: str) -> dict[str, Any]:
         f"{plan['n']:,} votes a stage" if plan["kind"] == "fixed" else f"adaptive plan, at most {plan['n_max']:,} votes a stage"
     )
     seed = "" if table.metadata.get("seed_derived") else f" --seed {run.seed}"
+    votes += _part(table)
     command = f"rsrouter certify {repo_id}{expert} --data {argument} {votes} --alpha {run.alpha:g} --rule {run.rule}{sides}{seed}"
     return {
         "name": table.name,
@@ -216,6 +217,16 @@ def _run(table: Table, run: Run, repo_id: str) -> dict[str, Any]:
         "mean_votes": f"{float(table.n_drawn.mean()):,.0f}",
         "command": f"{command} --out {_SAFE.sub('-', table.name)}.tsv",
     }
+
+
+def _part(table: Table) -> str:
+    """The options that choose the certified images, "" where they are all of the data set."""
+    indices = table.metadata.get("indices") or {}
+    whole = (table.metadata.get("data") or {}).get("images")
+    if not {"start", "stop", "step"} <= indices.keys() or (indices["start"], indices["stop"], indices["step"]) == (0, whole, 1):
+        return ""
+    every = f" --every {indices['step']}" if indices["step"] != 1 else ""
+    return f" --start {indices['start']} --count {indices['stop'] - indices['start']}{every}"
 
 
 def _eval_results(summary: Summary) -> list[EvalResult]:

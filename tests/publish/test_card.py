@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 
 from rsrouter import CascadeRouter, ExpertPool, InputError, RoutedSmooth
 from rsrouter.card import render_card
+from rsrouter.jobs import certify_table
 from rsrouter.publish import publish, write_card
 from rsrouter.report import certified_accuracy
 
@@ -131,3 +132,10 @@ def test_a_card_for_experts_that_are_not_on_the_hub(tmp_path: Path) -> None:
     ).read_bytes()
     with pytest.raises(InputError, match="not empty"):
         write_card(tmp_path / "run", tmp_path / "card", "org/router")
+
+
+def test_the_command_names_the_certified_images(pool: ExpertPool, tmp_path: Path) -> None:
+    router = small.routed(pool)
+    table = certify_table(router, small.images(), tmp_path / "part.tsv", plan=small.PLAN, indices=range(2, 9, 3))
+    assert " --start 2 --count 9 --every 3 " in render_card(router, "org/router", [table]).text
+    assert list(range(2, min(12, 2 + 9), 3)) == table.idx.tolist()
