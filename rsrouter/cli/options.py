@@ -17,6 +17,8 @@ Out = Annotated[Path, typer.Option("--out", help="Where to write; nothing there 
 Alpha = Annotated[float, typer.Option("--alpha", help="Failure probability of each certificate.")]
 Radii = Annotated[str, typer.Option("--radii", help="Radii you care about: '0,0.25,0.5' or 'start:stop:step', stop included.")]
 DEFAULT_RADII = "0:2:0.25"
+#: No figure or plan needs more.
+MOST_RADII = 10_000
 
 
 class Format(StrEnum):
@@ -38,7 +40,7 @@ def parse_radii(text: str) -> tuple[float, ...]:
     try:
         if ":" in text:
             start, stop, step = (float(part) for part in text.split(":"))
-            if not (step > 0 and stop >= start):
+            if not (step > 0 and stop >= start and (stop - start) / step <= MOST_RADII):
                 raise ValueError
             return tuple(round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-9) + 1))
         return tuple(float(part) for part in text.split(","))

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from rsrouter.core.errors import InputError
-from rsrouter.results import Table
+from rsrouter.results import Table, format_radius
 
 #: Longer side of a thumbnail in pixels; smaller images stay as they are.
 SIDE = 96
@@ -108,7 +108,7 @@ def _thumbnail(table: Table, i: int, images: Mapping[int, Any], classes: Sequenc
         return classes[c] if classes is not None and 0 <= c < len(classes) else f"class {c}"
 
     idx, label, predict = int(table.idx[i]), int(table.label[i]), int(table.predict[i])
-    caption = "no class" if predict < 0 else f"r = {table.radius[i]:.2f}"
+    caption = "no class" if predict < 0 else f"r = {format_radius(table.radius[i])[:-6]}"  # cut, not rounded up
     said = word(label) if label >= 0 else ""
     if predict >= 0 and label != predict:
         said = f"{word(predict)}, is {word(label)}" if label >= 0 else word(predict)

@@ -133,6 +133,6 @@ def test_bad_input_exits_with_2_and_says_what_to_do(call, files, tmp_path, kind)
 def test_radii():
     assert parse_radii("0:1:0.25") == (0.0, 0.25, 0.5, 0.75, 1.0)
     assert parse_radii("0,0.5") == (0.0, 0.5)
-    for text in ("", "1:0:0.5", "0:1:0", "x"):
+    for text in ("0:inf:1", "0:1e9:1e-3", "", "1:0:0.5", "0:1:0", "x"):
         with pytest.raises(InputError):
             parse_radii(text)

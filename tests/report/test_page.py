@@ -16,6 +16,7 @@ from report_tables import make_table
 
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.report import summarise, write_report
+from rsrouter.report.thumbnails import gallery
 from rsrouter.results import Table
 
 N = 60
@@ -264,6 +265,12 @@ def test_images_that_do_not_fit(tmp_path: Path, images: Any, match: str) -> None
     with pytest.raises(InputError, match=match):
         write_report(tables(), tmp_path / "out", images=images)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_caption_never_says_more_than_was_certified() -> None:
+    table = make_table("one", [0.996, 2.25999999], [1, 1])
+    found = gallery(table, {i: np.zeros((1, 4, 4)) for i in range(2)})
+    assert {t.caption for group in found.values() for t in group} == {"r = 0.99", "r = 2.25"}
 
 
 def test_images_by_id_and_bytes_are_enough(tmp_path: Path) -> None:
