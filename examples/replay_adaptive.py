@@ -107,8 +107,10 @@ def main() -> None:
         loss = certified_accuracy(fixed, correct, grid) - certified_accuracy(adaptive, correct, grid)
         looks = np.searchsorted(plan.looks, drawn - plan.n0) + 1
         worst = f"{loss.max():6.3f} (r = {grid[loss.argmax()]:.2f})"
-        print(f"{path.name:15s} {len(share):6d}  {drawn.sum() / full.sum():6.1%}   {worst}"
-              f"        {adaptive.radius.sum() / fixed.radius.sum():6.3f}     {looks.mean():.2f}")
+        print(
+            f"{path.name:15s} {len(share):6d}  {drawn.sum() / full.sum():6.1%}   {worst}"
+            f"        {adaptive.radius.sum() / fixed.radius.sum():6.3f}     {looks.mean():.2f}"
+        )
 
 
 if __name__ == "__main__":

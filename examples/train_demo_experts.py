@@ -34,8 +34,11 @@ from torch.nn import functional as F
 from rsrouter.experts.small_resnet import SmallResNet
 
 EXPERT_ROWS = slice(0, 52_000)
-SLICES = {"train": ("train", slice(52_000, 58_000)), "validation": ("train", slice(58_000, 59_000)),
-          "test": ("t10k", slice(0, 1_000))}
+SLICES = {
+    "train": ("train", slice(52_000, 58_000)),
+    "validation": ("train", slice(58_000, 59_000)),
+    "test": ("t10k", slice(0, 1_000)),
+}
 MEAN, STD = (0.286,), (0.353,)
 #: sigma -> consistency weight; stronger where the expert serves large radii
 CONSISTENCY = {0.25: 2.0, 0.5: 5.0, 1.0: 5.0}
@@ -110,15 +113,39 @@ def train(args: argparse.Namespace) -> None:
             schedule.step()
             average.update_parameters(model)
             total += float(loss.detach())
-        torch.save({"model": model.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict(),
-                    "schedule": schedule.state_dict(), "generator": generator.get_state(), "epoch": epoch + 1}, state_file)
-        print(f"sigma {args.sigma} epoch {epoch + 1}/{args.epochs} loss {total / steps:.4f} {time.time() - start:.0f} s",
-              flush=True)
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "schedule": schedule.state_dict(),
+                "generator": generator.get_state(),
+                "epoch": epoch + 1,
+            },
+            state_file,
+        )
+        print(
+            f"sigma {args.sigma} epoch {epoch + 1}/{args.epochs} loss {total / steps:.4f} {time.time() - start:.0f} s", flush=True
+        )
     save_file({k: v.contiguous() for k, v in average.module.state_dict().items()}, folder / "model.safetensors")
-    config = {"architecture": "small_resnet", "kwargs": {}, "sigma": args.sigma, "num_classes": 10,
-              "input_shape": [1, 28, 28], "mean": list(MEAN), "std": list(STD), "licence": "Apache-2.0",
-              "training": {"data": "Fashion-MNIST, official training rows 0 to 51,999", "consistency": weight,
-                           "epochs": args.epochs, "batch": args.batch, "lr": args.lr, "seed": args.seed}}
+    config = {
+        "architecture": "small_resnet",
+        "kwargs": {},
+        "sigma": args.sigma,
+        "num_classes": 10,
+        "input_shape": [1, 28, 28],
+        "mean": list(MEAN),
+        "std": list(STD),
+        "licence": "Apache-2.0",
+        "training": {
+            "data": "Fashion-MNIST, official training rows 0 to 51,999",
+            "consistency": weight,
+            "epochs": args.epochs,
+            "batch": args.batch,
+            "lr": args.lr,
+            "seed": args.seed,
+        },
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -126,8 +153,9 @@ def slices(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name, (split, rows) in SLICES.items():
         images, labels = read_idx(args.data, split)
-        np.savez_compressed(args.out / f"{name}.npz", images=images[rows], labels=labels[rows],
-                            index=np.arange(rows.start, rows.stop))
+        np.savez_compressed(
+            args.out / f"{name}.npz", images=images[rows], labels=labels[rows], index=np.arange(rows.start, rows.stop)
+        )
         print(name, images[rows].shape, f"{(args.out / f'{name}.npz').stat().st_size / 1e6:.2f} MB")
 
 

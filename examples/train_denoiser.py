@@ -48,7 +48,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def averaged(model: nn.Module) -> torch.optim.swa_utils.AveragedModel:
     """Running mean of the weights, decay 0.99 to suit a few thousand steps."""
     return torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True)
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True
+    )
 
 
 def train_classifier(x: Tensor, y: Tensor, epochs: int, generator: torch.Generator) -> nn.Module:
@@ -125,9 +126,23 @@ def main() -> None:
     folder = args.out / "classifier"
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(train_classifier(x, y, 12, generator).state_dict()), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({
-        "architecture": "small_resnet", "kwargs": {}, "sigma": 0.5, "num_classes": 10, "input_shape": [1, 28, 28],
-        "mean": MEAN, "std": STD, "licence": "Apache-2.0", "description": "trained without noise"}, indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architecture": "small_resnet",
+                "kwargs": {},
+                "sigma": 0.5,
+                "num_classes": 10,
+                "input_shape": [1, 28, 28],
+                "mean": MEAN,
+                "std": STD,
+                "licence": "Apache-2.0",
+                "description": "trained without noise",
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     unet = args.out / "denoiser.safetensors"
     save_file(dict(train_denoiser(x, args.epochs, args.width, diffusion, generator).state_dict()), unet)
 
@@ -136,8 +151,11 @@ def main() -> None:
     print(f"clean accuracy of the classifier {noisy_accuracy(classifier, x_test, y_test, 0.0, 1):.3f}")
     for sigma in (0.25, 0.5, 1.0):
         expert = denoised(denoiser, classifier, sigma=sigma, diffusion=diffusion)
-        print(f"sigma {sigma}: plain {noisy_accuracy(classifier, x_test, y_test, sigma):.3f}, "
-              f"denoised {noisy_accuracy(expert, x_test, y_test, sigma):.3f}", flush=True)
+        print(
+            f"sigma {sigma}: plain {noisy_accuracy(classifier, x_test, y_test, sigma):.3f}, "
+            f"denoised {noisy_accuracy(expert, x_test, y_test, sigma):.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,17 +132,25 @@ def _network(expert: Expert, image: Tensor, n: int, repeats: int, device: torch.
         return work
 
     best = min(BATCHES, key=lambda b: min(_seconds(forward(b), device) for _ in range(3)))
-    times = _in_turn({
-        "forward": forward(best), "forward and noise": with_noise(best), "engine": lambda: engine.run(x, identity, requests),
-        "reference": lambda: reference_loop(plain, on_device, expert.sigma, n, expert.num_classes),
-    }, repeats, device)
+    times = _in_turn(
+        {
+            "forward": forward(best),
+            "forward and noise": with_noise(best),
+            "engine": lambda: engine.run(x, identity, requests),
+            "reference": lambda: reference_loop(plain, on_device, expert.sigma, n, expert.num_classes),
+        },
+        repeats,
+        device,
+    )
 
     def ratio(a: str, b: str) -> list[float]:
         return [s / t for s, t in zip(times[a], times[b], strict=True)]
 
     return [
         _figure(f"{label}: votes a second, engine", [n / t for t in times["engine"]], "votes/s"),
-        _figure(f"{label}: votes a second, pure forward passes (folded, batch {best})", [n / t for t in times["forward"]], "votes/s"),
+        _figure(
+            f"{label}: votes a second, pure forward passes (folded, batch {best})", [n / t for t in times["forward"]], "votes/s"
+        ),
         _figure(f"{label}: votes a second, reference loop", [n / t for t in times["reference"]], "votes/s"),
         _figure(f"{label}: engine / pure forward", ratio("forward", "engine")),
         _figure(f"{label}: engine / (forward and noise)", ratio("forward and noise", "engine")),
@@ -165,12 +174,20 @@ def _sound(expert: Expert, image: Tensor, n: int, repeats: int, device: torch.de
 
     requests, x, identity = [VoteRequest(0, expert.name, "bench", 0, n)], image[None], [image_identity(image)]
     engines = {name: Engine([vote_model(expert)], expert.input_shape, seed=0, device=str(device), noise=name) for name in streams}
-    times = _in_turn({**{name: noise(name) for name in streams},
-                      **{f"{name} votes": drawing(engine) for name, engine in engines.items()}}, repeats, device)
+    times = _in_turn(
+        {**{name: noise(name) for name in streams}, **{f"{name} votes": drawing(engine) for name, engine in engines.items()}},
+        repeats,
+        device,
+    )
     return [
-        _figure("sound noise / Gaussian noise, time of the noise alone", [s / g for s, g in zip(times["sound"], times["gaussian"], strict=True)]),
-        _figure("sound noise / Gaussian noise, time of whole votes",
-                [s / g for s, g in zip(times["sound votes"], times["gaussian votes"], strict=True)]),
+        _figure(
+            "sound noise / Gaussian noise, time of the noise alone",
+            [s / g for s, g in zip(times["sound"], times["gaussian"], strict=True)],
+        ),
+        _figure(
+            "sound noise / Gaussian noise, time of whole votes",
+            [s / g for s, g in zip(times["sound votes"], times["gaussian votes"], strict=True)],
+        ),
     ]
 
 
@@ -197,10 +214,15 @@ def _certificates(
     tree_seconds = (time.perf_counter() - start) / len(images)
     plain, one = expert.network().eval().to(device), images[0].to(device)
     fixed_times = [_seconds(lambda: single.certify(images[:1], plan=fixed, device=where), device) for _ in range(repeats)]
-    loop_times = [_seconds(lambda: reference_loop(plain, one, expert.sigma, n_max + 100, expert.num_classes), device) for _ in range(repeats)]
+    loop_times = [
+        _seconds(lambda: reference_loop(plain, one, expert.sigma, n_max + 100, expert.num_classes), device)
+        for _ in range(repeats)
+    ]
     share = np.mean([c.n_drawn for c in adaptive]) / (n_max + 100)
     return [
-        _figure(f"votes per certificate, adaptive, share of the fixed plan's {n_max + 100:,} ({len(images)} images)", [float(share)]),
+        _figure(
+            f"votes per certificate, adaptive, share of the fixed plan's {n_max + 100:,} ({len(images)} images)", [float(share)]
+        ),
         _figure("votes per certificate, adaptive", [float(np.mean([c.n_drawn for c in adaptive]))], "votes"),
         _figure("votes per routed certificate, adaptive", [float(np.mean([c.n_drawn for c in tree]))], "votes"),
         _figure("seconds per certificate, adaptive", [adaptive_seconds], "s"),
@@ -212,7 +234,9 @@ def _certificates(
     ]
 
 
-def _scaling(expert: Expert, images: Tensor, votes: Sequence[int], counts: Sequence[int], most: int, device: torch.device) -> list[dict[str, Any]]:
+def _scaling(
+    expert: Expert, images: Tensor, votes: Sequence[int], counts: Sequence[int], most: int, device: torch.device
+) -> list[dict[str, Any]]:
     """Seconds and memory of fixed plans over n and the number of images, up to `most` votes in all."""
     rows = []
     smooth = Smooth(expert)
@@ -222,15 +246,32 @@ def _scaling(expert: Expert, images: Tensor, votes: Sequence[int], counts: Seque
                 continue
             x = images[torch.arange(count) % len(images)]
             before = _resident()
-            seconds = _seconds(lambda n=n, x=x, count=count: smooth.certify(x, plan=FixedPlan(100, n), ids=range(count), device=str(device)), device)  # type: ignore[misc]
-            rows.append({"n": n, "images": count, "seconds": seconds, "microseconds_per_vote": 1e6 * seconds / (count * (n + 100)),
-                         "memory_growth_mb": _resident() - before})
+            work = partial(smooth.certify, x, plan=FixedPlan(100, n), ids=range(count), device=str(device))
+            seconds = _seconds(work, device)
+            rows.append(
+                {
+                    "n": n,
+                    "images": count,
+                    "seconds": seconds,
+                    "microseconds_per_vote": 1e6 * seconds / (count * (n + 100)),
+                    "memory_growth_mb": _resident() - before,
+                }
+            )
     return rows
 
 
 def run_bench(
-    pool: ExpertPool, images: Tensor, *, router: Router | None = None, device: str | None = None, repeats: int = 5, n: int = 10_000,
-    n_max: int = 100_000, certificates: int = 50, most: int = 1_000_000, radii: Sequence[float] = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2),
+    pool: ExpertPool,
+    images: Tensor,
+    *,
+    router: Router | None = None,
+    device: str | None = None,
+    repeats: int = 5,
+    n: int = 10_000,
+    n_max: int = 100_000,
+    certificates: int = 50,
+    most: int = 1_000_000,
+    radii: Sequence[float] = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2),
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Every figure of `rsrouter bench`, JSON-ready.
@@ -253,14 +294,27 @@ def run_bench(
     say(f"throughput of {expert.name}, {n:,} votes, {repeats} rounds")
     figures = _network(expert, images[0], n, repeats, where, expert.name)
     torch.manual_seed(0)
-    larger = Expert(build_architecture("small_resnet", 10, {"in_channels": 3}), sigma=0.5, num_classes=10, input_shape=(3, 32, 32), name="rgb32")
+    larger = Expert(
+        build_architecture("small_resnet", 10, {"in_channels": 3}),
+        sigma=0.5,
+        num_classes=10,
+        input_shape=(3, 32, 32),
+        name="rgb32",
+    )
     say("throughput at 3 x 32 x 32 (random weights)")
     figures += _network(larger, torch.rand(3, 32, 32), n, repeats, where, "3 x 32 x 32")
     say("sound noise")
     figures += _sound(expert, images[0], n, repeats, where)
     say(f"certificates of {certificates} images, n_max = {n_max:,}")
-    figures += _certificates(pool, router or CascadeRouter((0.55,) * (len(pool) - 1)), images[:certificates], n_max, radii, min(repeats, 3), where)
+    figures += _certificates(
+        pool, router or CascadeRouter((0.55,) * (len(pool) - 1)), images[:certificates], n_max, radii, min(repeats, 3), where
+    )
     say("cost against work")
     scaling = _scaling(expert, images, (1_000, 10_000, 100_000, 1_000_000), (1, 10, 100, 1_000), most, where)
-    return {"device": str(where), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "figures": [vars(f) for f in figures], "scaling": scaling}
+    return {
+        "device": str(where),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "figures": [vars(f) for f in figures],
+        "scaling": scaling,
+    }

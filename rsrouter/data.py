@@ -44,20 +44,35 @@ class ImageData(Sequence[tuple[Tensor, int]]):
     """
 
     def __init__(
-        self, read: Callable[[int], NDArray[Any]], labels: Sequence[int] | NDArray[Any] | None, *,
-        fingerprint: str | Callable[[], str], name: str, classes: Sequence[str] | None = None,
-        ids: Sequence[int] | NDArray[Any] | None = None, length: int | None = None, size: int | None = None,
+        self,
+        read: Callable[[int], NDArray[Any]],
+        labels: Sequence[int] | NDArray[Any] | None,
+        *,
+        fingerprint: str | Callable[[], str],
+        name: str,
+        classes: Sequence[str] | None = None,
+        ids: Sequence[int] | NDArray[Any] | None = None,
+        length: int | None = None,
+        size: int | None = None,
     ) -> None:
         self._read, self._fingerprint, self.name, self._size = read, fingerprint, name, size
         count = length if labels is None else len(labels)
         if not count:
-            raise InputError("The data set is empty", expected="at least one image", received=f"0 images in {name}",
-                             remedy="check the path and the split")
+            raise InputError(
+                "The data set is empty",
+                expected="at least one image",
+                received=f"0 images in {name}",
+                remedy="check the path and the split",
+            )
         self.labelled = labels is not None
         values = np.full(count, -1) if labels is None else np.asarray(labels)
         if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise InputError("Labels must be class indices", expected="(N,) integers", received=f"{values.dtype} {values.shape}",
-                             remedy="give one integer per image")
+            raise InputError(
+                "Labels must be class indices",
+                expected="(N,) integers",
+                received=f"{values.dtype} {values.shape}",
+                remedy="give one integer per image",
+            )
         self._labels = values.astype(np.int64)
         self.ids = np.arange(count) if ids is None else np.asarray(ids, dtype=np.int64)
         self.classes = None if classes is None else tuple(classes)
@@ -96,8 +111,12 @@ class ImageData(Sequence[tuple[Tensor, int]]):
         chosen = list(range(*rows.indices(len(self)))) if isinstance(rows, slice) else [int(r) for r in rows]
         images = [self.image(i) for i in chosen]
         if len(shapes := {tuple(image.shape) for image in images}) > 1:
-            raise InputError(f"The images of {self.name} differ in size", expected="one size (C, H, W)",
-                             received=str(sorted(shapes)[:4]), remedy="give size= to resize the short side and crop the centre")
+            raise InputError(
+                f"The images of {self.name} differ in size",
+                expected="one size (C, H, W)",
+                received=str(sorted(shapes)[:4]),
+                remedy="give size= to resize the short side and crop the centre",
+            )
         labels = torch.from_numpy(self._labels[chosen].copy())
         return (torch.stack(images) if images else torch.empty(0, *self.image(0).shape)), labels
 
@@ -109,12 +128,20 @@ class ImageData(Sequence[tuple[Tensor, int]]):
         """The data of some rows, with their positions in the source kept in `ids`."""
         chosen = list(range(*rows.indices(len(self)))) if isinstance(rows, slice) else [int(r) for r in rows]
         if bad := [r for r in chosen if not 0 <= r < len(self)]:
-            raise InputError("Rows outside the data", expected=f"0 to {len(self) - 1}", received=str(bad[:4]),
-                             remedy="check the range")
+            raise InputError(
+                "Rows outside the data", expected=f"0 to {len(self) - 1}", received=str(bad[:4]), remedy="check the range"
+            )
         where = hashlib.sha256(np.asarray(chosen, dtype=np.int64).tobytes()).hexdigest()
-        return ImageData(lambda i: self._read(chosen[i]), self._labels[chosen] if self.labelled else None,
-                         fingerprint=lambda: hashlib.sha256(f"{self.fingerprint} rows {where}".encode()).hexdigest(),
-                         name=self.name, classes=self.classes, ids=self.ids[chosen], length=len(chosen), size=self._size)
+        return ImageData(
+            lambda i: self._read(chosen[i]),
+            self._labels[chosen] if self.labelled else None,
+            fingerprint=lambda: hashlib.sha256(f"{self.fingerprint} rows {where}".encode()).hexdigest(),
+            name=self.name,
+            classes=self.classes,
+            ids=self.ids[chosen],
+            length=len(chosen),
+            size=self._size,
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -129,18 +156,30 @@ class ImageData(Sequence[tuple[Tensor, int]]):
 def to_unit(pixels: NDArray[Any], who: str) -> Tensor:
     """A `(C, H, W)` array of uint8, or of floats in [0,1], as float32 in [0,1]; InputError for anything else."""
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
-        raise InputError(f"{who} has the wrong shape", expected="(C, H, W) with 1 or 3 channels", received=str(pixels.shape),
-                         remedy="move the channels first")
+        raise InputError(
+            f"{who} has the wrong shape",
+            expected="(C, H, W) with 1 or 3 channels",
+            received=str(pixels.shape),
+            remedy="move the channels first",
+        )
     if pixels.dtype == np.uint8:
         return torch.from_numpy(np.array(pixels)).to(torch.float32).div_(255)
     if pixels.dtype.kind != "f":
-        raise InputError(f"{who} has the wrong dtype", expected="uint8, or floats in [0,1]", received=str(pixels.dtype),
-                         remedy="convert with .astype('uint8') if the values are 0 to 255")
+        raise InputError(
+            f"{who} has the wrong dtype",
+            expected="uint8, or floats in [0,1]",
+            received=str(pixels.dtype),
+            remedy="convert with .astype('uint8') if the values are 0 to 255",
+        )
     low, high = float(pixels.min()), float(pixels.max())
     if not (low >= 0.0 and high <= 1.0):
         remedy = "divide by 255" if 1.0 < high <= 255 and low >= 0 else "give raw pixels; each expert normalises them itself"
-        raise InputError(f"{who} has pixels outside [0,1]", expected="floats in [0,1], or uint8", received=f"[{low:g}, {high:g}]",
-                         remedy=remedy)
+        raise InputError(
+            f"{who} has pixels outside [0,1]",
+            expected="floats in [0,1], or uint8",
+            received=f"[{low:g}, {high:g}]",
+            remedy=remedy,
+        )
     return torch.from_numpy(np.array(pixels, dtype=np.float32))
 
 
@@ -156,8 +195,9 @@ def resize_centre(pixels: Tensor, size: int) -> Tensor:
     return resized.to(torch.float32).div_(255)
 
 
-def from_arrays(images: object, labels: Any = None, *, name: str = "arrays",
-                ids: Sequence[int] | NDArray[Any] | None = None) -> ImageData:
+def from_arrays(
+    images: object, labels: Any = None, *, name: str = "arrays", ids: Sequence[int] | NDArray[Any] | None = None
+) -> ImageData:
     """Images `(N, C, H, W)` or `(N, H, W)` or `(N, H, W, C)`, uint8 or floats in [0,1], and `(N,)` integer labels or None.
 
     Raises:
@@ -169,14 +209,22 @@ def from_arrays(images: object, labels: Any = None, *, name: str = "arrays",
     elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
         array = array.transpose(0, 3, 1, 2)
     if array.ndim != 4 or len(array) == 0:
-        raise InputError(f"Images of {name} have the wrong shape", expected="(N, C, H, W), N at least 1",
-                         received=str(array.shape), remedy="stack the images; one image needs a batch dimension too")
+        raise InputError(
+            f"Images of {name} have the wrong shape",
+            expected="(N, C, H, W), N at least 1",
+            received=str(array.shape),
+            remedy="stack the images; one image needs a batch dimension too",
+        )
     for i in range(1 if array.dtype == np.uint8 else len(array)):
         to_unit(array[i], f"image {i} of {name}")
     given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
     if given is not None and np.shape(given) != (len(array),):
-        raise InputError("Images and labels differ in number", expected=f"{len(array)} labels",
-                         received=f"shape {np.shape(given)}", remedy="give one label per image")
+        raise InputError(
+            "Images and labels differ in number",
+            expected=f"{len(array)} labels",
+            received=f"shape {np.shape(given)}",
+            remedy="give one label per image",
+        )
 
     def fingerprint() -> str:
         digest = hashlib.sha256(repr((str(array.dtype), array.shape)).encode())
@@ -184,8 +232,14 @@ def from_arrays(images: object, labels: Any = None, *, name: str = "arrays",
         digest.update(b"unlabelled" if given is None else np.asarray(given).astype(np.int64).tobytes())
         return digest.hexdigest()
 
-    return ImageData(lambda i: array[i], None if given is None else np.asarray(given), fingerprint=fingerprint, name=name,
-                     ids=ids, length=len(array))
+    return ImageData(
+        lambda i: array[i],
+        None if given is None else np.asarray(given),
+        fingerprint=fingerprint,
+        name=name,
+        ids=ids,
+        length=len(array),
+    )
 
 
 def _decode(encoded: bytes, who: str) -> NDArray[np.uint8]:
@@ -196,8 +250,12 @@ def _decode(encoded: bytes, who: str) -> NDArray[np.uint8]:
             gray = image.mode in {"L", "1", "LA", "I", "I;16"}
             array = np.asarray(image.convert("L" if gray else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{who} is not a readable image", expected="PNG, JPEG or another format that Pillow reads",
-                         received=str(error), remedy="fetch the file again") from error
+        raise InputError(
+            f"{who} is not a readable image",
+            expected="PNG, JPEG or another format that Pillow reads",
+            received=str(error),
+            remedy="fetch the file again",
+        ) from error
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
@@ -212,8 +270,12 @@ def _files_digest(paths: Sequence[Path], root: Path) -> str:
 def _pick(columns: Sequence[str], wanted: str | None, usual: Sequence[str], what: str, where: str) -> str:
     candidates = [wanted] if wanted else [c for c in usual if c in columns]
     if not candidates or candidates[0] not in columns:
-        raise InputError(f"{where} has no {what} column that is known", expected=wanted or f"one of {list(usual)}",
-                         received=str(list(columns)), remedy=f"give {what}=")
+        raise InputError(
+            f"{where} has no {what} column that is known",
+            expected=wanted or f"one of {list(usual)}",
+            received=str(list(columns)),
+            remedy=f"give {what}=",
+        )
     return candidates[0]
 
 
@@ -241,13 +303,18 @@ class _Parquet:
         value = self._held[1][i - self.starts[group]].as_py()
         encoded = value.get("bytes") if isinstance(value, Mapping) else value
         if not isinstance(encoded, bytes):
-            raise InputError(f"Row {i} holds no encoded image", expected="bytes, or {'bytes': ...} as on the Hub",
-                             received=type(encoded).__name__, remedy="store the images in the file, not as links")
+            raise InputError(
+                f"Row {i} holds no encoded image",
+                expected="bytes, or {'bytes': ...} as on the Hub",
+                received=type(encoded).__name__,
+                remedy="store the images in the file, not as links",
+            )
         return _decode(encoded, f"row {i}")
 
 
-def _from_parquet(paths: Sequence[Path], root: Path, name: str, image: str | None, label: str | None,
-                  size: int | None) -> ImageData:
+def _from_parquet(
+    paths: Sequence[Path], root: Path, name: str, image: str | None, label: str | None, size: int | None
+) -> ImageData:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -261,8 +328,12 @@ def _from_parquet(paths: Sequence[Path], root: Path, name: str, image: str | Non
             labels = np.concatenate([pq.read_table(p, columns=[column]).column(0).to_numpy() for p in paths])
         read = _Parquet(paths, image_column)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{name} is not readable parquet", expected="parquet with an image and a label column",
-                         received=str(error).splitlines()[0], remedy="fetch the file again") from error
+        raise InputError(
+            f"{name} is not readable parquet",
+            expected="parquet with an image and a label column",
+            received=str(error).splitlines()[0],
+            remedy="fetch the file again",
+        ) from error
     return ImageData(read, labels, fingerprint=lambda: _files_digest(paths, root), name=name, length=read.starts[-1], size=size)
 
 
@@ -273,8 +344,15 @@ def _from_folder(folder: Path, name: str, size: int | None) -> ImageData:
     if not files:  # images without classes
         files, labels, classes = [(p, -1) for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES], None, []
     paths = [p for p, _ in files]
-    return ImageData(lambda i: _decode(paths[i].read_bytes(), paths[i].name), labels, length=len(paths), name=name, size=size,
-                     fingerprint=lambda: _files_digest(paths, folder), classes=classes or None)
+    return ImageData(
+        lambda i: _decode(paths[i].read_bytes(), paths[i].name),
+        labels,
+        length=len(paths),
+        name=name,
+        size=size,
+        fingerprint=lambda: _files_digest(paths, folder),
+        classes=classes or None,
+    )
 
 
 def _from_npz(path: Path, name: str, image: str | None, label: str | None, size: int | None) -> ImageData:
@@ -287,17 +365,28 @@ def _from_npz(path: Path, name: str, image: str | None, label: str | None, size:
     except InputError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{name} is not a readable .npz file", expected="arrays `images` and `labels`", received=str(error),
-                         remedy="write it with numpy.savez; object arrays are not read") from error
+        raise InputError(
+            f"{name} is not a readable .npz file",
+            expected="arrays `images` and `labels`",
+            received=str(error),
+            remedy="write it with numpy.savez; object arrays are not read",
+        ) from error
     data = from_arrays(images, labels, name=name, ids=ids)
     data._size = size
     return data
 
 
 def load_data(
-    source: str | os.PathLike[str], *, split: str | None = None, image: str | None = None, label: str | None = None,
-    size: int | None = None, revision: str | None = None, token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False,
+    source: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    size: int | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> ImageData:
     """Images and labels of a file, a folder or a Hub data set.
 
@@ -330,14 +419,22 @@ def load_data(
             return _from_parquet(_parquet_files(path, split, path.name), path, path.name, image, label, size)
         return _from_folder(path, path.name, size)
     if not path.is_file():
-        raise InputError("No data there", expected=".npz, .parquet, a folder, or hf-hub:org/name@revision", received=text,
-                         remedy="check the path; Hub data sets are written hf-hub:org/name")
+        raise InputError(
+            "No data there",
+            expected=".npz, .parquet, a folder, or hf-hub:org/name@revision",
+            received=text,
+            remedy="check the path; Hub data sets are written hf-hub:org/name",
+        )
     if path.suffix == ".parquet":
         return _from_parquet([path], path.parent, path.name, image, label, size)
     if path.suffix == ".npz":
         return _from_npz(path, path.name, image, label, size)
-    raise InputError("Unknown kind of data", expected=".npz, .parquet or a folder", received=path.suffix or path.name,
-                     remedy="convert it to one of these")
+    raise InputError(
+        "Unknown kind of data",
+        expected=".npz, .parquet or a folder",
+        received=path.suffix or path.name,
+        remedy="convert it to one of these",
+    )
 
 
 def _parquet_files(folder: Path, split: str | None, name: str) -> list[Path]:
@@ -348,6 +445,10 @@ def _parquet_files(folder: Path, split: str | None, name: str) -> list[Path]:
         kept = paths
     splits = sorted({p.name.split("-")[0].split(".")[0] for p in paths})
     if not kept or (split is None and len(splits) > 1):
-        raise InputError(f"{name} has several splits" if kept else f"{name} has no such split", expected=f"one of {splits}",
-                         received=repr(split), remedy="give split=")
+        raise InputError(
+            f"{name} has several splits" if kept else f"{name} has no such split",
+            expected=f"one of {splits}",
+            received=repr(split),
+            remedy="give split=",
+        )
     return kept

@@ -54,8 +54,12 @@ def parse_reference(text: str) -> tuple[str, str | None]:
         plain = plain.removeprefix(prefix)
     repo_id, at, revision = plain.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or (at and not revision):
-        raise HubError("This is not a Hub repository", expected="hf-hub:org/name or hf-hub:org/name@revision", received=text,
-                       remedy="write the repository as it stands on the Hub")
+        raise HubError(
+            "This is not a Hub repository",
+            expected="hf-hub:org/name or hf-hub:org/name@revision",
+            received=text,
+            remedy="write the repository as it stands on the Hub",
+        )
     return repo_id, revision or None
 
 
@@ -67,36 +71,66 @@ def explain(error: Exception, repo_id: str, revision: str | None = None, filenam
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     # most specific first: GatedRepoError is a RepositoryNotFoundError, and all of them are OSErrors
     if isinstance(error, hf.GatedRepoError):
-        return HubError(f"{where} is gated", expected="access granted to your account", received=reason,
-                        remedy=f"ask for access on the page of {repo_id}, then log in with `hf auth login` or pass token=")
+        return HubError(
+            f"{where} is gated",
+            expected="access granted to your account",
+            received=reason,
+            remedy=f"ask for access on the page of {repo_id}, then log in with `hf auth login` or pass token=",
+        )
     if isinstance(error, hf.RepositoryNotFoundError):
-        return HubError(f"{repo_id} does not exist, or is private", expected="a repository you may read", received=reason,
-                        remedy="check the spelling; for a private repository pass token= or log in with `hf auth login`")
+        return HubError(
+            f"{repo_id} does not exist, or is private",
+            expected="a repository you may read",
+            received=reason,
+            remedy="check the spelling; for a private repository pass token= or log in with `hf auth login`",
+        )
     if isinstance(error, hf.RevisionNotFoundError):
-        return HubError(f"{repo_id} has no revision {revision!r}", expected="a branch, tag or commit hash",
-                        received=repr(revision), remedy=f"look at the branches and tags of {repo_id}")
+        return HubError(
+            f"{repo_id} has no revision {revision!r}",
+            expected="a branch, tag or commit hash",
+            received=repr(revision),
+            remedy=f"look at the branches and tags of {repo_id}",
+        )
     if isinstance(error, hf.LocalEntryNotFoundError | hf.OfflineModeIsEnabled):
-        return HubError(f"{filename or 'The snapshot'} of {where} is not in the cache, and the Hub was not reached",
-                        expected="a cached copy or a connection", received=reason,
-                        remedy="connect (unset HF_HUB_OFFLINE, local_files_only=False) and try again")
+        return HubError(
+            f"{filename or 'The snapshot'} of {where} is not in the cache, and the Hub was not reached",
+            expected="a cached copy or a connection",
+            received=reason,
+            remedy="connect (unset HF_HUB_OFFLINE, local_files_only=False) and try again",
+        )
     if isinstance(error, hf.EntryNotFoundError):
-        return HubError(f"{where} has no file {filename!r}", expected="a file of that revision", received=repr(filename),
-                        remedy="look at the files of that revision, and give filename=")
+        return HubError(
+            f"{where} has no file {filename!r}",
+            expected="a file of that revision",
+            received=repr(filename),
+            remedy="look at the files of that revision, and give filename=",
+        )
     if isinstance(error, hf.HfHubHTTPError):
         status = getattr(getattr(error, "response", None), "status_code", None)
-        remedy = {401: "log in with `hf auth login` or pass token=", 403: "use a token with the needed rights",
-                  412: "the repository moved on meanwhile; fetch its head and try again"}.get(status or 0, "try again later")
-        return HubError(f"The Hub refused a request for {where}", expected="status 200", received=f"status {status}: {reason}",
-                        remedy=remedy)
+        remedy = {
+            401: "log in with `hf auth login` or pass token=",
+            403: "use a token with the needed rights",
+            412: "the repository moved on meanwhile; fetch its head and try again",
+        }.get(status or 0, "try again later")
+        return HubError(
+            f"The Hub refused a request for {where}", expected="status 200", received=f"status {status}: {reason}", remedy=remedy
+        )
     if type(error).__name__ == "RevisionResolutionError" or type(error).__module__.split(".")[0] in _HTTP_CLIENTS:
-        return HubError(f"The Hub was not reached for {where}", expected="a connection",
-                        received=f"{type(error).__name__}: {reason}",
-                        remedy="check the network and HF_ENDPOINT; a commit hash with a warm cache needs no network")
+        return HubError(
+            f"The Hub was not reached for {where}",
+            expected="a connection",
+            received=f"{type(error).__name__}: {reason}",
+            remedy="check the network and HF_ENDPOINT; a commit hash with a warm cache needs no network",
+        )
     if isinstance(error, hf.HFValidationError):
         return HubError(f"{repo_id!r} cannot be a repository", expected="org/name", received=reason, remedy="check the spelling")
     if isinstance(error, OSError) and "Consistency check" in str(error):
-        return HubError(f"{filename} of {where} arrived incomplete", expected="the size that the Hub announces", received=reason,
-                        remedy="try again; nothing was kept")
+        return HubError(
+            f"{filename} of {where} arrived incomplete",
+            expected="the size that the Hub announces",
+            received=reason,
+            remedy="try again; nothing was kept",
+        )
     return None
 
 
@@ -134,8 +168,12 @@ def check_content(path: Path, where: str) -> None:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() != blob.name:
-        raise IntegrityError(f"{path.name} of {where} is damaged", expected=f"{digest.name} {blob.name}",
-                             received=digest.hexdigest(), remedy=f"delete {blob} and fetch again")
+        raise IntegrityError(
+            f"{path.name} of {where} is damaged",
+            expected=f"{digest.name} {blob.name}",
+            received=digest.hexdigest(),
+            remedy=f"delete {blob} and fetch again",
+        )
 
 
 class Hub:
@@ -146,8 +184,14 @@ class Hub:
         repo_type: `"model"` or `"dataset"`.
     """
 
-    def __init__(self, *, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
-                 local_files_only: bool = False, repo_type: str = "model") -> None:
+    def __init__(
+        self,
+        *,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        repo_type: str = "model",
+    ) -> None:
         self.token, self.local_files_only, self.repo_type = token, local_files_only, repo_type
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
 
@@ -163,8 +207,9 @@ class Hub:
         """
         repo_id, written = parse_reference(text)
         if revision is not None and written is not None and revision != written:
-            raise HubError("Two revisions were given", expected="one", received=f"{written!r} and {revision!r}",
-                           remedy="leave one out")
+            raise HubError(
+                "Two revisions were given", expected="one", received=f"{written!r} and {revision!r}", remedy="leave one out"
+            )
         wanted = revision or written or "main"
         if _COMMIT.match(wanted):
             return Reference(repo_id, wanted, wanted, self.repo_type)
@@ -172,8 +217,13 @@ class Hub:
 
         with explained(repo_id, wanted):
             found = HfApi(library_name="rsrouter").resolve_revision(
-                repo_id, revision=wanted, repo_type=self.repo_type, cache_dir=self.cache_dir,
-                local_files_only=self.local_files_only, token=self.token)
+                repo_id,
+                revision=wanted,
+                repo_type=self.repo_type,
+                cache_dir=self.cache_dir,
+                local_files_only=self.local_files_only,
+                token=self.token,
+            )
         return Reference(repo_id, str(getattr(found, "resolved", found)), wanted, self.repo_type)
 
     def fetch(self, reference: Reference, filename: str) -> Path:
@@ -187,9 +237,18 @@ class Hub:
 
         where = f"{reference.repo_id}@{reference.revision[:12]}"
         with explained(reference.repo_id, reference.requested, filename):
-            path = Path(hf_hub_download(reference.repo_id, filename, revision=reference.revision, repo_type=reference.repo_type,
-                                        token=self.token, cache_dir=self.cache_dir, local_files_only=self.local_files_only,
-                                        library_name="rsrouter"))
+            path = Path(
+                hf_hub_download(
+                    reference.repo_id,
+                    filename,
+                    revision=reference.revision,
+                    repo_type=reference.repo_type,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.local_files_only,
+                    library_name="rsrouter",
+                )
+            )
         check_content(path, where)
         return path
 
@@ -198,8 +257,9 @@ class Hub:
         from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError
 
-        known = try_to_load_from_cache(reference.repo_id, filename, cache_dir=self.cache_dir, revision=reference.revision,
-                                       repo_type=reference.repo_type)
+        known = try_to_load_from_cache(
+            reference.repo_id, filename, cache_dir=self.cache_dir, revision=reference.revision, repo_type=reference.repo_type
+        )
         if known is _CACHED_NO_EXIST:
             return None
         try:
@@ -214,8 +274,12 @@ class Hub:
         for name in names:
             if (path := self.try_fetch(reference, name)) is not None:
                 return path
-        raise HubError(f"{reference.repo_id} has no weight file that is known", expected=" or ".join(names),
-                       received="none of them", remedy="give filename=")
+        raise HubError(
+            f"{reference.repo_id} has no weight file that is known",
+            expected=" or ".join(names),
+            received="none of them",
+            remedy="give filename=",
+        )
 
     def snapshot(self, reference: Reference, allow: Sequence[str] | None = None) -> Path:
         """The folder of that commit, with the files that match the patterns in `allow` (None: all), each checked.
@@ -226,10 +290,18 @@ class Hub:
         from huggingface_hub import snapshot_download
 
         with explained(reference.repo_id, reference.requested):
-            folder = Path(snapshot_download(reference.repo_id, revision=reference.revision, repo_type=reference.repo_type,
-                                            allow_patterns=list(allow) if allow else None, token=self.token,
-                                            cache_dir=self.cache_dir, local_files_only=self.local_files_only,
-                                            library_name="rsrouter"))
+            folder = Path(
+                snapshot_download(
+                    reference.repo_id,
+                    revision=reference.revision,
+                    repo_type=reference.repo_type,
+                    allow_patterns=list(allow) if allow else None,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.local_files_only,
+                    library_name="rsrouter",
+                )
+            )
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             if allow is None or any(fnmatch(path.relative_to(folder).as_posix(), pattern) for pattern in allow):
                 check_content(path, f"{reference.repo_id}@{reference.revision[:12]}")
@@ -240,8 +312,11 @@ class Hub:
         from huggingface_hub import HfApi
 
         with explained(reference.repo_id, reference.requested):
-            return sorted(HfApi(library_name="rsrouter").list_repo_files(
-                reference.repo_id, revision=reference.revision, repo_type=reference.repo_type, token=self.token))
+            return sorted(
+                HfApi(library_name="rsrouter").list_repo_files(
+                    reference.repo_id, revision=reference.revision, repo_type=reference.repo_type, token=self.token
+                )
+            )
 
 
 _SETTINGS: ContextVar[dict[str, Any] | None] = ContextVar("hub settings", default=None)
@@ -258,8 +333,16 @@ def hub_settings(**settings: Any) -> Iterator[None]:
         _SETTINGS.reset(mark)
 
 
-def fetch(repo_id: str, filename: str, revision: str, *, repo_type: str = "model", token: str | bool | None = None,
-          cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False) -> Path:
+def fetch(
+    repo_id: str,
+    filename: str,
+    revision: str,
+    *,
+    repo_type: str = "model",
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """A file of a repository at a full commit hash; from the cache without any request where it is there.
 
     Raises:
@@ -267,18 +350,32 @@ def fetch(repo_id: str, filename: str, revision: str, *, repo_type: str = "model
         IntegrityError: its content is not what the Hub announced.
     """
     if not _COMMIT.match(revision):
-        raise HubError(f"{repo_id} is not pinned", expected="a commit hash of 40 hex digits", received=repr(revision),
-                       remedy="resolve the branch or tag first; `rsrouter wrap` does")
+        raise HubError(
+            f"{repo_id} is not pinned",
+            expected="a commit hash of 40 hex digits",
+            received=repr(revision),
+            remedy="resolve the branch or tag first; `rsrouter wrap` does",
+        )
     told = _SETTINGS.get() or {}
-    hub = Hub(token=told.get("token") if token is None else token, repo_type=repo_type,
-              cache_dir=told.get("cache_dir") if cache_dir is None else cache_dir,
-              local_files_only=local_files_only or bool(told.get("local_files_only", False)))
+    hub = Hub(
+        token=told.get("token") if token is None else token,
+        repo_type=repo_type,
+        cache_dir=told.get("cache_dir") if cache_dir is None else cache_dir,
+        local_files_only=local_files_only or bool(told.get("local_files_only", False)),
+    )
     return hub.fetch(Reference(repo_id, revision, revision, repo_type), filename)
 
 
-def snapshot(repo_id: str, revision: str | None = None, *, allow: Sequence[str] | None = None, repo_type: str = "model",
-             token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
-             local_files_only: bool = False) -> Path:
+def snapshot(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    allow: Sequence[str] | None = None,
+    repo_type: str = "model",
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """The folder of a repository at the commit that `revision` means now, with the files that match `allow`.
 
     Raises:

@@ -60,8 +60,17 @@ def describe_indices(order: Sequence[int]) -> dict[str, Any]:
 
 
 def job_metadata(
-    smoothed: Smooth | RoutedSmooth, *, plan: Plan, alpha: float, seed: int, rule: str, sides: str, device: str | None, name: str,
-    data: dict[str, Any], order: Sequence[int],
+    smoothed: Smooth | RoutedSmooth,
+    *,
+    plan: Plan,
+    alpha: float,
+    seed: int,
+    rule: str,
+    sides: str,
+    device: str | None,
+    name: str,
+    data: dict[str, Any],
+    order: Sequence[int],
 ) -> dict[str, Any]:
     """What makes a table reproducible; rows are only ever added under the same metadata (but for `info`)."""
     where = resolve_device(device)
@@ -70,19 +79,31 @@ def job_metadata(
     execution["batch"] = execution["batch"] or default_batch(int(np.prod(shape)), where)
     experts = smoothed.pool if isinstance(smoothed, RoutedSmooth) else [smoothed.expert]
     return {
-        "kind": "rsrouter-certificates", "schema_version": 1, "name": name,
+        "kind": "rsrouter-certificates",
+        "schema_version": 1,
+        "name": name,
         "role": "routed" if isinstance(smoothed, RoutedSmooth) else "expert",
-        "plan": plan.to_dict(), "alpha": alpha, "rule": rule, "sides": sides, "seed": seed,
+        "plan": plan.to_dict(),
+        "alpha": alpha,
+        "rule": rule,
+        "sides": sides,
+        "seed": seed,
         "seed_derived": seed == smoothed.default_seed(plan, alpha, rule, sides),
         "digest": smoothed.digest,
         "router_digest": smoothed.router.digest if isinstance(smoothed, RoutedSmooth) else None,
         "router": smoothed.router.kind if isinstance(smoothed, RoutedSmooth) else None,
         "experts": [{"name": e.name, "sigma": e.sigma, "digest": e.digest} for e in experts],
-        "stages": [{"name": s.name, "sigma": s.sigma, "kind": s.kind, "tau": s.tau, "network": s.network}
-                   for s in smoothed.tree.stages.values()],
-        "noise": smoothed.noise, "independent_noise": not smoothed.noise.endswith(SHARED),
-        "stream": {"chunk": CHUNK}, "execution": execution, "data": data,
-        "indices": describe_indices(order), "num_images": len(order),
+        "stages": [
+            {"name": s.name, "sigma": s.sigma, "kind": s.kind, "tau": s.tau, "network": s.network}
+            for s in smoothed.tree.stages.values()
+        ],
+        "noise": smoothed.noise,
+        "independent_noise": not smoothed.noise.endswith(SHARED),
+        "stream": {"chunk": CHUNK},
+        "execution": execution,
+        "data": data,
+        "indices": describe_indices(order),
+        "num_images": len(order),
         "device": "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where),
         "versions": {"rsrouter": __version__, "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
         "info": {"threads": torch.get_num_threads(), "platform": platform.platform(), "python": platform.python_version()},
@@ -90,10 +111,24 @@ def job_metadata(
 
 
 def certify_table(
-    smoothed: Smooth | RoutedSmooth, images: Images, out: str | Path, *, plan: Plan, alpha: float = 1e-3, seed: int | None = None,
-    rule: str = "tree", sides: str | None = None, device: str | None = None, batch_size: int | None = None,
-    indices: Sequence[int] | None = None, shard: tuple[int, int] | None = None, name: str | None = None, data: dict[str, Any] | None = None,
-    radii: Sequence[float] = (0.0, 0.5, 1.0), progress: Callable[[Running], None] | None = None, block: int = 256,
+    smoothed: Smooth | RoutedSmooth,
+    images: Images,
+    out: str | Path,
+    *,
+    plan: Plan,
+    alpha: float = 1e-3,
+    seed: int | None = None,
+    rule: str = "tree",
+    sides: str | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    indices: Sequence[int] | None = None,
+    shard: tuple[int, int] | None = None,
+    name: str | None = None,
+    data: dict[str, Any] | None = None,
+    radii: Sequence[float] = (0.0, 0.5, 1.0),
+    progress: Callable[[Running], None] | None = None,
+    block: int = 256,
 ) -> Table:
     """Certifies images into `out` (a TSV with its JSON beside it); goes on where an earlier run stopped.
 
@@ -126,27 +161,57 @@ def certify_table(
     rule = rule if routed else "tree"
     order = list(range(len(images))) if indices is None else [int(i) for i in indices]
     if bad := [i for i in order if not 0 <= i < len(images)]:
-        raise InputError("An image index is out of range", expected=f"0 to {len(images) - 1}", received=str(bad[:5]), remedy="check --start and --count")
+        raise InputError(
+            "An image index is out of range",
+            expected=f"0 to {len(images) - 1}",
+            received=str(bad[:5]),
+            remedy="check --start and --count",
+        )
     if len(set(order)) < len(order) or not order:
-        raise InputError("A table holds each image once, and one at least", expected="different indices",
-                         received=f"{len(order)} indices, {len(set(order))} of them different", remedy="check indices, --start and --count")
+        raise InputError(
+            "A table holds each image once, and one at least",
+            expected="different indices",
+            received=f"{len(order)} indices, {len(set(order))} of them different",
+            remedy="check indices, --start and --count",
+        )
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise InputError("block must be a whole number", expected="block >= 1", received=repr(block), remedy="leave it out")
     tally = _Tally(radii)
     arguments: dict[str, Any] = {"rule": rule} if routed else {}
     # certifying no image checks every argument before anything is written
     shape = smoothed.pool.input_shape if isinstance(smoothed, RoutedSmooth) else smoothed.expert.input_shape
-    smoothed.certify(torch.zeros((0, *shape)), plan=plan, alpha=alpha, seed=seed, sides=sides, batch_size=batch_size, device=device, **arguments)
+    smoothed.certify(
+        torch.zeros((0, *shape)),
+        plan=plan,
+        alpha=alpha,
+        seed=seed,
+        sides=sides,
+        batch_size=batch_size,
+        device=device,
+        **arguments,
+    )
     seed = smoothed.default_seed(plan, alpha, rule, sides) if seed is None else int(seed)
     described = {**(data or {}), "images": len(images)}
     if "fingerprint" not in described and getattr(images, "fingerprint", None):
         described["fingerprint"] = images.fingerprint  # type: ignore[attr-defined]
-    metadata = job_metadata(smoothed, plan=plan, alpha=alpha, seed=seed, rule=rule, sides=sides, device=device,
-                            name=name or (smoothed.expert.name if isinstance(smoothed, Smooth) else "routed"), data=described, order=order)
+    metadata = job_metadata(
+        smoothed,
+        plan=plan,
+        alpha=alpha,
+        seed=seed,
+        rule=rule,
+        sides=sides,
+        device=device,
+        name=name or (smoothed.expert.name if isinstance(smoothed, Smooth) else "routed"),
+        data=described,
+        order=order,
+    )
     if shard is not None:
         index, count = shard
         if not 0 <= index < count:
-            raise InputError("The shard does not exist", expected="(i, N) with 0 <= i < N", received=repr(shard), remedy="count from 0")
+            raise InputError(
+                "The shard does not exist", expected="(i, N) with 0 <= i < N", received=repr(shard), remedy="count from 0"
+            )
         metadata["shard"] = {"index": index, "count": count}
         order = order[index::count]
     path = Path(out)
@@ -164,8 +229,19 @@ def certify_table(
                 if progress is not None:
                     progress(Running(tally.votes, tally.rows, len(order), tally.accuracy()))
 
-            smoothed.certify(part.tensor(), plan=plan, alpha=alpha, seed=seed, ids=part.ids, sides=sides, batch_size=batch_size,
-                             device=device, on_certificate=part.keep, progress=tell, **arguments)
+            smoothed.certify(
+                part.tensor(),
+                plan=plan,
+                alpha=alpha,
+                seed=seed,
+                ids=part.ids,
+                sides=sides,
+                batch_size=batch_size,
+                device=device,
+                on_certificate=part.keep,
+                progress=tell,
+                **arguments,
+            )
     return read_table(path)
 
 
@@ -197,23 +273,34 @@ class _Block:
     def __init__(self, ids: list[int], images: Images, writer: ResultsWriter, tally: _Tally, rule: str, seed: int) -> None:
         self.ids, self.writer, self.tally, self.rule, self.seed = ids, writer, tally, rule, seed
         self.loaded = [images[i] for i in ids]
-        if wrong := [i for i, (_, label) in zip(ids, self.loaded, strict=True) if not hasattr(label, "__index__") or int(label) < -1]:
-            raise InputError("A label is not a class index", expected="whole numbers, -1 where unknown",
-                             received=f"another label at image {wrong[0]}", remedy="check the data set")
+        if wrong := [
+            i for i, (_, label) in zip(ids, self.loaded, strict=True) if not hasattr(label, "__index__") or int(label) < -1
+        ]:
+            raise InputError(
+                "A label is not a class index",
+                expected="whole numbers, -1 where unknown",
+                received=f"another label at image {wrong[0]}",
+                remedy="check the data set",
+            )
         self.waiting: dict[int, Row] = {}
         self.following = 0
 
     def tensor(self) -> Tensor:
         kinds = {f"{tuple(i.shape)} {i.dtype}" if isinstance(i, Tensor) else type(i).__name__ for i, _ in self.loaded}
         if len(kinds) > 1 or not isinstance(self.loaded[0][0], Tensor):
-            raise InputError("The images of a data set do not stack", expected="float tensors (C, H, W) of one shape",
-                             received=", ".join(sorted(kinds)), remedy="convert them, or crop them to one size")
+            raise InputError(
+                "The images of a data set do not stack",
+                expected="float tensors (C, H, W) of one shape",
+                received=", ".join(sorted(kinds)),
+                remedy="convert them, or crop them to one size",
+            )
         return torch.stack([image for image, _ in self.loaded])
 
     def keep(self, position: int, certificate: Certificate, seconds: float) -> None:
         label = int(self.loaded[position][1])
-        self.waiting[position] = Row.from_certificate(certificate, idx=self.ids[position], label=label, seconds=seconds,
-                                                      rule=self.rule, seed=self.seed)
+        self.waiting[position] = Row.from_certificate(
+            certificate, idx=self.ids[position], label=label, seconds=seconds, rule=self.rule, seed=self.seed
+        )
         self.tally.add(certificate.predict, label, certificate.radius)
         while self.following in self.waiting:
             self.writer.append(self.waiting.pop(self.following))

@@ -85,12 +85,27 @@ class _Smoothed:
         return Engine(self._routed.models, self._shape, seed=seed, device=device, execution=self.execution, noise=self.noise)
 
     def _certify(
-        self, images: Tensor, *, plan: Plan, alpha: float, seed: int | None, ids: Sequence[object] | None, rule: str, sides: str,
-        batch_size: int | None, device: str | None, on_certificate: OnCertificate | None, progress: Callable[[Progress], None] | None,
+        self,
+        images: Tensor,
+        *,
+        plan: Plan,
+        alpha: float,
+        seed: int | None,
+        ids: Sequence[object] | None,
+        rule: str,
+        sides: str,
+        batch_size: int | None,
+        device: str | None,
+        on_certificate: OnCertificate | None,
+        progress: Callable[[Progress], None] | None,
     ) -> list[Certificate]:
         if not isinstance(plan, Plan):
-            raise InputError("Certifying needs a plan", expected="rsrouter.FixedPlan or rsrouter.AdaptivePlan", received=repr(plan),
-                             remedy="plan=rsrouter.FixedPlan(n0=100, n=100_000)")
+            raise InputError(
+                "Certifying needs a plan",
+                expected="rsrouter.FixedPlan or rsrouter.AdaptivePlan",
+                received=repr(plan),
+                remedy="plan=rsrouter.FixedPlan(n0=100, n=100_000)",
+            )
         x = check_images(images, self._shape)
         names = check_ids(ids, len(x))
         tree = self._routed.tree
@@ -99,11 +114,22 @@ class _Smoothed:
         policy = CertifyPolicy(tree, plan, split, len(x), rule=rule, sides=sides)
         seed = self.default_seed(plan, alpha, rule, sides) if seed is None else check_seed(seed)
         engine = self._engine(seed, device)
-        self.metadata = {"seed": seed, "rule": rule, "sides": sides, "alpha": alpha, "plan": plan.to_dict(),
-                         "split": {"stages": dict(split.stages), "lower_share": split.lower_share}, "digest": self.digest}
+        self.metadata = {
+            "seed": seed,
+            "rule": rule,
+            "sides": sides,
+            "alpha": alpha,
+            "plan": plan.to_dict(),
+            "split": {"stages": dict(split.stages), "lower_share": split.lower_share},
+            "digest": self.digest,
+        }
         if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError("batch_size must be a whole number", expected="batch_size >= 1, or None", received=repr(batch_size),
-                             remedy="it groups work; it never changes a vote")
+            raise InputError(
+                "batch_size must be a whole number",
+                expected="batch_size >= 1, or None",
+                received=repr(batch_size),
+                remedy="it groups work; it never changes a vote",
+            )
         # enough images in flight that a round of the shortest requests still fills many batches
         window = -(-max(batch_size or 0, 16 * engine.forward_batch) // plan.n0)
         done: list[Certificate | None] = [None] * len(x)
@@ -136,7 +162,13 @@ class _Smoothed:
         return [c for c in done if c is not None]
 
     def predict(
-        self, images: Tensor, *, n: int, alpha: float = 1e-3, seed: int | None = None, ids: Sequence[object] | None = None,
+        self,
+        images: Tensor,
+        *,
+        n: int,
+        alpha: float = 1e-3,
+        seed: int | None = None,
+        ids: Sequence[object] | None = None,
         device: str | None = None,
     ) -> NDArray[np.int64]:
         """The smoothed classifier's answer, or ABSTAIN, for each image (Cohen et al. 2019, PREDICT; for a tree:
@@ -182,15 +214,28 @@ class Smooth(_Smoothed):
 
     def __init__(self, expert: Expert, *, execution: Execution | None = None, noise: str = "gaussian") -> None:
         if not isinstance(expert, Expert):
-            raise InputError("Smooth needs an Expert", expected="rsrouter.Expert", received=type(expert).__name__,
-                             remedy="Expert(module, sigma=..., num_classes=..., input_shape=...)")
+            raise InputError(
+                "Smooth needs an Expert",
+                expected="rsrouter.Expert",
+                received=type(expert).__name__,
+                remedy="Expert(module, sigma=..., num_classes=..., input_shape=...)",
+            )
         super().__init__(single_tree(expert), expert.input_shape, execution, noise)
         self.expert = expert
 
     def certify(
-        self, images: Tensor, *, plan: Plan, alpha: float = 1e-3, seed: int | None = None, ids: Sequence[object] | None = None,
-        sides: str = "one", batch_size: int | None = None, device: str | None = None,
-        on_certificate: OnCertificate | None = None, progress: Callable[[Progress], None] | None = None,
+        self,
+        images: Tensor,
+        *,
+        plan: Plan,
+        alpha: float = 1e-3,
+        seed: int | None = None,
+        ids: Sequence[object] | None = None,
+        sides: str = "one",
+        batch_size: int | None = None,
+        device: str | None = None,
+        on_certificate: OnCertificate | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> list[Certificate]:
         """Certified radius of every image (Cohen et al. 2019, CERTIFY, under a `FixedPlan` and `sides="one"`).
 
@@ -216,8 +261,19 @@ class Smooth(_Smoothed):
             NetworkError: a network that cannot be certified.
             PlanError: a radius that the plan can never reach.
         """
-        return self._certify(images, plan=plan, alpha=alpha, seed=seed, ids=ids, rule="tree", sides=sides, batch_size=batch_size,
-                             device=device, on_certificate=on_certificate, progress=progress)
+        return self._certify(
+            images,
+            plan=plan,
+            alpha=alpha,
+            seed=seed,
+            ids=ids,
+            rule="tree",
+            sides=sides,
+            batch_size=batch_size,
+            device=device,
+            on_certificate=on_certificate,
+            progress=progress,
+        )
 
 
 class RoutedSmooth(_Smoothed, ModelHubMixin, library_name="rsrouter", tags=["randomized-smoothing", "certified-robustness"]):
@@ -232,15 +288,29 @@ class RoutedSmooth(_Smoothed, ModelHubMixin, library_name="rsrouter", tags=["ran
 
     def __init__(self, pool: ExpertPool, router: Router, *, execution: Execution | None = None, noise: str = "gaussian") -> None:
         if not isinstance(pool, ExpertPool) or not isinstance(router, Router):
-            raise InputError("RoutedSmooth needs a pool and a router", expected="ExpertPool and FlatRouter, CascadeRouter, ...",
-                             received=f"{type(pool).__name__} and {type(router).__name__}", remedy="ExpertPool([...]), FlatRouter(...)")
+            raise InputError(
+                "RoutedSmooth needs a pool and a router",
+                expected="ExpertPool and FlatRouter, CascadeRouter, ...",
+                received=f"{type(pool).__name__} and {type(router).__name__}",
+                remedy="ExpertPool([...]), FlatRouter(...)",
+            )
         super().__init__(router.bind(pool), pool.input_shape, execution, noise)
         self.pool, self.router = pool, router
 
     def certify(
-        self, images: Tensor, *, plan: Plan, alpha: float = 1e-3, seed: int | None = None, ids: Sequence[object] | None = None,
-        rule: str = "tree", sides: str = "two", batch_size: int | None = None, device: str | None = None,
-        on_certificate: OnCertificate | None = None, progress: Callable[[Progress], None] | None = None,
+        self,
+        images: Tensor,
+        *,
+        plan: Plan,
+        alpha: float = 1e-3,
+        seed: int | None = None,
+        ids: Sequence[object] | None = None,
+        rule: str = "tree",
+        sides: str = "two",
+        batch_size: int | None = None,
+        device: str | None = None,
+        on_certificate: OnCertificate | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> list[Certificate]:
         """Certified radius of the routed classifier on every image (`rsrouter.core.certificates`, tree theorem).
 
@@ -254,8 +324,19 @@ class RoutedSmooth(_Smoothed, ModelHubMixin, library_name="rsrouter", tags=["ran
         `alpha` is split over the stages so that no root-to-leaf path spends more (for a flat router: half for
         the router, half for the expert, for any number of experts).
         """
-        return self._certify(images, plan=plan, alpha=alpha, seed=seed, ids=ids, rule=rule, sides=sides, batch_size=batch_size,
-                             device=device, on_certificate=on_certificate, progress=progress)
+        return self._certify(
+            images,
+            plan=plan,
+            alpha=alpha,
+            seed=seed,
+            ids=ids,
+            rule=rule,
+            sides=sides,
+            batch_size=batch_size,
+            device=device,
+            on_certificate=on_certificate,
+            progress=progress,
+        )
 
     def save_pretrained(self, save_directory: str | Path) -> Path:  # type: ignore[override]
         """Writes `config.json` and `router.safetensors` (the router's tensors only; experts are pinned, not copied)."""

@@ -9,8 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_GIT_ENV = {"GIT_AUTHOR_NAME": "hub", "GIT_AUTHOR_EMAIL": "hub@example.org", "GIT_COMMITTER_NAME": "hub",
-            "GIT_COMMITTER_EMAIL": "hub@example.org", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+_GIT_ENV = {
+    "GIT_AUTHOR_NAME": "hub",
+    "GIT_AUTHOR_EMAIL": "hub@example.org",
+    "GIT_COMMITTER_NAME": "hub",
+    "GIT_COMMITTER_EMAIL": "hub@example.org",
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "GIT_CONFIG_NOSYSTEM": "1",
+}
 
 
 class Refused(Exception):
@@ -31,8 +37,9 @@ class GitRepo:
 
     def git(self, *args: str, data: bytes | None = None, index: str | None = None) -> bytes:
         env = {**os.environ, **_GIT_ENV, **({"GIT_INDEX_FILE": index} if index else {})}
-        return subprocess.run(["git", "--git-dir", str(self.folder), *args], input=data, check=True, env=env,
-                              capture_output=True).stdout
+        return subprocess.run(
+            ["git", "--git-dir", str(self.folder), *args], input=data, check=True, env=env, capture_output=True
+        ).stdout
 
     def resolve(self, revision: str) -> str:
         for name in (revision, f"refs/heads/{revision}", f"refs/tags/{revision}"):

@@ -88,8 +88,16 @@ class HubServer:
 
     # -- what tests call ------------------------------------------------------------------------------------------
 
-    def put(self, repo_id: str, files: Mapping[str, bytes | str | None], *, repo_type: str = "model", branch: str = "main",
-            tag: str | None = None, message: str = "update") -> str:
+    def put(
+        self,
+        repo_id: str,
+        files: Mapping[str, bytes | str | None],
+        *,
+        repo_type: str = "model",
+        branch: str = "main",
+        tag: str | None = None,
+        message: str = "update",
+    ) -> str:
         """Commits files (None deletes) as somebody else would have; creates the repository; returns the commit hash."""
         repo = self.repo(repo_id, repo_type, create=True)
         contents = {p: c.encode() if isinstance(c, str) else c for p, c in files.items()}
@@ -116,8 +124,16 @@ class HubServer:
 
     def env(self, **extra: str) -> dict[str, str]:
         """Environment for a client in another process."""
-        return {**os.environ, "HF_ENDPOINT": self.url, "HF_HOME": str(self.folder / "home"), "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": "hf_test", **extra}
+        return {
+            **os.environ,
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(self.folder / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_TOKEN": "hf_test",
+            **extra,
+        }
 
     def run(self, code: str, **extra: str) -> subprocess.CompletedProcess[str]:
         """Runs Python code in a fresh interpreter whose client talks to this server."""
@@ -129,9 +145,14 @@ class HubServer:
         from huggingface_hub import constants, hf_api
 
         cache = cache or self.folder / "cache"
-        for name, value in (("ENDPOINT", self.url), ("HF_HUB_CACHE", str(cache)), ("HF_HUB_DISABLE_PROGRESS_BARS", True),
-                            ("HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"),
-                            ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+        for name, value in (
+            ("ENDPOINT", self.url),
+            ("HF_HUB_CACHE", str(cache)),
+            ("HF_HUB_DISABLE_PROGRESS_BARS", True),
+            ("HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"),
+            ("HF_HUB_OFFLINE", False),
+            ("HF_HUB_DISABLE_XET", True),
+        ):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
         for name, value in (("HF_ENDPOINT", self.url), ("HF_TOKEN", "hf_test")):
@@ -223,8 +244,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(404, "", f"no such route {self.command} {path}")
         except Refused as refused:
             headers = {"X-Error-Code": refused.code} if refused.code else {}
-            self._send(refused.status, json.dumps(refused.body or {"error": refused.message}).encode(),
-                       {**headers, "X-Error-Message": refused.message, "Content-Type": "application/json"})
+            self._send(
+                refused.status,
+                json.dumps(refused.body or {"error": refused.message}).encode(),
+                {**headers, "X-Error-Message": refused.message, "Content-Type": "application/json"},
+            )
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
@@ -238,8 +262,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_access(self, groups: Mapping[str, str]) -> None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if self.command in {"POST", "PUT"} and self.hub.tokens is not None and token not in self.hub.tokens \
-                and "/lfs/" not in self.path and "validate-yaml" not in self.path:
+        if (
+            self.command in {"POST", "PUT"}
+            and self.hub.tokens is not None
+            and token not in self.hub.tokens
+            and "/lfs/" not in self.path
+            and "validate-yaml" not in self.path
+        ):
             raise Refused(401, "", "Invalid username or password.")
         if groups.get("id") in self.hub.gated and self.command in {"GET", "HEAD"} and "/resolve/" in self.path:
             raise Refused(403, "GatedRepo", f"Access to model {groups['id']} is restricted")
@@ -290,9 +319,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def preupload(self, id: str, rev: str, type: str = "model") -> None:
         self.hub.repo(id, type).resolve(rev)
-        self._json({"files": [{"path": f["path"], "shouldIgnore": False,
-                               "uploadMode": "lfs" if f["path"].endswith(LARGE) or f["size"] > 1 << 20 else "regular"}
-                              for f in json.loads(self.body)["files"]]})
+        self._json(
+            {
+                "files": [
+                    {
+                        "path": f["path"],
+                        "shouldIgnore": False,
+                        "uploadMode": "lfs" if f["path"].endswith(LARGE) or f["size"] > 1 << 20 else "regular",
+                    }
+                    for f in json.loads(self.body)["files"]
+                ]
+            }
+        )
 
     def lfs_batch(self, id: str, type: str = "model") -> None:
         self.hub.repo(id, type)
@@ -381,16 +419,31 @@ class _Handler(BaseHTTPRequestHandler):
     def refs(self, id: str, type: str = "model") -> None:
         lines = self.hub.repo(id, type).git("for-each-ref", "--format=%(refname) %(objectname)").decode().splitlines()
         entries = [{"name": r.split()[0].split("/", 2)[2], "ref": r.split()[0], "targetCommit": r.split()[1]} for r in lines]
-        self._json({kind: [e for e in entries if e["ref"].startswith(start)]
-                    for kind, start in (("branches", "refs/heads/"), ("tags", "refs/tags/"), ("converts", "refs/convert/"))})
+        self._json(
+            {
+                kind: [e for e in entries if e["ref"].startswith(start)]
+                for kind, start in (("branches", "refs/heads/"), ("tags", "refs/tags/"), ("converts", "refs/convert/"))
+            }
+        )
 
     def info(self, id: str, rev: str = "main", type: str = "model") -> None:
         repo = self.hub.repo(id, type)
         sha = repo.resolve(rev)
         siblings = [{"rfilename": path} for path, _, _ in repo.tree(sha)]
-        self._json({"_id": hashlib.sha1(id.encode()).hexdigest()[:24], "id": id, "modelId": id, "sha": sha, "tags": [],
-                    "downloads": 0, "likes": 0, "private": id in self.hub.private,
-                    "gated": "auto" if id in self.hub.gated else False, "siblings": siblings})
+        self._json(
+            {
+                "_id": hashlib.sha1(id.encode()).hexdigest()[:24],
+                "id": id,
+                "modelId": id,
+                "sha": sha,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "private": id in self.hub.private,
+                "gated": "auto" if id in self.hub.gated else False,
+                "siblings": siblings,
+            }
+        )
 
     def resolve(self, id: str, rev: str, path: str, type: str = "model") -> None:
         repo = self.hub.repo(id, type)
@@ -400,8 +453,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"Entry not found", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
             return
         data, sha256 = self.hub.content(repo, blobs[path])
-        headers = {"ETag": f'"{sha256 or blobs[path]}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes",
-                   "Content-Type": "application/octet-stream"}
+        headers = {
+            "ETag": f'"{sha256 or blobs[path]}"',
+            "X-Repo-Commit": commit,
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+        }
         if sha256:
             headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
         status, wanted = 200, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))

@@ -11,7 +11,11 @@ from rsrouter._version import __version__
 from rsrouter.core.errors import RSRouterError
 
 app = typer.Typer(
-    name="rsrouter", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    name="rsrouter",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     help="Route between randomized-smoothing experts, and certify the result.\n\n"
     "The way through: wrap -> label -> train -> certify -> report -> publish. Start with: rsrouter demo --out DIR",
 )
@@ -27,15 +31,14 @@ def _version(show: bool) -> None:
 
 
 @app.callback()
-def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit.")) -> None:
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
+) -> None:
     """Options before the verb."""
 
 
 for _name in _GROUPS:
-    try:  # PROVISIONAL
-        importlib.import_module(f"rsrouter.cli.{_name}").register(app)
-    except ModuleNotFoundError:
-        pass
+    importlib.import_module(f"rsrouter.cli.{_name}").register(app)
 
 
 def main() -> None:
@@ -43,7 +46,12 @@ def main() -> None:
     try:
         app()
     except RSRouterError as error:
-        for title, text in (("error", error.message), ("expected", error.expected), ("received", error.received), ("do", error.remedy)):
+        for title, text in (
+            ("error", error.message),
+            ("expected", error.expected),
+            ("received", error.received),
+            ("do", error.remedy),
+        ):
             if text:
                 typer.secho(f"{title:>9}: ", nl=False, err=True, fg="red" if title == "error" else None, bold=True)
                 typer.echo(text, err=True)

@@ -13,7 +13,9 @@ from tqdm import tqdm
 from rsrouter.cli.options import DEFAULT_RADII, Alpha, Device, Format, OutputFormat, Radii, make_plan
 from rsrouter.core.errors import InputError
 
-Source = Annotated[str, typer.Argument(metavar="NAME_OR_DIR", help="A router's folder or Hub repository, or a pool.json with --expert.")]
+Source = Annotated[
+    str, typer.Argument(metavar="NAME_OR_DIR", help="A router's folder or Hub repository, or a pool.json with --expert.")
+]
 Data = Annotated[str, typer.Option("--data", help="npz, parquet, image folder, or hf-hub:org/name@revision.")]
 ExpertName = Annotated[str | None, typer.Option("--expert", help="Certify this expert alone instead of the routed classifier.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
@@ -25,8 +27,12 @@ def load_smoothed(source: str, expert: str | None, revision: str | None) -> Any:
 
     if source.endswith((".json", ".toml", ".yaml", ".yml")):
         if expert is None:
-            raise InputError("A pool alone has no router", expected="--expert NAME, or a router's folder", received=source,
-                             remedy="train a router, or name one expert")
+            raise InputError(
+                "A pool alone has no router",
+                expected="--expert NAME, or a router's folder",
+                received=source,
+                remedy="train a router, or name one expert",
+            )
         return Smooth(ExpertPool.load(source)[expert])
     routed = RoutedSmooth.from_pretrained(source, revision=revision)
     return routed if expert is None else Smooth(routed.pool[expert], execution=routed.execution, noise=routed.noise)
@@ -45,8 +51,12 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
         if not 0 <= index < count:
             raise ValueError
     except ValueError as error:
-        raise InputError("The shard cannot be read", expected="i/N with 0 <= i < N", received=repr(text),
-                         remedy="four parts are 0/4, 1/4, 2/4 and 3/4") from error
+        raise InputError(
+            "The shard cannot be read",
+            expected="i/N with 0 <= i < N",
+            received=repr(text),
+            remedy="four parts are 0/4, 1/4, 2/4 and 3/4",
+        ) from error
     return index, count
 
 
@@ -54,7 +64,9 @@ def certify(
     source: Source,
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="The table; its JSON stands beside it. An unfinished one is gone on with.")],
-    plan: Annotated[str, typer.Option("--plan", help="adaptive (stops when the radius is settled) or fixed (Cohen's CERTIFY).")] = "adaptive",
+    plan: Annotated[
+        str, typer.Option("--plan", help="adaptive (stops when the radius is settled) or fixed (Cohen's CERTIFY).")
+    ] = "adaptive",
     n: Annotated[int, typer.Option("--n", help="Votes per stage: the most (adaptive) or exactly (fixed).")] = 100_000,
     n0: Annotated[int, typer.Option("--n0", help="Selection votes per stage.")] = 100,
     radii: Radii = DEFAULT_RADII,
@@ -67,7 +79,9 @@ def certify(
     start: Annotated[int, typer.Option("--start", min=0, help="First image.")] = 0,
     count: Annotated[int | None, typer.Option("--count", help="How many images; default all.")] = None,
     every: Annotated[int, typer.Option("--every", min=1, help="Take every k-th image, as the field's --skip.")] = 1,
-    shard: Annotated[str | None, typer.Option("--shard", help="i/N: only this part (i from 0); `rsrouter merge` joins them.")] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="i/N: only this part (i from 0); `rsrouter merge` joins them.")
+    ] = None,
     expert: ExpertName = None,
     revision: Revision = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run in reports.")] = None,
@@ -95,9 +109,24 @@ def certify(
         bar.set_postfix_str(f"{r.finished}/{r.total} images {accuracy}", refresh=False)
         bar.update(r.votes - bar.n)
 
-    table = certify_table(smoothed, images, out, plan=make_plan(plan, n, n0, radii), alpha=alpha, seed=seed, rule=rule, sides=sides,
-                          device=device, batch_size=batch_size, indices=range(start, last, every), shard=parse_shard(shard), name=name,
-                          data={"name": images.name}, radii=shown, progress=step)
+    table = certify_table(
+        smoothed,
+        images,
+        out,
+        plan=make_plan(plan, n, n0, radii),
+        alpha=alpha,
+        seed=seed,
+        rule=rule,
+        sides=sides,
+        device=device,
+        batch_size=batch_size,
+        indices=range(start, last, every),
+        shard=parse_shard(shard),
+        name=name,
+        data={"name": images.name},
+        radii=shown,
+        progress=step,
+    )
     bar.close()
     summary = summarise(table, radii=parse_radii(radii))
     if format is Format.json:

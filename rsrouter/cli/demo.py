@@ -27,14 +27,18 @@ def demo(
     from rsrouter.report.text import print_summary
 
     outcome = run(out, quick=quick, device=device, seed=seed)
-    tables = {"routed": outcome.routed, **{t.name: t for t in outcome.experts}}
-    summary = summarise(tables, routed="routed", experts=[t.name for t in outcome.experts], radii=RADII)
+    routed = [outcome.routed, outcome.paper]
+    tables = {t.name: t for t in (*routed, *outcome.experts)}
+    summary = summarise(tables, routed=[t.name for t in routed], experts=[t.name for t in outcome.experts], radii=RADII)
     if format is Format.json:
         typer.echo(json.dumps({**summary.to_dict(), "seconds": outcome.seconds, "report": str(outcome.report)}))
         return
     print_summary(summary)
-    typer.echo("seconds: " + ", ".join(f"{name} {took:.0f}" for name, took in outcome.seconds.items())
-               + f"; {sum(outcome.seconds.values()):.0f} in all")
+    typer.echo(
+        "seconds: "
+        + ", ".join(f"{name} {took:.0f}" for name, took in outcome.seconds.items())
+        + f"; {sum(outcome.seconds.values()):.0f} in all"
+    )
     typer.echo(f"report:  {outcome.report}")
 
 

@@ -26,18 +26,32 @@ def _numbers(text: str, what: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError(f"--{what} cannot be read", expected="numbers separated by commas", received=repr(text),
-                         remedy="such as 0.25,0.5") from error
+        raise InputError(
+            f"--{what} cannot be read", expected="numbers separated by commas", received=repr(text), remedy="such as 0.25,0.5"
+        ) from error
 
 
-def _settings(filename: str | None, architecture: str | None, normalisation: str | None, mean: str | None, std: str | None,
-              num_classes: int | None, input_shape: str | None, licence: str | None) -> dict[str, Any]:
+def _settings(
+    filename: str | None,
+    architecture: str | None,
+    normalisation: str | None,
+    mean: str | None,
+    std: str | None,
+    num_classes: int | None,
+    input_shape: str | None,
+    licence: str | None,
+) -> dict[str, Any]:
     """What was said on the command line; what was not said is asked for by `load_expert`."""
     given: dict[str, Any] = {
-        "filename": filename, "architecture": architecture, "normalisation": normalisation, "num_classes": num_classes,
+        "filename": filename,
+        "architecture": architecture,
+        "normalisation": normalisation,
+        "num_classes": num_classes,
         "licence": licence,
-        "mean": None if mean is None else _numbers(mean, "mean"), "std": None if std is None else _numbers(std, "std"),
-        "input_shape": None if input_shape is None else [int(v) for v in _numbers(input_shape, "input-shape")]}
+        "mean": None if mean is None else _numbers(mean, "mean"),
+        "std": None if std is None else _numbers(std, "std"),
+        "input_shape": None if input_shape is None else [int(v) for v in _numbers(input_shape, "input-shape")],
+    }
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -77,28 +91,54 @@ def wrap(
             if len(source) == 1 and len(sigmas) > 1:
                 sigmas = [sigmas]
         if len(sigmas) != len(source):
-            raise InputError("Sources and sigmas differ in number", expected=f"{len(source)} sigmas", received=str(sigma),
-                             remedy="--sigma 0.25,0.5 in the order of the sources")
+            raise InputError(
+                "Sources and sigmas differ in number",
+                expected=f"{len(source)} sigmas",
+                received=str(sigma),
+                remedy="--sigma 0.25,0.5 in the order of the sources",
+            )
         spec = [{"source": s, **settings, **({} if v is None else {"sigma": v})} for s, v in zip(source, sigmas, strict=True)]
     elif settings or sigma is not None:
-        raise InputError("A spec and flags were given", expected="one of the two", received=str(sorted(settings) or ["sigma"]),
-                         remedy="write them under [defaults] in the spec")
+        raise InputError(
+            "A spec and flags were given",
+            expected="one of the two",
+            received=str(sorted(settings) or ["sigma"]),
+            remedy="write them under [defaults] in the spec",
+        )
     x = y = None
     if data is not None:
         found = load_data(data, split=split)
         step = max(1, len(found) // max(1, images))
         x, y = found.batch(list(range(0, len(found), step))[:images])
     if out.exists():
-        raise InputError("The pool file is there already", expected="a new file", received=str(out),
-                         remedy="choose another --out, or delete it; nothing is overwritten")
+        raise InputError(
+            "The pool file is there already",
+            expected="a new file",
+            received=str(out),
+            remedy="choose another --out, or delete it; nothing is overwritten",
+        )
     wrapped = wrap_spec(spec, images=x, labels=y)
     wrapped.pool.save(out)
     checks = {c.name: c for c in wrapped.checks}
     if format is Format.json:
-        typer.echo(json.dumps({
-            "pool": str(out), "digest": wrapped.pool.digest, "warnings": list(wrapped.warnings),
-            "experts": [{"name": e.name, "sigma": e.sigma, "digest": e.digest,
-                         "noisy_accuracy": checks[e.name].accuracy if e.name in checks else None} for e in wrapped.pool]}))
+        typer.echo(
+            json.dumps(
+                {
+                    "pool": str(out),
+                    "digest": wrapped.pool.digest,
+                    "warnings": list(wrapped.warnings),
+                    "experts": [
+                        {
+                            "name": e.name,
+                            "sigma": e.sigma,
+                            "digest": e.digest,
+                            "noisy_accuracy": checks[e.name].accuracy if e.name in checks else None,
+                        }
+                        for e in wrapped.pool
+                    ],
+                }
+            )
+        )
         return
     for expert in wrapped.pool:
         origin = expert.provenance
@@ -156,16 +196,31 @@ def select(
     loaded = load_tables(named_tables(tables))
     common = sorted(set.intersection(*(set(t.idx.tolist()) for t in loaded)))
     if not common:
-        raise InputError("The tables share no image", expected="tables over the same images",
-                         received=str([t.name for t in loaded]), remedy="label or certify the candidates on one data set")
+        raise InputError(
+            "The tables share no image",
+            expected="tables over the same images",
+            received=str([t.name for t in loaded]),
+            remedy="label or certify the candidates on one data set",
+        )
     columns = []
     for table in loaded:
         row = {int(i): r if c == 1 else 0.0 for i, r, c in zip(table.idx, table.radius, table.correct, strict=True)}
         columns.append([row[i] for i in common])
     found = select_experts(np.array(columns).T, k, parse_radii(radii), names=[t.name for t in loaded])
     if format is Format.json:
-        typer.echo(json.dumps({"chosen": found.names, "values": found.values, "bound": found.bound, "radii": found.grid,
-                               "oracle": found.curve, "oracle_all": found.curve_all, "images": len(common)}))
+        typer.echo(
+            json.dumps(
+                {
+                    "chosen": found.names,
+                    "values": found.values,
+                    "bound": found.bound,
+                    "radii": found.grid,
+                    "oracle": found.curve,
+                    "oracle_all": found.curve_all,
+                    "images": len(common),
+                }
+            )
+        )
         return
     for name, value in zip(found.names, found.values, strict=True):
         typer.echo(f"{name:24} mean certified by an oracle router up to here {value:.1%}")

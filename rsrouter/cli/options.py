@@ -45,8 +45,12 @@ def parse_radii(text: str) -> tuple[float, ...]:
             return tuple(round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-9) + 1))
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise InputError("Radii cannot be read", expected="'0,0.25,0.5' or 'start:stop:step'", received=repr(text),
-                         remedy="0:2:0.25 means 0, 0.25, ..., 2") from error
+        raise InputError(
+            "Radii cannot be read",
+            expected="'0,0.25,0.5' or 'start:stop:step'",
+            received=repr(text),
+            remedy="0:2:0.25 means 0, 0.25, ..., 2",
+        ) from error
 
 
 def make_plan(kind: str, n: int, n0: int, radii: str) -> Plan:

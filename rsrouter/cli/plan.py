@@ -13,7 +13,9 @@ from rsrouter.cli.options import Alpha, Format, OutputFormat, parse_radii
 
 def plan(
     sigma: Annotated[float, typer.Option("--sigma", help="Noise level in [0,1]-pixel units.")],
-    n: Annotated[list[int] | None, typer.Option("--n", help="Votes; may be repeated. Default 100, 1,000, 10,000, 100,000.")] = None,
+    n: Annotated[
+        list[int] | None, typer.Option("--n", help="Votes; may be repeated. Default 100, 1,000, 10,000, 100,000.")
+    ] = None,
     alpha: Alpha = 1e-3,
     radii: Annotated[str | None, typer.Option("--radii", help="Wanted radii: the votes each one needs.")] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Also simulate the mean votes of adaptive plans.")] = False,
@@ -34,18 +36,30 @@ def plan(
         typer.echo(json.dumps(asdict(found)))
         return
     table = Table(title=f"sigma {sigma:g}, alpha {alpha:g}", title_justify="left")
-    for heading in ("votes", "largest radius", "mean radius ratio", "fewest for the top class", *(["mean votes, adaptive"] * simulate)):
+    for heading in (
+        "votes",
+        "largest radius",
+        "mean radius ratio",
+        "fewest for the top class",
+        *(["mean votes, adaptive"] * simulate),
+    ):
         table.add_column(heading, justify="right")
     for row in found.rows:
-        cells = [f"{row.n:,}", f"{row.largest_radius:.4f}", f"{row.mean_ratio:.3f}",
-                 "never" if row.smallest_count is None else f"{row.smallest_count:,}"]
+        cells = [
+            f"{row.n:,}",
+            f"{row.largest_radius:.4f}",
+            f"{row.mean_ratio:.3f}",
+            "never" if row.smallest_count is None else f"{row.smallest_count:,}",
+        ]
         if simulate:
             cells.append("" if row.adaptive_votes is None else f"{row.adaptive_votes:,.0f}")
         table.add_row(*cells)
     Console().print(table)
     typer.echo(f"mean radius ratio: against {found.n_ref:,} votes, vote share uniform on [1/2, 1]")
     for radius, needed in found.needed:
-        typer.echo(f"radius {radius:g} needs " + ("more votes than can be drawn" if needed is None else f"{needed:,} unanimous votes"))
+        typer.echo(
+            f"radius {radius:g} needs " + ("more votes than can be drawn" if needed is None else f"{needed:,} unanimous votes")
+        )
 
 
 def register(app: typer.Typer) -> None:

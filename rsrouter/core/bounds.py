@@ -37,18 +37,29 @@ def check_counts(k: ArrayLike, n: ArrayLike) -> tuple[NDArray[np.int64], NDArray
         if raw.dtype.kind not in "iu":
             as_float = raw.astype(np.float64)
             if not np.all(np.isfinite(as_float)) or np.any(as_float != np.floor(as_float)):
-                raise PlanError("Vote counts must be whole numbers", expected="integers", received=f"{name} = {value!r}",
-                                remedy="count votes; pass shares only after multiplying by n")
+                raise PlanError(
+                    "Vote counts must be whole numbers",
+                    expected="integers",
+                    received=f"{name} = {value!r}",
+                    remedy="count votes; pass shares only after multiplying by n",
+                )
             raw = as_float
         arrays.append(raw.astype(np.int64))
     counts, totals = np.broadcast_arrays(*arrays)
     if np.any(totals < 1):
-        raise PlanError("A bound needs at least one vote", expected="n >= 1", received=f"n = {totals.min()}",
-                        remedy="draw votes first; an unsampled stage has no bound")
+        raise PlanError(
+            "A bound needs at least one vote",
+            expected="n >= 1",
+            received=f"n = {totals.min()}",
+            remedy="draw votes first; an unsampled stage has no bound",
+        )
     if np.any(counts < 0) or np.any(counts > totals):
-        raise PlanError("Counts must lie between 0 and n", expected="0 <= k <= n",
-                        received=f"k in [{counts.min()}, {counts.max()}], n in [{totals.min()}, {totals.max()}]",
-                        remedy="count each vote once, invalid votes included")
+        raise PlanError(
+            "Counts must lie between 0 and n",
+            expected="0 <= k <= n",
+            received=f"k in [{counts.min()}, {counts.max()}], n in [{totals.min()}, {totals.max()}]",
+            remedy="count each vote once, invalid votes included",
+        )
     return counts, totals
 
 
@@ -56,8 +67,12 @@ def check_alpha(alpha: ArrayLike, name: str = "alpha") -> Array:
     """Failure probabilities strictly between 0 and 1; NaN is refused."""
     array = np.asarray(alpha, dtype=np.float64)
     if not np.all((array > 0.0) & (array < 1.0)):
-        raise PlanError(f"{name} must be a probability strictly between 0 and 1", expected=f"0 < {name} < 1",
-                        received=f"{name} = {alpha!r}", remedy="0.001 is the field's default")
+        raise PlanError(
+            f"{name} must be a probability strictly between 0 and 1",
+            expected=f"0 < {name} < 1",
+            received=f"{name} = {alpha!r}",
+            remedy="0.001 is the field's default",
+        )
     return array
 
 
@@ -136,11 +151,19 @@ def multiclass_bounds(
     votes = np.asarray(counts)
     chosen = np.atleast_1d(np.asarray(top))
     if votes.ndim != 2 or votes.shape[1] < 2 or chosen.shape != votes.shape[:1] or chosen.dtype.kind not in "iu":
-        raise PlanError("Votes and top outcomes do not fit", expected="counts (N, L) with L >= 2 and integer top (N,)",
-                        received=f"{votes.shape} and {chosen.dtype} {chosen.shape}", remedy="one row per image")
+        raise PlanError(
+            "Votes and top outcomes do not fit",
+            expected="counts (N, L) with L >= 2 and integer top (N,)",
+            received=f"{votes.shape} and {chosen.dtype} {chosen.shape}",
+            remedy="one row per image",
+        )
     if np.any((chosen < 0) | (chosen >= votes.shape[1])):
-        raise PlanError("A top outcome does not exist", expected=f"0 to {votes.shape[1] - 1}",
-                        received=f"{chosen.min()} to {chosen.max()}", remedy="leave out images that selected nothing")
+        raise PlanError(
+            "A top outcome does not exist",
+            expected=f"0 to {votes.shape[1] - 1}",
+            received=f"{chosen.min()} to {chosen.max()}",
+            remedy="leave out images that selected nothing",
+        )
     whole, _ = check_counts(votes, np.maximum(votes, 1))
     total = whole.sum(1)
     rows = np.arange(len(whole))
@@ -156,8 +179,12 @@ def _log_mixture(s: Array, n: Array, p: Array) -> Array:
     """Log e-value against H0: proportion <= p, mixing over Beta(1/2, 1/2) truncated to (p, 1]."""
     prior = np.log(2.0 / np.pi * np.arcsin(np.sqrt(1.0 - p)))
     return np.asarray(
-        special.betaln(0.5 + s, 0.5 + n - s) - special.betaln(0.5, 0.5) + np.log(special.betaincc(0.5 + s, 0.5 + n - s, p))
-        - prior - special.xlogy(s, p) - special.xlog1py(n - s, -p)
+        special.betaln(0.5 + s, 0.5 + n - s)
+        - special.betaln(0.5, 0.5)
+        + np.log(special.betaincc(0.5 + s, 0.5 + n - s, p))
+        - prior
+        - special.xlogy(s, p)
+        - special.xlog1py(n - s, -p)
     )
 
 
@@ -227,18 +254,30 @@ class AlphaSplit:
         check_alpha(self.total)
         check_alpha(self.lower_share, "lower_share")
         if not self.paths:
-            raise PlanError("A split needs the paths it is for", expected="at least one path", received="none",
-                            remedy="AlphaSplit.even(alpha, tree.paths)")
+            raise PlanError(
+                "A split needs the paths it is for",
+                expected="at least one path",
+                received="none",
+                remedy="AlphaSplit.even(alpha, tree.paths)",
+            )
         for path in self.paths:
             missing = [name for name in path if name not in self.stages]
             if missing:
-                raise PlanError("Every stage needs its own alpha", expected=f"an alpha for {missing}",
-                                received=f"alphas for {sorted(self.stages)}", remedy="name every stage of every path")
+                raise PlanError(
+                    "Every stage needs its own alpha",
+                    expected=f"an alpha for {missing}",
+                    received=f"alphas for {sorted(self.stages)}",
+                    remedy="name every stage of every path",
+                )
             check_alpha([self.stages[name] for name in path], "a stage's alpha")
             spent = fsum(self.stages[name] for name in path)
             if not spent <= self.total * (1.0 + 1e-12):
-                raise PlanError("The stages on one path spend more than alpha", expected=f"at most {self.total}",
-                                received=f"{spent} on {' -> '.join(path)}", remedy="lower the stages' alphas")
+                raise PlanError(
+                    "The stages on one path spend more than alpha",
+                    expected=f"at most {self.total}",
+                    received=f"{spent} on {' -> '.join(path)}",
+                    remedy="lower the stages' alphas",
+                )
 
     @classmethod
     def even(cls, total: float, paths: tuple[tuple[str, ...], ...], lower_share: float = LOWER_SHARE) -> AlphaSplit:

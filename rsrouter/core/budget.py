@@ -42,8 +42,12 @@ def votes_needed(sigma: float, radius: float, alpha: float = 1e-3) -> int | None
     """
     largest_radius(sigma, 1, alpha)
     if not (np.isfinite(radius) and radius >= 0):
-        raise PlanError("A wanted radius must be a finite number", expected="radius >= 0", received=repr(radius),
-                        remedy="give an L2 radius in [0,1]-pixel units")
+        raise PlanError(
+            "A wanted radius must be a finite number",
+            expected="radius >= 0",
+            received=repr(radius),
+            remedy="give an L2 radius in [0,1]-pixel units",
+        )
     if not -np.log(alpha) < MOST_VOTES * -special.log_ndtr(radius / sigma):
         return None
 
@@ -110,8 +114,12 @@ def mean_radius_ratio(n: int, n_ref: int | None = None, alpha: float = 1e-3, *, 
     if n_ref is not None:
         reference = _mean_radius(check_whole("n_ref", n_ref, 1), float(alpha), at_mean_count)
     if not reference > 0.0:
-        raise PlanError("The reference certifies nothing", expected="an n_ref with a positive mean radius",
-                        received=f"n_ref = {n_ref}", remedy="alpha = 0.001 needs at least 10 votes")
+        raise PlanError(
+            "The reference certifies nothing",
+            expected="an n_ref with a positive mean radius",
+            received=f"n_ref = {n_ref}",
+            remedy="alpha = 0.001 needs at least 10 votes",
+        )
     return _mean_radius(n, float(alpha), at_mean_count) / reference
 
 
@@ -128,9 +136,7 @@ def mean_radius_ratio_approx(n: int, alpha: float = 1e-3) -> float:
     return float(1.0 + special.ndtri(alpha) * integral / np.sqrt(2.0 / np.pi) / np.sqrt(check_whole("n", n, 1)))
 
 
-def expected_votes(
-    plan: Plan, share: ArrayLike, sigma: float, alpha: float = 1e-3, *, runs: int = 1000, seed: int = 0
-) -> Array:
+def expected_votes(plan: Plan, share: ArrayLike, sigma: float, alpha: float = 1e-3, *, runs: int = 1000, seed: int = 0) -> Array:
     """Mean estimation votes of `plan` on a one-stage classifier, per vote share of the top class.
 
     By simulation: the real `CertifyPolicy` decides on `runs` binomial vote streams per share (one-sided bounds,
@@ -149,8 +155,12 @@ def expected_votes(
     """
     shares = np.atleast_1d(np.asarray(share, dtype=np.float64))
     if not np.all((shares >= 0.0) & (shares <= 1.0)):
-        raise PlanError("A vote share must lie between 0 and 1", expected="0 <= share <= 1", received=repr(share),
-                        remedy="give the probability of the top class under noise")
+        raise PlanError(
+            "A vote share must lie between 0 and 1",
+            expected="0 <= share <= 1",
+            received=repr(share),
+            remedy="give the probability of the top class under noise",
+        )
     runs = check_whole("runs", runs, 1)
     rng = np.random.default_rng(seed)
     tree = Tree.of([Stage("vote", sigma, leads_to=(0, 1))])
@@ -199,8 +209,14 @@ class BudgetTable:
 
 
 def budget_table(
-    sigma: float, ns: Sequence[int] = (100, 1_000, 10_000, 100_000), alpha: float = 1e-3, *, radii: Sequence[float] = (),
-    n_ref: int = 100_000, simulate: bool = False, seed: int = 0,
+    sigma: float,
+    ns: Sequence[int] = (100, 1_000, 10_000, 100_000),
+    alpha: float = 1e-3,
+    *,
+    radii: Sequence[float] = (),
+    n_ref: int = 100_000,
+    simulate: bool = False,
+    seed: int = 0,
 ) -> BudgetTable:
     """What each budget in `ns` buys at noise level `sigma`, and the votes that each radius in `radii` needs.
 
@@ -230,6 +246,13 @@ def budget_table(
 
 
 __all__ = [
-    "BudgetRow", "BudgetTable", "budget_table", "expected_votes", "largest_radius", "mean_radius_ratio",
-    "mean_radius_ratio_approx", "smallest_certifying_count", "votes_needed",
+    "BudgetRow",
+    "BudgetTable",
+    "budget_table",
+    "expected_votes",
+    "largest_radius",
+    "mean_radius_ratio",
+    "mean_radius_ratio_approx",
+    "smallest_certifying_count",
+    "votes_needed",
 ]

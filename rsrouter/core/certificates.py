@@ -83,8 +83,12 @@ def vote_radius(sigma: float, lower: ArrayLike, upper: ArrayLike | None = None) 
         PlanError: no usable sigma.
     """
     if not (np.isfinite(sigma) and sigma > 0):
-        raise PlanError("A radius needs a noise level", expected="a finite sigma above 0", received=repr(sigma),
-                        remedy="give the standard deviation in [0,1]-pixel units")
+        raise PlanError(
+            "A radius needs a noise level",
+            expected="a finite sigma above 0",
+            received=repr(sigma),
+            remedy="give the standard deviation in [0,1]-pixel units",
+        )
     lo = np.asarray(lower, dtype=np.float64)
     if upper is None:
         return _distance(float(sigma), _ndtri_down(lo), np.zeros_like(lo))
@@ -96,12 +100,17 @@ def fixed_reference(stage: Stage, c: NDArray[np.int64]) -> NDArray[np.int64]:
     """Per image the index of the outcome whose lower bound counts, -1 where there is none."""
     if stage.reference is not None:
         reference = np.asarray(stage.reference)
-        if reference.dtype.kind not in "iu" or reference.shape not in ((), c.shape) or np.any(
-            (reference < -1) | (reference >= stage.num_outcomes)
+        if (
+            reference.dtype.kind not in "iu"
+            or reference.shape not in ((), c.shape)
+            or np.any((reference < -1) | (reference >= stage.num_outcomes))
         ):
-            raise PlanError(f"The reference of stage {stage.name!r} is not an outcome per image",
-                            expected=f"0 to {stage.num_outcomes - 1} (or -1 for none), one or {c.shape}",
-                            received=str(stage.reference), remedy="take the outcome that won the selection votes")
+            raise PlanError(
+                f"The reference of stage {stage.name!r} is not an outcome per image",
+                expected=f"0 to {stage.num_outcomes - 1} (or -1 for none), one or {c.shape}",
+                received=str(stage.reference),
+                remedy="take the outcome that won the selection votes",
+            )
         return np.broadcast_to(reference.astype(np.int64), c.shape)
     same = stage.answers[None, : stage.num_outcomes] == c[:, None]
     return np.where(same.any(1) & (c > ABSTAIN), same.argmax(1), -1)
@@ -123,9 +132,12 @@ def entry_radii(stage: Stage, lower: ArrayLike, upper: ArrayLike, reference: NDA
     lo, hi = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
     outcomes = stage.num_outcomes
     if lo.shape != hi.shape or lo.ndim != 2 or lo.shape[1] != outcomes or lo.shape[0] != reference.shape[0]:
-        raise PlanError(f"Bounds of stage {stage.name!r} have the wrong shape",
-                        expected=f"({reference.shape[0]}, {outcomes})", received=f"{lo.shape} and {hi.shape}",
-                        remedy="one column per vote outcome, invalid votes included")
+        raise PlanError(
+            f"Bounds of stage {stage.name!r} have the wrong shape",
+            expected=f"({reference.shape[0]}, {outcomes})",
+            received=f"{lo.shape} and {hi.shape}",
+            remedy="one column per vote outcome, invalid votes included",
+        )
     rows = np.arange(len(reference))
     chosen = np.maximum(reference, 0)
     z_top = np.where(reference >= 0, _ndtri_down(lo[rows, chosen]), np.nan)
@@ -215,8 +227,12 @@ def tree_radius(
         tree = Tree.of(list(stages.values()) if isinstance(stages, Mapping) else list(stages), root)
     classes = np.atleast_1d(np.asarray(c))
     if classes.dtype.kind not in "iu" or classes.ndim != 1:
-        raise PlanError("The certified class must be an integer per image", expected="int array (N,)",
-                        received=f"{classes.dtype} {classes.shape}", remedy="pass class indices")
+        raise PlanError(
+            "The certified class must be an integer per image",
+            expected="int array (N,)",
+            received=f"{classes.dtype} {classes.shape}",
+            remedy="pass class indices",
+        )
     classes = classes.astype(np.int64)
     grouped: dict[str, Array] = {}
     for name in tree.order:
@@ -229,8 +245,12 @@ def tree_radius(
         if mask is not None:
             mask = np.asarray(mask)
             if mask.dtype != np.bool_ or mask.shape != classes.shape:
-                raise PlanError(f"The mask of stage {name!r} does not fit", expected=f"booleans {classes.shape}",
-                                received=f"{mask.dtype} {mask.shape}", remedy="True where the stage was sampled")
+                raise PlanError(
+                    f"The mask of stage {name!r} does not fit",
+                    expected=f"booleans {classes.shape}",
+                    received=f"{mask.dtype} {mask.shape}",
+                    remedy="True where the stage was sampled",
+                )
             entry = np.where(mask[:, None], entry, 0.0)
         grouped[name] = group_entries(stage, entry, classes)
     radius, by = recursion(tree, grouped)

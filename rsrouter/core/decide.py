@@ -151,8 +151,12 @@ class PredictPolicy:
             i = request.image
             open_here = 0 <= i < len(self.done) and not self.done[i] and request.network in self._next[i]
             if not (open_here and (request.purpose, request.start, request.count) == (PREDICT, 0, self.n)):
-                raise PlanError("Votes that no open request asked for", expected="answers to next_requests, each once",
-                                received=repr(request), remedy="hand each request's votes back exactly once")
+                raise PlanError(
+                    "Votes that no open request asked for",
+                    expected="answers to next_requests, each once",
+                    received=repr(request),
+                    remedy="hand each request's votes back exactly once",
+                )
         for (_, network), (asked, votes) in grouped.items():
             rows = np.array([request.image for request in asked])
             for name, matrix in votes.items():
@@ -168,8 +172,12 @@ class PredictPolicy:
             PlanError: the query still waits for votes.
         """
         if not self.done[i]:
-            raise PlanError("The query is still being answered", expected="a finished query", received=f"query {i}",
-                            remedy="draw the requested votes first")
+            raise PlanError(
+                "The query is still being answered",
+                expected="a finished query",
+                received=f"query {i}",
+                remedy="draw the requested votes first",
+            )
         return int(self._answer[i])
 
     def _advance(self, i: int) -> None:

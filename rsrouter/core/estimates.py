@@ -41,15 +41,26 @@ def check_sides(sides: str) -> None:
 def check_rows(stage: Stage, counts: Counts, n: NDArray[np.int64]) -> None:
     """Raises PlanError unless `counts (N, L)` are non-negative and every row sums to its `n`."""
     if counts.ndim != 2 or counts.shape[1] != stage.num_outcomes or counts.shape[0] != n.shape[0]:
-        raise PlanError(f"Counts of stage {stage.name!r} have the wrong shape", expected=f"({n.shape[0]}, {stage.num_outcomes})",
-                        received=str(counts.shape), remedy="one column per vote outcome, invalid votes included")
+        raise PlanError(
+            f"Counts of stage {stage.name!r} have the wrong shape",
+            expected=f"({n.shape[0]}, {stage.num_outcomes})",
+            received=str(counts.shape),
+            remedy="one column per vote outcome, invalid votes included",
+        )
     if counts.dtype.kind not in "iu":
-        raise PlanError(f"Counts of stage {stage.name!r} are not integers", expected="an integer array",
-                        received=str(counts.dtype), remedy="count votes")
+        raise PlanError(
+            f"Counts of stage {stage.name!r} are not integers",
+            expected="an integer array",
+            received=str(counts.dtype),
+            remedy="count votes",
+        )
     if np.any(counts < 0) or np.any(counts.sum(1) != n):
-        raise PlanError(f"Counts of stage {stage.name!r} do not sum to their look",
-                        expected=f"rows summing to {n[:3].tolist()}...", received=f"{counts.sum(1)[:3].tolist()}...",
-                        remedy="count every vote, invalid ones included")
+        raise PlanError(
+            f"Counts of stage {stage.name!r} do not sum to their look",
+            expected=f"rows summing to {n[:3].tolist()}...",
+            received=f"{counts.sum(1)[:3].tolist()}...",
+            remedy="count every vote, invalid ones included",
+        )
 
 
 def needs_upper(stage: Stage, sides: str) -> bool:
@@ -58,8 +69,16 @@ def needs_upper(stage: Stage, sides: str) -> bool:
 
 
 def stage_bounds(
-    stage: Stage, counts: Counts, n: NDArray[np.int64], reference: NDArray[np.int64], c: NDArray[np.int64],
-    level: Array, *, sides: str, lower_share: float, family: str = "clopper-pearson",
+    stage: Stage,
+    counts: Counts,
+    n: NDArray[np.int64],
+    reference: NDArray[np.int64],
+    c: NDArray[np.int64],
+    level: Array,
+    *,
+    sides: str,
+    lower_share: float,
+    family: str = "clopper-pearson",
 ) -> StageBounds:
     """Bounds at failure probability `level (N,)`; see `Plan.bounds` for the rest.
 
@@ -96,8 +115,13 @@ def stage_bounds(
 
 
 def hoped_counts(
-    stage: Stage, counts: Counts, drawn: NDArray[np.int64], total: int, reference: NDArray[np.int64],
-    c: NDArray[np.int64], beta: float,
+    stage: Stage,
+    counts: Counts,
+    drawn: NDArray[np.int64],
+    total: int,
+    reference: NDArray[np.int64],
+    c: NDArray[np.int64],
+    beta: float,
 ) -> Counts:
     """Counts at `total` votes that are still plausible: the reference high, every other outcome low.
 

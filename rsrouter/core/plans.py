@@ -64,8 +64,16 @@ class Plan(ABC):
         return np.where(radius > 0.0, 1.0 + np.searchsorted(edges, radius, side="right"), 0.0)
 
     def bounds(
-        self, stage: Stage, counts: Counts, look: NDArray[np.int64], reference: NDArray[np.int64], c: NDArray[np.int64],
-        *, alpha: float, sides: str = "two", lower_share: float = 0.9,
+        self,
+        stage: Stage,
+        counts: Counts,
+        look: NDArray[np.int64],
+        reference: NDArray[np.int64],
+        c: NDArray[np.int64],
+        *,
+        alpha: float,
+        sides: str = "two",
+        lower_share: float = 0.9,
     ) -> StageBounds:
         """Bounds on a stage's outcome probabilities at completed looks.
 
@@ -87,15 +95,27 @@ class Plan(ABC):
         check_sides(sides)
         n = np.asarray(self.looks, dtype=np.int64)[look]
         if np.any(look < 0):
-            raise PlanError("Bounds need a completed look", expected="look >= 0", received=str(look.min()),
-                            remedy="draw the first look's votes")
+            raise PlanError(
+                "Bounds need a completed look",
+                expected="look >= 0",
+                received=str(look.min()),
+                remedy="draw the first look's votes",
+            )
         check_rows(stage, counts, n)
         level = alpha * np.asarray(self.shares)[look]
         return stage_bounds(stage, counts, n, reference, c, level, sides=sides, lower_share=lower_share, family=self.bound)
 
     def hopes(
-        self, stage: Stage, counts: Counts, look: NDArray[np.int64], reference: NDArray[np.int64], c: NDArray[np.int64],
-        *, alpha: float, sides: str = "two", lower_share: float = 0.9,
+        self,
+        stage: Stage,
+        counts: Counts,
+        look: NDArray[np.int64],
+        reference: NDArray[np.int64],
+        c: NDArray[np.int64],
+        *,
+        alpha: float,
+        sides: str = "two",
+        lower_share: float = 0.9,
     ) -> StageBounds:
         """Bounds this stage may still reach by the last look; they steer what is drawn and enter no certificate.
 
@@ -133,7 +153,8 @@ class Plan(ABC):
             raise PlanError(
                 f"No vote of this plan can certify radius {beyond[0]:g}",
                 expected=f"radii up to {reach:.4f} at n_max = {self.n_max}",
-                received=f"radii {', '.join(f'{r:g}' for r in beyond)}", remedy=f"{remedy}, or drop the radius",
+                received=f"radii {', '.join(f'{r:g}' for r in beyond)}",
+                remedy=f"{remedy}, or drop the radius",
             )
 
     @abstractmethod
@@ -148,8 +169,12 @@ class Plan(ABC):
 def check_whole(name: str, value: object, least: int) -> int:
     """An int of at least `least`; refuses bool, fractions and anything else with a PlanError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise PlanError(f"{name} must be a whole number of at least {least}", expected=f"{name} >= {least}",
-                        received=repr(value), remedy="n0 = 100 and n = 100,000 are the field's defaults")
+        raise PlanError(
+            f"{name} must be a whole number of at least {least}",
+            expected=f"{name} >= {least}",
+            received=repr(value),
+            remedy="n0 = 100 and n = 100,000 are the field's defaults",
+        )
     return int(value)
 
 
@@ -227,8 +252,16 @@ class AdaptivePlan(Plan):
     kind: ClassVar[str] = "adaptive"
 
     def __init__(
-        self, n_max: int, radii: Sequence[float], n0: int = 100, beta: float = 0.01, *, growth: float = GROWTH,
-        first: int = 100, last_share: float = 0.9, bound: str = "clopper-pearson",
+        self,
+        n_max: int,
+        radii: Sequence[float],
+        n0: int = 100,
+        beta: float = 0.01,
+        *,
+        growth: float = GROWTH,
+        first: int = 100,
+        last_share: float = 0.9,
+        bound: str = "clopper-pearson",
     ) -> None:
         put = object.__setattr__
         put(self, "n_max_", check_whole("n_max", n_max, 1))
@@ -236,17 +269,29 @@ class AdaptivePlan(Plan):
         put(self, "first", check_whole("first", first, 1))
         grid = np.unique(np.asarray(list(radii), dtype=np.float64))
         if grid.size == 0 or not np.all(np.isfinite(grid) & (grid >= 0)):
-            raise PlanError("An adaptive plan needs the radii you care about", expected="finite radii >= 0, at least one",
-                            received=repr(radii), remedy="0, 0.25, 0.5, ... as in the tables you compare with")
+            raise PlanError(
+                "An adaptive plan needs the radii you care about",
+                expected="finite radii >= 0, at least one",
+                received=repr(radii),
+                remedy="0, 0.25, 0.5, ... as in the tables you compare with",
+            )
         put(self, "grid", tuple(float(r) for r in grid if r > 0.0))
         for name, value, low, high in (("beta", beta, 0, 1), ("last_share", last_share, 0, 1), ("growth", growth, 1.01, np.inf)):
             if not low < value < high:
-                raise PlanError(f"{name} is out of range", expected=f"{low} < {name} < {high}", received=repr(value),
-                                remedy=f"leave out {name} to take the default")
+                raise PlanError(
+                    f"{name} is out of range",
+                    expected=f"{low} < {name} < {high}",
+                    received=repr(value),
+                    remedy=f"leave out {name} to take the default",
+                )
             put(self, name, float(value))
         if bound not in FAMILIES:
-            raise PlanError("Unknown family of bounds", expected=f"one of {sorted(FAMILIES)}", received=repr(bound),
-                            remedy="leave out bound to take Clopper-Pearson")
+            raise PlanError(
+                "Unknown family of bounds",
+                expected=f"one of {sorted(FAMILIES)}",
+                received=repr(bound),
+                remedy="leave out bound to take Clopper-Pearson",
+            )
         put(self, "bound", bound)
 
     @property
@@ -268,8 +313,16 @@ class AdaptivePlan(Plan):
         return (*([(1.0 - self.last_share) / (count - 1)] * (count - 1)), self.last_share)
 
     def _like(self, n_max: int, radii: Sequence[float]) -> AdaptivePlan:
-        return AdaptivePlan(n_max, radii or (0.0,), self.n0, self.beta, growth=self.growth, first=self.first,
-                            last_share=self.last_share, bound=self.bound)
+        return AdaptivePlan(
+            n_max,
+            radii or (0.0,),
+            self.n0,
+            self.beta,
+            growth=self.growth,
+            first=self.first,
+            last_share=self.last_share,
+            bound=self.bound,
+        )
 
     def with_votes(self, n_max: int) -> AdaptivePlan:
         return self._like(n_max, self.grid)
@@ -279,8 +332,17 @@ class AdaptivePlan(Plan):
         return self._like(self.n_max_, [r for r in self.grid if r <= reach])
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "n_max": self.n_max_, "radii": list(self.grid) or [0.0], "n0": self.n0, "beta": self.beta,
-                "growth": self.growth, "first": self.first, "last_share": self.last_share, "bound": self.bound}
+        return {
+            "kind": self.kind,
+            "n_max": self.n_max_,
+            "radii": list(self.grid) or [0.0],
+            "n0": self.n0,
+            "beta": self.beta,
+            "growth": self.growth,
+            "first": self.first,
+            "last_share": self.last_share,
+            "bound": self.bound,
+        }
 
 
 def plan_from_dict(data: dict[str, Any]) -> Plan:
@@ -293,10 +355,18 @@ def plan_from_dict(data: dict[str, Any]) -> Plan:
     kinds: dict[str, type[FixedPlan] | type[AdaptivePlan]] = {"fixed": FixedPlan, "adaptive": AdaptivePlan}
     kind = fields.pop("kind", None)
     if kind not in kinds:
-        raise PlanError("Unknown plan", expected=f"kind one of {sorted(kinds)}", received=repr(kind),
-                        remedy="see rsrouter.FixedPlan and rsrouter.AdaptivePlan")
+        raise PlanError(
+            "Unknown plan",
+            expected=f"kind one of {sorted(kinds)}",
+            received=repr(kind),
+            remedy="see rsrouter.FixedPlan and rsrouter.AdaptivePlan",
+        )
     try:
         return kinds[kind](**fields)
     except TypeError as error:
-        raise PlanError("A stored plan does not fit its kind", expected=f"the fields of {kind!r}", received=str(sorted(fields)),
-                        remedy="was it written by a newer version?") from error
+        raise PlanError(
+            "A stored plan does not fit its kind",
+            expected=f"the fields of {kind!r}",
+            received=str(sorted(fields)),
+            remedy="was it written by a newer version?",
+        ) from error

@@ -151,8 +151,12 @@ class CertifyPolicy:
     def certificate(self, i: int) -> Certificate:
         """The certificate of image `i`, once it is done."""
         if not self.done[i]:
-            raise PlanError("The image is still being certified", expected="a finished image", received=f"image {i}",
-                            remedy="draw the requested votes first")
+            raise PlanError(
+                "The image is still being certified",
+                expected="a finished image",
+                received=f"image {i}",
+                remedy="draw the requested votes first",
+            )
         certified = bool(self.radius[i] > 0.0 and self.c[i] > ABSTAIN)
         r_router, r_expert = self._min_rule(i)
         last = self._path[i][-1][0] if self._path[i] else self.tree.root
@@ -187,12 +191,21 @@ class CertifyPolicy:
         elif fits:
             look = int(self._look[i, column])
             start = self.plan.looks[look] if look >= 0 else 0
-            fits = (purpose == ESTIMATE and self._at[i] is None and not self._pending[i, column]
-                    and look + 1 < len(self.plan.looks) and request.start == start
-                    and request.start + request.count == self.plan.looks[look + 1])
+            fits = (
+                purpose == ESTIMATE
+                and self._at[i] is None
+                and not self._pending[i, column]
+                and look + 1 < len(self.plan.looks)
+                and request.start == start
+                and request.start + request.count == self.plan.looks[look + 1]
+            )
         if not fits:
-            raise PlanError("Votes that no open request asked for", expected="answers to next_requests, each once",
-                            received=repr(request), remedy="hand each request's votes back exactly once, in order")
+            raise PlanError(
+                "Votes that no open request asked for",
+                expected="answers to next_requests, each once",
+                received=repr(request),
+                remedy="hand each request's votes back exactly once, in order",
+            )
 
     def _walk(self, i: int) -> bool:
         """Descends on selection votes as far as they go; True where that reached an answer."""
@@ -258,8 +271,16 @@ class CertifyPolicy:
         look = self._look[rows, self._column[network]]
         for stage in self._stages[network]:
             name = stage.name
-            new = self.plan.bounds(stage, self._counts[name][rows], look, self._reference[name][rows], self.c[rows],
-                                   alpha=self.split.stages[name], sides=self.sides, lower_share=self.split.lower_share)
+            new = self.plan.bounds(
+                stage,
+                self._counts[name][rows],
+                look,
+                self._reference[name][rows],
+                self.c[rows],
+                alpha=self.split.stages[name],
+                sides=self.sides,
+                lower_share=self.split.lower_share,
+            )
             self._remember(name, rows, look, new)
             self._lower[name][rows] = np.maximum(self._lower[name][rows], new.lower)
             self._upper[name][rows] = np.minimum(self._upper[name][rows], new.upper)
@@ -307,10 +328,19 @@ class CertifyPolicy:
         # before its selection votes a routing stage may still be unanimous for any outcome
         unknown = self._pending[rows, column] & (reference < 0)
         reference = np.where(unknown, 0, reference)
-        best = self.plan.hopes(stage, self._counts[name][rows], self._look[rows, column], reference, c,
-                               alpha=self.split.stages[name], sides=self.sides, lower_share=self.split.lower_share)
-        entry = entry_radii(stage, np.maximum(self._lower[name][rows], best.lower),
-                            np.minimum(self._upper[name][rows], best.upper), reference)
+        best = self.plan.hopes(
+            stage,
+            self._counts[name][rows],
+            self._look[rows, column],
+            reference,
+            c,
+            alpha=self.split.stages[name],
+            sides=self.sides,
+            lower_share=self.split.lower_share,
+        )
+        entry = entry_radii(
+            stage, np.maximum(self._lower[name][rows], best.lower), np.minimum(self._upper[name][rows], best.upper), reference
+        )
         entry = np.where(unknown[:, None], entry.max(1, keepdims=True), entry)
         self._hope[name][rows] = np.maximum(self._now[name][rows], group_entries(stage, entry, c))
 

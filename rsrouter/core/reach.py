@@ -39,8 +39,16 @@ def unanimous_radius(plan: Plan, tree: Tree, path: tuple[str, ...], split: Alpha
         counts = np.zeros((1, stage.num_outcomes), dtype=np.int64)
         if reference[0] >= 0:
             counts[0, reference[0]] = plan.n_max
-        bounds = plan.hopes(stage, counts, np.array([len(plan.looks) - 1]), reference, c, alpha=split.stages[name],
-                            sides=sides, lower_share=split.lower_share)
+        bounds = plan.hopes(
+            stage,
+            counts,
+            np.array([len(plan.looks) - 1]),
+            reference,
+            c,
+            alpha=split.stages[name],
+            sides=sides,
+            lower_share=split.lower_share,
+        )
         grouped[name] = group_entries(stage, entry_radii(stage, bounds.lower, bounds.upper, reference), c)
     return float(recursion(tree, grouped)[0][0])
 

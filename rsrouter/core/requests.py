@@ -54,8 +54,12 @@ def group_votes(
         PlanError: a request without votes, one answered twice, a stage missing, or votes that do not sum to the request.
     """
     if len(requests) != len(counts):
-        raise PlanError("Requests and votes do not pair up", expected=f"{len(requests)} answers", received=str(len(counts)),
-                        remedy="answer every request once")
+        raise PlanError(
+            "Requests and votes do not pair up",
+            expected=f"{len(requests)} answers",
+            received=str(len(counts)),
+            remedy="answer every request once",
+        )
     members: dict[tuple[str, str], list[int]] = {}
     for position, request in enumerate(requests):
         members.setdefault((request.purpose, request.network), []).append(position)
@@ -63,18 +67,24 @@ def group_votes(
     for (purpose, network), positions in members.items():
         asked = [requests[p] for p in positions]
         if network not in stages or len({request.image for request in asked}) != len(asked):
-            raise PlanError(f"Votes of network {network!r} answer no open request",
-                            expected=f"one of {sorted(stages)}, once an image",
-                            received=f"{len(asked)} answers", remedy="answer every request once")
+            raise PlanError(
+                f"Votes of network {network!r} answer no open request",
+                expected=f"one of {sorted(stages)}, once an image",
+                received=f"{len(asked)} answers",
+                remedy="answer every request once",
+            )
         totals = np.array([request.count for request in asked])
         votes = {}
         for stage in stages[network]:
             try:
                 matrix = np.array([counts[p][stage.name] for p in positions])
             except (KeyError, ValueError) as error:
-                raise PlanError(f"Votes of stage {stage.name!r} are missing or ragged",
-                                expected=f"{stage.num_outcomes} counts each",
-                                received=str(error), remedy="answer every stage on the request's network") from error
+                raise PlanError(
+                    f"Votes of stage {stage.name!r} are missing or ragged",
+                    expected=f"{stage.num_outcomes} counts each",
+                    received=str(error),
+                    remedy="answer every stage on the request's network",
+                ) from error
             check_rows(stage, matrix, totals)
             votes[stage.name] = matrix.astype(np.int64)
         grouped[purpose, network] = asked, votes
@@ -84,8 +94,12 @@ def group_votes(
 def check_split(tree: Tree, split: AlphaSplit) -> None:
     """Raises PlanError unless `split` was made for `tree` and stays within its total on every path."""
     if set(tree.stages) - set(split.stages) or set(split.paths) != set(tree.paths):
-        raise PlanError("The alpha split belongs to another tree", expected=f"paths {tree.paths}",
-                        received=f"paths {split.paths}", remedy="AlphaSplit.even(alpha, tree.paths)")
+        raise PlanError(
+            "The alpha split belongs to another tree",
+            expected=f"paths {tree.paths}",
+            received=f"paths {split.paths}",
+            remedy="AlphaSplit.even(alpha, tree.paths)",
+        )
     split.__post_init__()  # a mapping can be changed after it was checked
 
 
@@ -94,7 +108,10 @@ def stages_by_network(tree: Tree) -> dict[str, tuple[Stage, ...]]:
     stages = {g: tuple(tree.stages[s] for s in tree.order if tree.stages[s].network == g) for g in tree.networks}
     for network, members in stages.items():
         if len({stage.sigma for stage in members}) != 1:
-            raise PlanError(f"Stages on network {network!r} have different sigmas", expected="one sigma per network",
-                            received=str({stage.name: stage.sigma for stage in members}),
-                            remedy="give them networks of their own")
+            raise PlanError(
+                f"Stages on network {network!r} have different sigmas",
+                expected="one sigma per network",
+                received=str({stage.name: stage.sigma for stage in members}),
+                remedy="give them networks of their own",
+            )
     return stages

@@ -58,26 +58,48 @@ class Stage:
             object.__setattr__(self, "network", self.name)
         number = isinstance(self.sigma, int | float) and not isinstance(self.sigma, bool)
         if not (number and isfinite(self.sigma) and self.sigma > 0):
-            raise PlanError(f"Stage {self.name!r} has no usable sigma", expected="a finite number above 0",
-                            received=repr(self.sigma), remedy="give the standard deviation in [0,1]-pixel units")
+            raise PlanError(
+                f"Stage {self.name!r} has no usable sigma",
+                expected="a finite number above 0",
+                received=repr(self.sigma),
+                remedy="give the standard deviation in [0,1]-pixel units",
+            )
         bad = [t for t in self.leads_to if not isinstance(t, str) and not (_is_whole(t) and t >= ABSTAIN)]
         if bad:
-            raise PlanError(f"Stage {self.name!r} has targets that are neither a class nor a stage",
-                            expected="class indices >= 0, ABSTAIN (-1) or stage names", received=str(bad),
-                            remedy="list an int or a name per outcome")
+            raise PlanError(
+                f"Stage {self.name!r} has targets that are neither a class nor a stage",
+                expected="class indices >= 0, ABSTAIN (-1) or stage names",
+                received=str(bad),
+                remedy="list an int or a name per outcome",
+            )
         if self.kind not in ("plurality", "threshold"):
-            raise PlanError(f"Stage {self.name!r} has an unknown kind", expected="'plurality' or 'threshold'",
-                            received=repr(self.kind), remedy="use one of the two")
+            raise PlanError(
+                f"Stage {self.name!r} has an unknown kind",
+                expected="'plurality' or 'threshold'",
+                received=repr(self.kind),
+                remedy="use one of the two",
+            )
         if self.kind == "threshold" and not (self.tau is not None and 0.5 < self.tau < 1.0):
-            raise PlanError(f"Threshold stage {self.name!r} needs tau", expected="1/2 < tau < 1",
-                            received=repr(self.tau), remedy="below 1/2 two outcomes could win at once")
+            raise PlanError(
+                f"Threshold stage {self.name!r} needs tau",
+                expected="1/2 < tau < 1",
+                received=repr(self.tau),
+                remedy="below 1/2 two outcomes could win at once",
+            )
         if self.kind == "plurality" and self.tau is not None:
-            raise PlanError(f"Plurality stage {self.name!r} takes no tau", expected="tau=None",
-                            received=repr(self.tau), remedy="use kind='threshold'")
+            raise PlanError(
+                f"Plurality stage {self.name!r} takes no tau",
+                expected="tau=None",
+                received=repr(self.tau),
+                remedy="use kind='threshold'",
+            )
         if len(self.leads_to) < (3 if self.kind == "threshold" else 2):
-            raise PlanError(f"Stage {self.name!r} needs a target per outcome", expected="two outcomes or more",
-                            received=f"{len(self.leads_to)} targets",
-                            remedy="list each outcome's class or stage (and where a threshold stage defers to)")
+            raise PlanError(
+                f"Stage {self.name!r} needs a target per outcome",
+                expected="two outcomes or more",
+                received=f"{len(self.leads_to)} targets",
+                remedy="list each outcome's class or stage (and where a threshold stage defers to)",
+            )
 
     @property
     def num_outcomes(self) -> int:
@@ -111,22 +133,38 @@ class Tree:
         """A tree of `stages`, rooted at `root` (default: the first)."""
         names = [stage.name for stage in stages]
         if not names or len(set(names)) != len(names):
-            raise PlanError("A tree needs stages with different names", expected="unique names", received=str(names),
-                            remedy="rename the stages")
+            raise PlanError(
+                "A tree needs stages with different names",
+                expected="unique names",
+                received=str(names),
+                remedy="rename the stages",
+            )
         return cls({stage.name: stage for stage in stages}, names[0] if root is None else root)
 
     def __post_init__(self) -> None:
         misnamed = [key for key, stage in self.stages.items() if key != stage.name]
         if misnamed:
-            raise PlanError("Stages are filed under another name than their own", expected="the stage's name as key",
-                            received=str(misnamed), remedy="use Tree.of(stages)")
+            raise PlanError(
+                "Stages are filed under another name than their own",
+                expected="the stage's name as key",
+                received=str(misnamed),
+                remedy="use Tree.of(stages)",
+            )
         if self.root not in self.stages:
-            raise PlanError("The root is not a stage", expected=f"one of {sorted(self.stages)}", received=repr(self.root),
-                            remedy="name the stage that sees the input first")
+            raise PlanError(
+                "The root is not a stage",
+                expected=f"one of {sorted(self.stages)}",
+                received=repr(self.root),
+                remedy="name the stage that sees the input first",
+            )
         unreachable = set(self.stages) - set(self.order)
         if unreachable:
-            raise PlanError("Some stages cannot be reached", expected="every stage below the root",
-                            received=str(sorted(unreachable)), remedy="drop them or let an outcome lead there")
+            raise PlanError(
+                "Some stages cannot be reached",
+                expected="every stage below the root",
+                received=str(sorted(unreachable)),
+                remedy="drop them or let an outcome lead there",
+            )
 
     @cached_property
     def order(self) -> tuple[str, ...]:
@@ -135,13 +173,20 @@ class Tree:
 
         def visit(name: str) -> None:
             if name not in self.stages:
-                raise PlanError("An outcome leads to an unknown stage", expected=f"one of {sorted(self.stages)}",
-                                received=repr(name), remedy="add the stage or lead elsewhere")
+                raise PlanError(
+                    "An outcome leads to an unknown stage",
+                    expected=f"one of {sorted(self.stages)}",
+                    received=repr(name),
+                    remedy="add the stage or lead elsewhere",
+                )
             if name in done:
                 if not done[name]:
-                    raise PlanError("The stages form a cycle", expected="a tree (or a graph without cycles)",
-                                    received=f"a way from {name!r} back to itself",
-                                    remedy="a stage may only lead to later stages")
+                    raise PlanError(
+                        "The stages form a cycle",
+                        expected="a tree (or a graph without cycles)",
+                        received=f"a way from {name!r} back to itself",
+                        remedy="a stage may only lead to later stages",
+                    )
                 return
             done[name] = False
             for child in self.stages[name].children:
@@ -184,9 +229,7 @@ def expert_stage(name: str, sigma: float, num_classes: int, *, network: str = ""
     return Stage(name, sigma, "plurality", None, (*range(num_classes), INVALID_TARGET), None, network, expert or name)
 
 
-def flat_tree(
-    router: str, router_sigma: float, experts: Sequence[Stage], *, network: str = ""
-) -> Tree:
+def flat_tree(router: str, router_sigma: float, experts: Sequence[Stage], *, network: str = "") -> Tree:
     """Dual RS: a router whose outcome k leads to expert k (arXiv 2512.01782)."""
     targets: tuple[Target, ...] = (*(stage.name for stage in experts), INVALID_TARGET)
     return Tree.of([Stage(router, router_sigma, "plurality", None, targets, None, network), *experts])
@@ -200,8 +243,12 @@ def cascade_tree(experts: Sequence[Stage], thresholds: Sequence[float]) -> Tree:
         thresholds: one tau per expert but the last.
     """
     if len(thresholds) != len(experts) - 1:
-        raise PlanError("A cascade needs a threshold for each expert but the last", expected=f"{len(experts) - 1} thresholds",
-                        received=f"{len(thresholds)}", remedy="give one tau in (1/2, 1) per expert that may defer")
+        raise PlanError(
+            "A cascade needs a threshold for each expert but the last",
+            expected=f"{len(experts) - 1} thresholds",
+            received=f"{len(thresholds)}",
+            remedy="give one tau in (1/2, 1) per expert that may defer",
+        )
     stages = [
         Stage(e.name, e.sigma, "threshold", float(tau), (*e.leads_to, following.name), None, e.network, e.expert)
         for e, following, tau in zip(experts, experts[1:], thresholds, strict=False)

@@ -25,5 +25,7 @@ def load_slice(name: str) -> ImageData:
     """Images and labels of one slice: `train` and `validation` were held out from the experts' training, `test` is
     the beginning of the official test set."""
     if name not in SLICES:
-        raise InputError("Unknown slice", expected=f"one of {SLICES}", received=repr(name), remedy="rsrouter.demo.load_slice('test')")
+        raise InputError(
+            "Unknown slice", expected=f"one of {SLICES}", received=repr(name), remedy="rsrouter.demo.load_slice('test')"
+        )
     return load_data(ASSETS / "images" / f"{name}.npz")

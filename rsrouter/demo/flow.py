@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from rsrouter.core.bounds import AlphaSplit
@@ -22,12 +21,14 @@ from rsrouter.experts import ExpertPool
 from rsrouter.jobs import Running, certify_table
 from rsrouter.report import write_report
 from rsrouter.results import Table
-from rsrouter.router import FlatRouter, Labels, label_votes
-from rsrouter.router.labels import radii_from_votes
+from rsrouter.router import Labels, label_votes
+from rsrouter.router.labels import target_radii
 from rsrouter.sampling import resolve_device
 from rsrouter.smooth import RoutedSmooth, Smooth
-from rsrouter.training import train_router
+from rsrouter.training import DeferralRecipe, train_router
 
+#: Radii of the running estimate.
+SHOWN = (0.0, 0.5, 1.0)
 RADII = tuple(float(r) for r in np.arange(0.0, 2.01, 0.25))
 
 
@@ -36,22 +37,41 @@ class Settings:
     """What one demo run does; written to `demo.json`, and a folder of other settings is refused.
 
     Attributes:
-        train_images, label_votes: images the router is trained on, and votes per expert and image for their labels.
+        train_images, copies: images the router's heads are trained on, and noisy copies of each.
+        label_images, label_votes: images the flat router is trained on, and votes per expert and image for their labels.
+        validation_images, tune_copies: images that choices (kind of router, thresholds) are made on, and votes of each.
         test_images, n_max: images certified, and the most votes a stage may draw.
+        beta: level at which the adaptive plan gives up (costs radius, never soundness).
         alpha: failure probability of each certificate.
         seed: of the labels' noise and of training. Certification's own seed derives from digests.
     """
 
-    train_images: int = 1000
-    label_votes: int = 100
+    train_images: int = 3000
+    copies: int = 8
+    label_images: int = 500
+    label_votes: int = 50
+    validation_images: int = 250
+    tune_copies: int = 200
     test_images: int = 100
     n_max: int = 10_000
+    beta: float = 0.05
     alpha: float = 0.001
     seed: int = 0
     device: str = "cpu"
 
 
-QUICK = {"train_images": 300, "label_votes": 50, "test_images": 25, "n_max": 2_000}
+QUICK = {
+    "train_images": 600,
+    "copies": 6,
+    "label_images": 100,
+    "validation_images": 60,
+    "tune_copies": 100,
+    "test_images": 25,
+    "n_max": 2_000,
+}
+
+#: What the report calls the runs.
+ROUTED, PAPER = "routed", "flat router, min rule (Dual RS)"
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,7 @@ class Outcome:
         out: the folder.
         report: the page.
         routed: the routed table.
+        paper: a flat router's under the min rule, as Dual RS does it.
         experts: each expert's own table.
         seconds: per step.
     """
@@ -69,6 +90,7 @@ class Outcome:
     out: Path
     report: Path
     routed: Table
+    paper: Table
     experts: tuple[Table, ...]
     seconds: dict[str, float]
 
@@ -83,9 +105,12 @@ def _prepare(out: Path, settings: Settings) -> None:
         except (OSError, ValueError):
             found = None
         if found != wanted:
-            raise ResultsError("The output folder holds something else", expected="a new folder, or a demo run with the same settings",
-                               received=f"{out}" + (f" with settings {found}" if found else ""),
-                               remedy="choose another --out; nothing was overwritten")
+            raise ResultsError(
+                "The output folder holds something else",
+                expected="a new folder, or a demo run with the same settings",
+                received=f"{out}" + (f" with settings {found}" if found else ""),
+                remedy="choose another --out; nothing was overwritten",
+            )
     out.mkdir(parents=True, exist_ok=True)
     part = out / ".demo.json"
     part.write_text(json.dumps(wanted, indent=2) + "\n")
@@ -102,66 +127,29 @@ class _Bars:
         if self.show:
             tqdm.write(text, file=sys.stderr)
 
-    def votes(self, title: str, total: int) -> Callable[[int], None]:
-        bar = tqdm(total=total, desc=title, unit="vote", unit_scale=True, disable=not self.show, file=sys.stderr)
-
-        def step(count: int) -> None:
-            bar.update(count)
-            if bar.n >= total:
-                bar.close()
-
-        return step
-
-    def epochs(self, title: str) -> Callable[[int, int, float], None]:
-        bar = tqdm(desc=title, unit="epoch", disable=not self.show, file=sys.stderr)
-
-        def step(epoch: int, epochs: int, loss: float) -> None:
-            bar.total = epochs
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update(epoch - bar.n)
-            if epoch >= epochs:
-                bar.close()
-
-        return step
-
-    def certify(self, title: str, radii: tuple[float, ...]) -> Callable[[Running], None]:
-        """A bar over votes; the total is what the finished images' mean predicts."""
-        bar = tqdm(desc=title, unit="vote", unit_scale=True, disable=not self.show, file=sys.stderr)
-
-        def step(r: Running) -> None:
-            if r.finished:
-                bar.total = max(r.votes, int(r.votes * r.total / r.finished))
-            accuracy = " ".join(f"{radius:g}:{100 * a:.0f}%" for radius, a in zip(radii, r.accuracy, strict=True))
-            bar.set_postfix_str(f"{r.finished}/{r.total} images, certified {accuracy}", refresh=False)
-            bar.update(r.votes - bar.n)
-            if r.finished >= r.total:
-                bar.total = r.votes
-                bar.close()
-
-        return step
+    def votes(self, title: str, total: int | None = None) -> tqdm:
+        return tqdm(total=total, desc=title, unit="vote", unit_scale=True, disable=not self.show, file=sys.stderr)
 
 
-def label_slice(pool: ExpertPool, images: torch.Tensor, labels: torch.Tensor, settings: Settings, bars: _Bars) -> Labels:
-    """Routing labels of the training slice, with a progress bar."""
-    step = bars.votes("label", len(images) * len(pool) * settings.label_votes)
-    votes = label_votes(pool, images, n=settings.label_votes, seed=settings.seed, device=settings.device, progress=step)
-    return radii_from_votes(votes, labels.numpy(), pool.sigmas, settings.alpha)
+def estimates(bar: tqdm) -> Callable[[Running], None]:
+    """Progress of a certification on a bar over votes, whose total is what the finished images' mean predicts."""
 
+    def step(r: Running) -> None:
+        if r.finished:
+            bar.total = max(r.votes, int(r.votes * r.total / r.finished))
+        accuracy = " ".join(f"{radius:g}:{100 * a:.0f}%" for radius, a in zip(SHOWN, r.accuracy, strict=True) if a == a)
+        bar.set_postfix_str(f"{r.finished}/{r.total} images, certified {accuracy}", refresh=False)
+        bar.update(r.votes - bar.n)
 
-def default_router(pool: ExpertPool) -> FlatRouter:
-    """The demo's router: a head of a few kilobytes on the frozen expert of the largest sigma."""
-    from rsrouter.experts import build_architecture
-
-    largest = pool[len(pool) - 1]
-    width = largest.module.get_classifier().in_features + largest.num_classes  # type: ignore[operator]
-    return FlatRouter(build_architecture("mlp_head", len(pool), {"in_features": width}), sigma=largest.sigma, trunk=largest.name)
+    return step
 
 
 def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed: int = 0, show: bool = True) -> Outcome:
     """Runs the demo into `out`.
 
-    Leaves `pool.json`, `router/`, `certificates.tsv` with its JSON, `experts/*.tsv` and `report/index.html`. Started
-    again with the same settings it goes on where it stopped.
+    Leaves `pool.json`, `router/` (the kind that validation images chose), `dual-rs/` (the paper's kind, for
+    comparison), `certificates.tsv` with its JSON, `dual-rs.tsv`, `experts/*.tsv` and `report/index.html`. Started again with
+    the same settings it goes on where it stopped.
 
     Args:
         out: a new folder, or one of an earlier run with the same settings.
@@ -191,30 +179,85 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
 
     pool = timed("wrap", wrap)
     bars.say(f"wrapped {len(pool)} experts: " + ", ".join(pool.names))
-    train, test = load_slice("train"), load_slice("test")
+    train, validation, test = (load_slice(name) for name in ("train", "validation", "test"))
     x, y = train.batch(range(settings.train_images))
-    if (folder / "router" / "config.json").exists():
-        routed = RoutedSmooth.from_pretrained(folder / "router")
-    else:
-        labels = timed("label", lambda: label_slice(pool, x, y, settings, bars))
-        routed = timed("train", lambda: train_router(
-            pool, default_router(pool), x, y, radii=RADII, seed=settings.seed, out=folder / "router", routing_labels=labels,
-            progress=bars.epochs("train")))
-    plan = AdaptivePlan(settings.n_max, RADII)
+    held_out = validation.batch(range(settings.validation_images))
+
+    def label() -> Labels:
+        with bars.votes("label", settings.label_images * len(pool) * settings.label_votes) as bar:
+            votes = label_votes(
+                pool, x[: settings.label_images], n=settings.label_votes, seed=settings.seed, device=device, progress=bar.update
+            )
+        return target_radii(votes, y[: settings.label_images].numpy(), pool.sigmas, plan_n=settings.n_max, alpha=settings.alpha)
+
+    def fit(kind: str, target: Path, count: int, **more: Any) -> RoutedSmooth:
+        if (target / "config.json").exists():
+            return RoutedSmooth.from_pretrained(target)
+        with bars.votes(f"train {kind}") as bar:
+            return train_router(
+                pool,
+                kind,
+                x[:count],
+                y[:count],
+                radii=RADII,
+                seed=settings.seed,
+                out=target,
+                device=device,
+                plan_n=settings.n_max,
+                alpha=settings.alpha,
+                votes=bar.update,
+                **more,
+            )
+
+    recipe = DeferralRecipe(copies=settings.copies, tune_copies=settings.tune_copies)
+    labels = timed("label", label)
+    best = np.bincount(labels.radius.argmax(1)[labels.radius.max(1) > 0], minlength=len(pool))
+    bars.say("best expert for " + ", ".join(f"{n} images: {name}" for n, name in zip(best, pool.names, strict=True)))
+    paper = timed(
+        "train flat", lambda: fit("flat", folder / "dual-rs", settings.label_images, recipe="dual-rs", routing_labels=labels)
+    )
+    routed = timed("train", lambda: fit("auto", folder / "router", settings.train_images, validation=held_out, recipe=recipe))
+    bars.say(f"validation images chose a {routed.router.kind} router")
+    plan = AdaptivePlan(settings.n_max, RADII, beta=settings.beta)
     data = {"name": "Fashion-MNIST, bundled test slice"}
     rows = range(settings.test_images)
 
-    def certify(smoothed: Smooth | RoutedSmooth, path: Path, name: str) -> Table:
+    def certify(smoothed: Smooth | RoutedSmooth, path: Path, name: str, rule: str = "tree") -> Table:
         split = AlphaSplit.even(settings.alpha, smoothed.tree.paths)
         reach = plan.reach(smoothed.tree, split, "two" if isinstance(smoothed, RoutedSmooth) else "one")
-        return certify_table(smoothed, test, path, plan=plan.within(reach), alpha=settings.alpha, device=device, indices=rows, name=name,
-                             data=data, progress=bars.certify(f"certify {name}", (0.0, 0.5, 1.0)))
+        with bars.votes(f"certify {name}") as bar:
+            return certify_table(
+                smoothed,
+                test,
+                path,
+                plan=plan.within(reach),
+                alpha=settings.alpha,
+                device=device,
+                indices=rows,
+                rule=rule,
+                name=name,
+                data=data,
+                radii=SHOWN,
+                progress=estimates(bar),
+            )
 
-    table = timed("certify", lambda: certify(routed, folder / "certificates.tsv", "routed"))
-    experts = timed("certify experts", lambda: tuple(
-        certify(Smooth(e), folder / "experts" / f"{e.name}.tsv", e.name) for e in pool))
+    table = timed("certify", lambda: certify(routed, folder / "certificates.tsv", ROUTED))
+    other = timed("certify flat", lambda: certify(paper, folder / "dual-rs.tsv", PAPER, "min"))
+    experts = timed(
+        "certify experts", lambda: tuple(certify(Smooth(e), folder / "experts" / f"{e.name}.tsv", e.name) for e in pool)
+    )
     pictures = {i: test.image(i) for i in rows}
-    page = timed("report", lambda: write_report(
-        {"routed": table, **{t.name: t for t in experts}}, folder / "report", routed="routed", experts=[t.name for t in experts],
-        images=pictures, classes=CLASSES, radii=RADII, title="rsrouter demo: Fashion-MNIST"))
-    return Outcome(folder, page, table, experts, seconds)
+    page = timed(
+        "report",
+        lambda: write_report(
+            {t.name: t for t in (table, other, *experts)},
+            folder / "report",
+            routed=[ROUTED, PAPER],
+            experts=[t.name for t in experts],
+            images=pictures,
+            classes=CLASSES,
+            radii=RADII,
+            title="rsrouter demo: Fashion-MNIST",
+        ),
+    )
+    return Outcome(folder, page, table, other, experts, seconds)

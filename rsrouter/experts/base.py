@@ -82,11 +82,19 @@ class Normalise(nn.Module):
 def check_sigma(sigma: object, who: str) -> float:
     """A usable sigma, or InputError; a value of 1.5 or more is taken for one in /255 units and refused."""
     if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not isfinite(sigma) or sigma <= 0:
-        raise InputError(f"{who} has no usable sigma", expected="a finite standard deviation above 0", received=repr(sigma),
-                         remedy="give the sigma the model was trained with; a checkpoint does not carry it")
+        raise InputError(
+            f"{who} has no usable sigma",
+            expected="a finite standard deviation above 0",
+            received=repr(sigma),
+            remedy="give the sigma the model was trained with; a checkpoint does not carry it",
+        )
     if sigma > 10:
-        raise InputError(f"The sigma of {who} looks like /255 units", expected="a standard deviation for pixels in [0,1]",
-                         received=f"{sigma:g}", remedy=f"divide by 255: sigma={sigma / 255:.4g}")
+        raise InputError(
+            f"The sigma of {who} looks like /255 units",
+            expected="a standard deviation for pixels in [0,1]",
+            received=f"{sigma:g}",
+            remedy=f"divide by 255: sigma={sigma / 255:.4g}",
+        )
     return float(sigma)
 
 
@@ -167,34 +175,66 @@ class Expert:
     """
 
     def __init__(
-        self, module: nn.Module | None, *, sigma: float, num_classes: int, input_shape: Sequence[int],
-        mean: Sequence[float] | None = None, std: Sequence[float] | None = None, name: str | None = None,
-        provenance: Provenance | None = None, load: Callable[[], nn.Module] | None = None,
+        self,
+        module: nn.Module | None,
+        *,
+        sigma: float,
+        num_classes: int,
+        input_shape: Sequence[int],
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        name: str | None = None,
+        provenance: Provenance | None = None,
+        load: Callable[[], nn.Module] | None = None,
     ) -> None:
         self.sigma = check_sigma(sigma, f"expert {name!r}" if name else "the expert")
         self.name = f"sigma_{self.sigma:g}" if name is None else name
         if not isinstance(self.name, str) or not _NAME.match(self.name):
-            raise InputError("An expert's name is not usable", expected="letters, digits, '.', '_' and '-'",
-                             received=repr(name), remedy="choose a name that can stand in a file name")
+            raise InputError(
+                "An expert's name is not usable",
+                expected="letters, digits, '.', '_' and '-'",
+                received=repr(name),
+                remedy="choose a name that can stand in a file name",
+            )
         if (module is None) == (load is None) or not (module is None or isinstance(module, nn.Module)):
-            raise InputError(f"Expert {self.name!r} needs a module", expected="a torch.nn.Module that returns logits",
-                             received=type(module).__name__, remedy="wrap a function in a small nn.Module")
+            raise InputError(
+                f"Expert {self.name!r} needs a module",
+                expected="a torch.nn.Module that returns logits",
+                received=type(module).__name__,
+                remedy="wrap a function in a small nn.Module",
+            )
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-            raise InputError(f"Expert {self.name!r} needs its number of classes", expected="num_classes >= 2",
-                             received=repr(num_classes), remedy="give the width of the logits")
+            raise InputError(
+                f"Expert {self.name!r} needs its number of classes",
+                expected="num_classes >= 2",
+                received=repr(num_classes),
+                remedy="give the width of the logits",
+            )
         shape = tuple(input_shape)
         if len(shape) != 3 or not all(isinstance(s, int) and s > 0 for s in shape):
-            raise InputError(f"Expert {self.name!r} needs an input shape", expected="(C, H, W), positive integers",
-                             received=repr(input_shape), remedy="for CIFAR: (3, 32, 32)")
+            raise InputError(
+                f"Expert {self.name!r} needs an input shape",
+                expected="(C, H, W), positive integers",
+                received=repr(input_shape),
+                remedy="for CIFAR: (3, 32, 32)",
+            )
         if (mean is None) != (std is None):
-            raise InputError(f"Expert {self.name!r} has half a normalisation", expected="mean and std, or neither",
-                             received=f"mean={mean!r}, std={std!r}", remedy="std=(1, ...) for models that only centre")
+            raise InputError(
+                f"Expert {self.name!r} has half a normalisation",
+                expected="mean and std, or neither",
+                received=f"mean={mean!r}, std={std!r}",
+                remedy="std=(1, ...) for models that only centre",
+            )
         for word, values in (("mean", mean), ("std", std)):
             if values is None:
                 continue
             if len(values) != shape[0] or not all(isfinite(v) for v in values) or (word == "std" and min(values) <= 0):
-                raise InputError(f"The {word} of expert {self.name!r} does not fit", expected=f"{shape[0]} finite values"
-                                 + (" above 0" if word == "std" else ""), received=repr(values), remedy="one value per channel")
+                raise InputError(
+                    f"The {word} of expert {self.name!r} does not fit",
+                    expected=f"{shape[0]} finite values" + (" above 0" if word == "std" else ""),
+                    received=repr(values),
+                    remedy="one value per channel",
+                )
         self._module, self._load = module, load
         self.num_classes, self.input_shape = num_classes, shape
         self.mean = None if mean is None else tuple(float(m) for m in mean)
@@ -246,13 +286,21 @@ class ExpertPool(Sequence[Expert]):
             raise InputError("A pool needs experts", expected="at least one Expert", received="none", remedy="wrap a checkpoint")
         names = [e.name for e in members]
         if len(set(names)) != len(names):
-            raise InputError("Experts must have different names", expected="unique names", received=str(names),
-                             remedy="give name= to experts that share a sigma")
+            raise InputError(
+                "Experts must have different names",
+                expected="unique names",
+                received=str(names),
+                remedy="give name= to experts that share a sigma",
+            )
         for what in ("num_classes", "input_shape"):
             values = {e.name: getattr(e, what) for e in members}
             if len(set(values.values())) > 1:
-                raise InputError(f"Experts of one pool must agree on {what}", expected="one label set, one input size",
-                                 received=str(values), remedy="leave out the experts that differ")
+                raise InputError(
+                    f"Experts of one pool must agree on {what}",
+                    expected="one label set, one input size",
+                    received=str(values),
+                    remedy="leave out the experts that differ",
+                )
         self.experts = tuple(members)
 
     @classmethod

@@ -50,11 +50,15 @@ class NoisyCheck:
     def warning(self) -> str | None:
         """What is wrong and what to do, None if nothing looks wrong."""
         if self.better is not None:
-            return (f"expert {self.name!r} looks wrongly normalised: accuracy {self.accuracy:.1%} under noise {self.sigma:g}, "
-                    f"but {self.alternatives[self.better]:.1%} with normalisation={self.better!r}. Use that, if the paper agrees")
+            return (
+                f"expert {self.name!r} looks wrongly normalised: accuracy {self.accuracy:.1%} under noise {self.sigma:g}, "
+                f"but {self.alternatives[self.better]:.1%} with normalisation={self.better!r}. Use that, if the paper agrees"
+            )
         if self.near_chance:
-            return (f"expert {self.name!r} guesses: accuracy {self.accuracy:.1%} under noise {self.sigma:g} with every "
-                    "normalisation tried. Check sigma, architecture and the order of the labels")
+            return (
+                f"expert {self.name!r} guesses: accuracy {self.accuracy:.1%} under noise {self.sigma:g} with every "
+                "normalisation tried. Check sigma, architecture and the order of the labels"
+            )
         return None
 
 
@@ -73,14 +77,19 @@ def check_expert(expert: Expert, images: Tensor, labels: Tensor, *, seed: int = 
         InputError: images or labels that do not fit the expert.
     """
     if images.ndim != 4 or tuple(images.shape[1:]) != expert.input_shape or len(images) == 0:
-        raise InputError(f"The images do not fit expert {expert.name!r}",
-                         expected=f"(N, {', '.join(map(str, expert.input_shape))})",
-                         received=str(tuple(images.shape)), remedy="check input_shape, or resize the data")
+        raise InputError(
+            f"The images do not fit expert {expert.name!r}",
+            expected=f"(N, {', '.join(map(str, expert.input_shape))})",
+            received=str(tuple(images.shape)),
+            remedy="check input_shape, or resize the data",
+        )
     if tuple(labels.shape) != (len(images),) or int(labels.min()) < 0 or int(labels.max()) >= expert.num_classes:
-        raise InputError(f"The labels do not fit expert {expert.name!r}",
-                         expected=f"{len(images)} labels in 0 to {expert.num_classes - 1}",
-                         received=f"shape {tuple(labels.shape)}, from {int(labels.min())} to {int(labels.max())}",
-                         remedy="check num_classes and the data")
+        raise InputError(
+            f"The labels do not fit expert {expert.name!r}",
+            expected=f"{len(images)} labels in 0 to {expert.num_classes - 1}",
+            received=f"shape {tuple(labels.shape)}, from {int(labels.min())} to {int(labels.max())}",
+            remedy="check num_classes and the data",
+        )
     module = copy.deepcopy(expert.module).eval()  # the expert's own module keeps its mode
     networks = {"": _normalised(module, expert.mean, expert.std), **_alternatives(expert, module)}
     right = {name: torch.zeros(len(images), dtype=torch.bool) for name in networks}

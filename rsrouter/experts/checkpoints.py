@@ -63,12 +63,19 @@ def read_verified(path: Path, sha256: str | None) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"Cannot read {path.name}", expected="a readable weight file", received=f"{path}: {error.strerror}",
-                              remedy="check the path; relative ones count from the folder of the pool or spec file") from error
+        raise CheckpointError(
+            f"Cannot read {path.name}",
+            expected="a readable weight file",
+            received=f"{path}: {error.strerror}",
+            remedy="check the path; relative ones count from the folder of the pool or spec file",
+        ) from error
     if sha256 is not None and (found := sha256_of(data)) != sha256:
-        raise IntegrityError(f"{path.name} is not the file that was pinned", expected=f"sha256 {sha256}",
-                             received=f"sha256 {found} ({len(data)} bytes) in {path}",
-                             remedy="fetch the file again (delete a cached copy), or wrap the pool anew if the change is meant")
+        raise IntegrityError(
+            f"{path.name} is not the file that was pinned",
+            expected=f"sha256 {sha256}",
+            received=f"sha256 {found} ({len(data)} bytes) in {path}",
+            remedy="fetch the file again (delete a cached copy), or wrap the pool anew if the change is meant",
+        )
     return data
 
 
@@ -82,16 +89,20 @@ def parse_checkpoint(data: bytes, filename: str) -> Checkpoint:
         try:
             return Checkpoint(parse_safetensors(data))
         except (SafetensorError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{filename} is not a readable safetensors file", expected="a complete safetensors file",
-                                  received=f"{len(data)} bytes: {error}",
-                                  remedy="fetch or copy it again; it looks truncated") from error
+            raise CheckpointError(
+                f"{filename} is not a readable safetensors file",
+                expected="a complete safetensors file",
+                received=f"{len(data)} bytes: {error}",
+                remedy="fetch or copy it again; it looks truncated",
+            ) from error
     return _unpack(_unpickle(data, filename), filename)
 
 
 def _unpickle(data: bytes, filename: str) -> object:
     if not data:
-        raise CheckpointError(f"{filename} is empty", expected="a PyTorch checkpoint", received="0 bytes",
-                              remedy="fetch it again")
+        raise CheckpointError(
+            f"{filename} is empty", expected="a PyTorch checkpoint", received="0 bytes", remedy="fetch it again"
+        )
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -103,26 +114,36 @@ def _unpickle(data: bytes, filename: str) -> object:
                 expected="a state dict of tensors (torch.load with weights_only=True)",
                 received=f"it wants {wanted.group(1)}" if wanted else text.splitlines()[-1][:200],
                 remedy="nothing in it was run. Where you trust it, save torch.save(model.state_dict(), ...) in the code "
-                "base that made it, and import that file") from error
+                "base that made it, and import that file",
+            ) from error
         raise _damaged(data, filename, error) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         if "TorchScript" in str(error):
-            raise CheckpointError(f"{filename} was refused: it is a TorchScript archive, which holds code",
-                                  expected="a state dict of tensors", received="TorchScript",
-                                  remedy="save torch.save(module.state_dict(), ...) where you trust it") from error
+            raise CheckpointError(
+                f"{filename} was refused: it is a TorchScript archive, which holds code",
+                expected="a state dict of tensors",
+                received="TorchScript",
+                remedy="save torch.save(module.state_dict(), ...) where you trust it",
+            ) from error
         raise _damaged(data, filename, error) from error
 
 
 def _damaged(data: bytes, filename: str, error: Exception) -> CheckpointError:
     reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return CheckpointError(f"{filename} is not a readable checkpoint", expected="a complete file written by torch.save",
-                           received=f"{len(data)} bytes: {reason}",
-                           remedy="fetch or copy it again; it looks truncated or damaged")
+    return CheckpointError(
+        f"{filename} is not a readable checkpoint",
+        expected="a complete file written by torch.save",
+        received=f"{len(data)} bytes: {reason}",
+        remedy="fetch or copy it again; it looks truncated or damaged",
+    )
 
 
 def _is_state(value: object) -> bool:
-    return isinstance(value, Mapping) and len(value) > 0 and all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
 
 
 def _unpack(content: object, filename: str) -> Checkpoint:
@@ -138,9 +159,12 @@ def _unpack(content: object, filename: str) -> Checkpoint:
         received = f"{len(found)} state dicts {found}" if found else f"keys {list(content)[:8]}"
     else:
         received = type(content).__name__
-    raise CheckpointError(f"{filename} has no state dict that can be told apart",
-                          expected=f"tensors by name, or one of {CONTAINERS}", received=received,
-                          remedy="save the state dict you mean on its own: torch.save(model.state_dict(), ...)")
+    raise CheckpointError(
+        f"{filename} has no state dict that can be told apart",
+        expected=f"tensors by name, or one of {CONTAINERS}",
+        received=received,
+        remedy="save the state dict you mean on its own: torch.save(model.state_dict(), ...)",
+    )
 
 
 def strip_prefix(state: Mapping[str, Tensor], wanted: set[str]) -> tuple[dict[str, Tensor], str]:
@@ -152,7 +176,7 @@ def strip_prefix(state: Mapping[str, Tensor], wanted: set[str]) -> tuple[dict[st
     hits = len(wanted & best.keys())
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in state):
-            stripped = {name[len(prefix):]: value for name, value in state.items()}
+            stripped = {name[len(prefix) :]: value for name, value in state.items()}
             if (n := len(wanted & stripped.keys())) > hits:
                 best, best_prefix, hits = stripped, prefix, n
     return best, best_prefix
@@ -177,11 +201,17 @@ def fit_state(module: nn.Module, state: Mapping[str, Tensor], *, architecture: s
     stripped, _ = strip_prefix(state, set(own))
     missing = [k for k in own if k not in stripped and not k.endswith("num_batches_tracked")]
     extra = [k for k in stripped if k not in own]
-    misfit = [f"{k} {tuple(stripped[k].shape)} instead of {tuple(own[k].shape)}" for k in own
-              if k in stripped and stripped[k].shape != own[k].shape]
+    misfit = [
+        f"{k} {tuple(stripped[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in stripped and stripped[k].shape != own[k].shape
+    ]
     if missing or extra or misfit:
-        parts = [f"{len(names)} {word}: {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
-                 for word, names in (("missing", missing), ("left over", extra), ("of another shape", misfit)) if names]
+        parts = [
+            f"{len(names)} {word}: {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
+            for word, names in (("missing", missing), ("left over", extra), ("of another shape", misfit))
+            if names
+        ]
         remedy = "check architecture, its kwargs and num_classes"
         width = head_width(stripped)
         only_head = not missing and not extra and all(stripped[k].shape[1:] == own[k].shape[1:] for k in own if k in stripped)
@@ -189,15 +219,25 @@ def fit_state(module: nn.Module, state: Mapping[str, Tensor], *, architecture: s
             remedy = f"the file was trained for num_classes={width}"
         elif (nearest := nearest_architecture(state)) is not None:
             name, share, width = nearest
-            remedy = (f"the nearest architecture is {name!r} with num_classes={width} ({share:.0%} of names and shapes fit)"
-                      if share > 0.3 else "no known architecture is near; register_architecture(name, YourModule)")
-        raise CheckpointError(f"{filename} does not fit {architecture!r}", expected=f"the {len(own)} tensors of {architecture!r}",
-                              received="; ".join(parts), remedy=remedy)
+            remedy = (
+                f"the nearest architecture is {name!r} with num_classes={width} ({share:.0%} of names and shapes fit)"
+                if share > 0.3
+                else "no known architecture is near; register_architecture(name, YourModule)"
+            )
+        raise CheckpointError(
+            f"{filename} does not fit {architecture!r}",
+            expected=f"the {len(own)} tensors of {architecture!r}",
+            received="; ".join(parts),
+            remedy=remedy,
+        )
     not_finite = [k for k in own if k in stripped and not bool(torch.isfinite(stripped[k]).all())]
     if not_finite:
-        raise CheckpointError(f"{filename} holds values that are not finite", expected="finite weights",
-                              received=f"NaN or Inf in {', '.join(not_finite[:4])}",
-                              remedy="use an earlier checkpoint; training diverged")
+        raise CheckpointError(
+            f"{filename} holds values that are not finite",
+            expected="finite weights",
+            received=f"NaN or Inf in {', '.join(not_finite[:4])}",
+            remedy="use an earlier checkpoint; training diverged",
+        )
     module.load_state_dict({k: stripped[k] for k in own if k in stripped}, strict=False)
     return module.eval().requires_grad_(False)
 

@@ -37,14 +37,23 @@ class Ensemble(nn.Module):
     def __init__(self, members: Sequence[nn.Module], consensus: int | None = None, chunk: int = 32) -> None:
         super().__init__()
         if len(members) < 2:
-            raise InputError("An ensemble needs several members", expected="at least 2", received=str(len(members)),
-                             remedy="use the one expert as it is")
+            raise InputError(
+                "An ensemble needs several members",
+                expected="at least 2",
+                received=str(len(members)),
+                remedy="use the one expert as it is",
+            )
         if consensus is not None and not (isinstance(consensus, int) and 2 <= consensus < len(members)):
-            raise InputError("K-consensus does not fit the ensemble", expected=f"2 <= K < {len(members)}, or None",
-                             received=repr(consensus), remedy="leave consensus out to ask every member")
+            raise InputError(
+                "K-consensus does not fit the ensemble",
+                expected=f"2 <= K < {len(members)}, or None",
+                received=repr(consensus),
+                remedy="leave consensus out to ask every member",
+            )
         if not isinstance(chunk, int) or chunk < 1:
-            raise InputError("The chunk must be a whole number", expected="at least 1", received=repr(chunk),
-                             remedy="leave it out")
+            raise InputError(
+                "The chunk must be a whole number", expected="at least 1", received=repr(chunk), remedy="leave it out"
+            )
         self.members = nn.ModuleList(members)
         self.consensus, self.chunk = consensus, chunk
 
@@ -91,9 +100,12 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         if self.schedule not in {"linear", "cosine"} or self.prediction not in {"epsilon", "x0", "v"} or self.steps < 2:
-            raise InputError("Unknown diffusion settings",
-                             expected="schedule linear or cosine, prediction epsilon, x0 or v, steps >= 2",
-                             received=str(asdict(self)), remedy="take them from the repository the denoiser comes from")
+            raise InputError(
+                "Unknown diffusion settings",
+                expected="schedule linear or cosine, prediction epsilon, x0 or v, steps >= 2",
+                received=str(asdict(self)),
+                remedy="take them from the repository the denoiser comes from",
+            )
 
     def alphas_cumprod(self) -> Tensor:
         """abar_t for t = 0 ... T - 1, `(T,)` float64."""
@@ -114,9 +126,12 @@ class Diffusion:
         abar = self.alphas_cumprod()
         noise = ((1 - abar) / abar).sqrt()  # per unit of signal on [-1,1]
         if not float(noise[0]) / 2 <= 2 * sigma <= float(noise[-1]):
-            raise InputError("This sigma is outside the diffusion's schedule",
-                             expected=f"{float(noise[0]) / 4:.4g} <= sigma <= {float(noise[-1]) / 2:.4g}", received=f"{sigma:g}",
-                             remedy="use another sigma, or check schedule and steps")
+            raise InputError(
+                "This sigma is outside the diffusion's schedule",
+                expected=f"{float(noise[0]) / 4:.4g} <= sigma <= {float(noise[-1]) / 2:.4g}",
+                received=f"{sigma:g}",
+                remedy="use another sigma, or check schedule and steps",
+            )
         t = int((noise - 2 * sigma).abs().argmin())
         return t, float(abar[t])
 
@@ -147,8 +162,9 @@ class DiffusionDenoised(nn.Module):
         size: side to which x_0 is resized (bicubic, antialiased) for the classifier; None: as it is.
     """
 
-    def __init__(self, denoiser: nn.Module, classifier: nn.Module, sigma: float, diffusion: Diffusion,
-                 size: int | None = None) -> None:
+    def __init__(
+        self, denoiser: nn.Module, classifier: nn.Module, sigma: float, diffusion: Diffusion, size: int | None = None
+    ) -> None:
         super().__init__()
         self.t, self.abar = diffusion.step_for(sigma)
         self.denoiser, self.classifier, self.prediction, self.size = denoiser, classifier, diffusion.prediction, size
@@ -199,8 +215,16 @@ class Denoiser:
     provenance: Provenance | None = None
 
 
-def load_denoiser(source: str | Path, *, architecture: str, kwargs: dict[str, Any] | None = None, licence: str | None = None,
-                  filename: str | None = None, revision: str | None = None, **hub: Any) -> Denoiser:
+def load_denoiser(
+    source: str | Path,
+    *,
+    architecture: str,
+    kwargs: dict[str, Any] | None = None,
+    licence: str | None = None,
+    filename: str | None = None,
+    revision: str | None = None,
+    **hub: Any,
+) -> Denoiser:
     """A pinned denoiser from a folder, a file or the Hub.
 
     Args:
@@ -213,16 +237,27 @@ def load_denoiser(source: str | Path, *, architecture: str, kwargs: dict[str, An
         CheckpointError: not a denoiser, or a file that does not fit. HubError, IntegrityError: as `load_expert`.
     """
     if not is_denoiser(architecture):
-        raise CheckpointError(f"{architecture!r} is not a denoiser", expected="an architecture registered with denoiser=True",
-                              received=architecture, remedy="register_architecture(name, YourDenoiser, denoiser=True)")
+        raise CheckpointError(
+            f"{architecture!r} is not a denoiser",
+            expected="an architecture registered with denoiser=True",
+            received=architecture,
+            remedy="register_architecture(name, YourDenoiser, denoiser=True)",
+        )
     where, _, sha256, _ = open_checkpoint(source, filename=filename, revision=revision, **hub)
-    provenance = Provenance(**where, sha256=sha256, loader="checkpoint", architecture=architecture, kwargs=dict(kwargs or {}),
-                            licence=licence)
+    provenance = Provenance(
+        **where, sha256=sha256, loader="checkpoint", architecture=architecture, kwargs=dict(kwargs or {}), licence=licence
+    )
     return Denoiser(build_module(provenance, 2), provenance)
 
 
-def ensemble(members: Sequence[Expert], *, consensus: int | None = None, sigma: float | None = None, name: str | None = None,
-             chunk: int = 32) -> Expert:
+def ensemble(
+    members: Sequence[Expert],
+    *,
+    consensus: int | None = None,
+    sigma: float | None = None,
+    name: str | None = None,
+    chunk: int = 32,
+) -> Expert:
     """One expert from several: see `Ensemble`.
 
     Args:
@@ -237,17 +272,37 @@ def ensemble(members: Sequence[Expert], *, consensus: int | None = None, sigma: 
     for what in ("num_classes", "input_shape", *(() if sigma is not None else ("sigma",))):
         values = {f"{i}:{m.name}": getattr(m, what) for i, m in enumerate(members)}
         if len(set(values.values())) > 1:
-            raise InputError(f"Members of an ensemble must agree on {what}", expected="one value", received=str(values),
-                             remedy="leave out those that differ" + ("" if what != "sigma" else ", or give sigma="))
+            raise InputError(
+                f"Members of an ensemble must agree on {what}",
+                expected="one value",
+                received=str(values),
+                remedy="leave out those that differ" + ("" if what != "sigma" else ", or give sigma="),
+            )
     module = Ensemble([m.network() for m in members], consensus, chunk)
-    provenance = _composite("ensemble", {"consensus": consensus, "chunk": chunk},
-                            [_part("member", m.provenance, m.num_classes, m.mean, m.std) for m in members])
-    return Expert(module, sigma=members[0].sigma if sigma is None else sigma, num_classes=members[0].num_classes,
-                  input_shape=members[0].input_shape, name=name, provenance=provenance)
+    provenance = _composite(
+        "ensemble",
+        {"consensus": consensus, "chunk": chunk},
+        [_part("member", m.provenance, m.num_classes, m.mean, m.std) for m in members],
+    )
+    return Expert(
+        module,
+        sigma=members[0].sigma if sigma is None else sigma,
+        num_classes=members[0].num_classes,
+        input_shape=members[0].input_shape,
+        name=name,
+        provenance=provenance,
+    )
 
 
-def denoised(denoiser: Denoiser | nn.Module, classifier: Expert, *, sigma: float, diffusion: Diffusion | None = None,
-             input_shape: Sequence[int] | None = None, name: str | None = None) -> Expert:
+def denoised(
+    denoiser: Denoiser | nn.Module,
+    classifier: Expert,
+    *,
+    sigma: float,
+    diffusion: Diffusion | None = None,
+    input_shape: Sequence[int] | None = None,
+    name: str | None = None,
+) -> Expert:
     """A denoiser before a classifier that was trained on clean images.
 
     One denoiser and one classifier serve every sigma: call this once for each, the weights are shared.
@@ -267,16 +322,25 @@ def denoised(denoiser: Denoiser | nn.Module, classifier: Expert, *, sigma: float
     source = denoiser if isinstance(denoiser, Denoiser) else Denoiser(denoiser)
     shape = tuple(input_shape or classifier.input_shape)
     size = None if shape == classifier.input_shape else classifier.input_shape[1]
-    if size is not None and (diffusion is None or classifier.input_shape[1] != classifier.input_shape[2]
-                             or shape[0] != classifier.input_shape[0]):
-        raise InputError("Denoiser and classifier take different images", expected=str(classifier.input_shape),
-                         received=str(shape),
-                         remedy="use a classifier for this image size, or a diffusion denoiser, whose output is resized")
+    if size is not None and (
+        diffusion is None or classifier.input_shape[1] != classifier.input_shape[2] or shape[0] != classifier.input_shape[0]
+    ):
+        raise InputError(
+            "Denoiser and classifier take different images",
+            expected=str(classifier.input_shape),
+            received=str(shape),
+            remedy="use a classifier for this image size, or a diffusion denoiser, whose output is resized",
+        )
     kwargs = {"sigma": sigma, "size": size, "diffusion": None if diffusion is None else asdict(diffusion)}
     module = _denoised_module(source.module, classifier.network(), kwargs)
-    provenance = _composite("denoised", kwargs, [
-        _part("denoiser", source.provenance, 2, None, None),
-        _part("classifier", classifier.provenance, classifier.num_classes, classifier.mean, classifier.std)])
+    provenance = _composite(
+        "denoised",
+        kwargs,
+        [
+            _part("denoiser", source.provenance, 2, None, None),
+            _part("classifier", classifier.provenance, classifier.num_classes, classifier.mean, classifier.std),
+        ],
+    )
     return Expert(module, sigma=sigma, num_classes=classifier.num_classes, input_shape=shape, name=name, provenance=provenance)
 
 
@@ -287,10 +351,25 @@ def at_sigmas(expert: Expert, sigmas: Sequence[float]) -> list[Expert]:
         InputError: a denoised expert, whose network depends on its sigma.
     """
     if isinstance(expert.module, DiffusionDenoised):
-        raise InputError(f"Expert {expert.name!r} is denoised for one sigma", expected="a network that serves every sigma",
-                         received=f"a denoiser set to sigma {expert.sigma:g}", remedy="call denoised() once for each sigma")
-    return [Expert(expert.module, sigma=s, num_classes=expert.num_classes, input_shape=expert.input_shape, mean=expert.mean,
-                   std=expert.std, name=f"{expert.name}_at_{s:g}", provenance=expert.provenance) for s in sigmas]
+        raise InputError(
+            f"Expert {expert.name!r} is denoised for one sigma",
+            expected="a network that serves every sigma",
+            received=f"a denoiser set to sigma {expert.sigma:g}",
+            remedy="call denoised() once for each sigma",
+        )
+    return [
+        Expert(
+            expert.module,
+            sigma=s,
+            num_classes=expert.num_classes,
+            input_shape=expert.input_shape,
+            mean=expert.mean,
+            std=expert.std,
+            name=f"{expert.name}_at_{s:g}",
+            provenance=expert.provenance,
+        )
+        for s in sigmas
+    ]
 
 
 def _denoised_module(denoiser: nn.Module, classifier: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
@@ -299,12 +378,18 @@ def _denoised_module(denoiser: nn.Module, classifier: nn.Module, kwargs: dict[st
     return DiffusionDenoised(denoiser, classifier, kwargs["sigma"], Diffusion(**kwargs["diffusion"]), kwargs["size"])
 
 
-def _part(role: str, provenance: Provenance | None, num_classes: int, mean: Sequence[float] | None,
-          std: Sequence[float] | None) -> dict[str, Any] | None:
+def _part(
+    role: str, provenance: Provenance | None, num_classes: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> dict[str, Any] | None:
     if provenance is None:
         return None
-    return {"role": role, "num_classes": num_classes, "mean": None if mean is None else list(mean),
-            "std": None if std is None else list(std), "provenance": provenance.to_dict()}
+    return {
+        "role": role,
+        "num_classes": num_classes,
+        "mean": None if mean is None else list(mean),
+        "std": None if std is None else list(std),
+        "provenance": provenance.to_dict(),
+    }
 
 
 def _composite(kind: str, kwargs: dict[str, Any], parts: Sequence[dict[str, Any] | None]) -> Provenance | None:
@@ -314,21 +399,40 @@ def _composite(kind: str, kwargs: dict[str, Any], parts: Sequence[dict[str, Any]
         return None
     licences = {p["provenance"]["licence"] for p in known}
     licence = None if None in licences else " AND ".join(sorted(licences))
-    return Provenance(source="composite", location="", revision=None, filename="", sha256=_composite_sha256(kind, kwargs, known),
-                      loader=kind, architecture=kind, kwargs=kwargs, licence=licence, parts=tuple(known))
+    return Provenance(
+        source="composite",
+        location="",
+        revision=None,
+        filename="",
+        sha256=_composite_sha256(kind, kwargs, known),
+        loader=kind,
+        architecture=kind,
+        kwargs=kwargs,
+        licence=licence,
+        parts=tuple(known),
+    )
 
 
 def _composite_sha256(kind: str, kwargs: dict[str, Any], parts: Sequence[dict[str, Any]]) -> str:
     """sha256 over what the parts are (not where they lie) and how they are put together."""
-    told = [{**{k: p.get(k) for k in ("role", "num_classes", "mean", "std")},
-             **{k: p["provenance"].get(k) for k in ("sha256", "loader", "architecture", "kwargs")}} for p in parts]
+    told = [
+        {
+            **{k: p.get(k) for k in ("role", "num_classes", "mean", "std")},
+            **{k: p["provenance"].get(k) for k in ("sha256", "loader", "architecture", "kwargs")},
+        }
+        for p in parts
+    ]
     return hashlib.sha256(json.dumps([kind, kwargs, told], sort_keys=True).encode()).hexdigest()
 
 
 def _networks(provenance: Provenance, folder: Path | None) -> list[nn.Module]:
     if _composite_sha256(provenance.loader, provenance.kwargs, provenance.parts) != provenance.sha256:
-        raise IntegrityError("A composite expert's entry was changed", expected=f"sha256 {provenance.sha256}",
-                             received="other parts or settings", remedy="wrap it anew")
+        raise IntegrityError(
+            "A composite expert's entry was changed",
+            expected=f"sha256 {provenance.sha256}",
+            received="other parts or settings",
+            remedy="wrap it anew",
+        )
     networks = []
     for part in provenance.parts:
         module = build_module(Provenance.from_dict(part["provenance"]), part["num_classes"], folder)

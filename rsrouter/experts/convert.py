@@ -54,33 +54,54 @@ def save_expert(expert: Expert, folder: str | os.PathLike[str], *, origin: dict[
     """
     made = find_architecture(expert.module)
     if made is None or (expert.provenance is not None and expert.provenance.source == "composite"):
-        raise CheckpointError(f"Expert {expert.name!r} cannot be written as one checkpoint",
-                              expected="one network of a named architecture", received=type(expert.module).__name__,
-                              remedy="convert its parts; or register_architecture(name, YourModule), and make the module with "
-                              "build_architecture(name, ...)")
+        raise CheckpointError(
+            f"Expert {expert.name!r} cannot be written as one checkpoint",
+            expected="one network of a named architecture",
+            received=type(expert.module).__name__,
+            remedy="convert its parts; or register_architecture(name, YourModule), and make the module with "
+            "build_architecture(name, ...)",
+        )
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError("The output folder is not empty", expected="a new or empty folder", received=str(target),
-                         remedy="choose another --out; nothing is overwritten")
+        raise InputError(
+            "The output folder is not empty",
+            expected="a new or empty folder",
+            received=str(target),
+            remedy="choose another --out; nothing is overwritten",
+        )
     target.mkdir(parents=True, exist_ok=True)
     architecture, kwargs = made
     kwargs.pop("num_classes", None)
     licence = expert.provenance.licence if expert.provenance else None
     config: dict[str, Any] = {
-        "schema_version": 1, "library_name": "rsrouter", "architecture": architecture, "kwargs": kwargs, "sigma": expert.sigma,
-        "num_classes": expert.num_classes, "input_shape": list(expert.input_shape),
-        "mean": None if expert.mean is None else list(expert.mean), "std": None if expert.std is None else list(expert.std),
-        "licence": licence}
+        "schema_version": 1,
+        "library_name": "rsrouter",
+        "architecture": architecture,
+        "kwargs": kwargs,
+        "sigma": expert.sigma,
+        "num_classes": expert.num_classes,
+        "input_shape": list(expert.input_shape),
+        "mean": None if expert.mean is None else list(expert.mean),
+        "std": None if expert.std is None else list(expert.std),
+        "licence": licence,
+    }
     if origin:
         config["converted_from"] = origin
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in expert.module.state_dict().items()}, target / WEIGHTS,
-              metadata={"format": "pt"})
+    save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in expert.module.state_dict().items()},
+        target / WEIGHTS,
+        metadata={"format": "pt"},
+    )
     (target / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (target / "README.md").write_text(card(expert, config), encoding="utf-8")
     written = load_expert(target, name=expert.name)
     if written.digest != expert.digest:
-        raise IntegrityError("The written expert is not the one that was read", expected=f"digest {expert.digest}",
-                             received=f"digest {written.digest}", remedy="please report this; do not publish the folder")
+        raise IntegrityError(
+            "The written expert is not the one that was read",
+            expected=f"digest {expert.digest}",
+            received=f"digest {written.digest}",
+            remedy="please report this; do not publish the folder",
+        )
     return target
 
 
@@ -88,17 +109,27 @@ def card(expert: Expert, config: dict[str, Any]) -> str:
     """The README of a converted expert. The licence is the user's statement; none is filled in."""
     from huggingface_hub import ModelCardData
 
-    data = ModelCardData(license=config["licence"], library_name="rsrouter", pipeline_tag="image-classification",
-                         tags=["randomized-smoothing", "certified-robustness", "adversarial-robustness"])
+    data = ModelCardData(
+        license=config["licence"],
+        library_name="rsrouter",
+        pipeline_tag="image-classification",
+        tags=["randomized-smoothing", "certified-robustness", "adversarial-robustness"],
+    )
     normalisation = "inside the network, or none"
     if expert.mean is not None and expert.std is not None:
         normalisation = f"mean {list(expert.mean)}, std {list(expert.std)}"
     origin = config.get("converted_from") or {}
     where = f"`{origin['filename']}`, sha256 `{origin['sha256']}`" if origin else "a module in memory"
-    text = _CARD.format(title=f"{config['architecture']}, sigma {expert.sigma:g}", sigma=expert.sigma,
-                        architecture=config["architecture"], num_classes=expert.num_classes,
-                        shape=" x ".join(map(str, expert.input_shape)), normalisation=normalisation,
-                        licence=config["licence"] or "not stated", origin=where)
+    text = _CARD.format(
+        title=f"{config['architecture']}, sigma {expert.sigma:g}",
+        sigma=expert.sigma,
+        architecture=config["architecture"],
+        num_classes=expert.num_classes,
+        shape=" x ".join(map(str, expert.input_shape)),
+        normalisation=normalisation,
+        licence=config["licence"] or "not stated",
+        origin=where,
+    )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 

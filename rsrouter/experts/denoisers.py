@@ -24,8 +24,11 @@ class DnCNN(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(image_channels, n_channels, 3, padding=1), nn.ReLU()]
         for _ in range(depth - 2):
-            layers += [nn.Conv2d(n_channels, n_channels, 3, padding=1, bias=False),
-                       nn.BatchNorm2d(n_channels, eps=1e-4), nn.ReLU()]
+            layers += [
+                nn.Conv2d(n_channels, n_channels, 3, padding=1, bias=False),
+                nn.BatchNorm2d(n_channels, eps=1e-4),
+                nn.ReLU(),
+            ]
         layers.append(nn.Conv2d(n_channels, image_channels, 3, padding=1, bias=False))
         self.dncnn = nn.Sequential(*layers)
 

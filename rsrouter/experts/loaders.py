@@ -55,8 +55,12 @@ def check_relative(filename: str, who: str) -> str:
     """A file name from somebody's config: relative, inside its folder; InputError otherwise."""
     path = PurePosixPath(filename)
     if not filename or path.is_absolute() or ".." in path.parts or "\\" in filename or ":" in filename:
-        raise InputError(f"{who} names a file outside its folder", expected="a relative path without '..'",
-                         received=repr(filename), remedy="do not use this configuration unless you know who wrote it")
+        raise InputError(
+            f"{who} names a file outside its folder",
+            expected="a relative path without '..'",
+            received=repr(filename),
+            remedy="do not use this configuration unless you know who wrote it",
+        )
     return filename
 
 
@@ -70,15 +74,23 @@ def locate(provenance: Provenance, folder: Path | None = None) -> Path:
     filename = check_relative(provenance.filename, "The provenance")
     if provenance.source == "hub":
         if provenance.revision is None:
-            raise InputError(f"{provenance.location} is not pinned", expected="a commit hash", received="revision None",
-                             remedy="wrap the expert again; wrap resolves the revision")
+            raise InputError(
+                f"{provenance.location} is not pinned",
+                expected="a commit hash",
+                received="revision None",
+                remedy="wrap the expert again; wrap resolves the revision",
+            )
         return fetch(provenance.location, filename, provenance.revision)
     if provenance.source == "bundled":
         return ASSETS / check_relative(provenance.location, "The provenance") / filename
     if provenance.source == "local":
         return (folder or Path()) / provenance.location / filename
-    raise InputError("Unknown source of an expert", expected="hub, local or bundled", received=repr(provenance.source),
-                     remedy="the pool may come from a newer rsrouter; upgrade it")
+    raise InputError(
+        "Unknown source of an expert",
+        expected="hub, local or bundled",
+        received=repr(provenance.source),
+        remedy="the pool may come from a newer rsrouter; upgrade it",
+    )
 
 
 def _plain(provenance: Provenance, num_classes: int, folder: Path | None) -> nn.Module:
@@ -111,8 +123,12 @@ def build_module(provenance: Provenance, num_classes: int, folder: Path | None =
         HubError: it cannot be fetched.
     """
     if provenance.loader not in LOADERS:
-        raise InputError("Unknown loader of an expert", expected=f"one of {sorted(LOADERS)}", received=repr(provenance.loader),
-                         remedy="the pool may come from a newer rsrouter; upgrade it")
+        raise InputError(
+            "Unknown loader of an expert",
+            expected=f"one of {sorted(LOADERS)}",
+            received=repr(provenance.loader),
+            remedy="the pool may come from a newer rsrouter; upgrade it",
+        )
     return LOADERS[provenance.loader](provenance, num_classes, folder)
 
 
@@ -123,11 +139,16 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path.name} is not JSON", expected="a JSON object", received=str(error),
-                              remedy=f"repair {path}") from error
+        raise CheckpointError(
+            f"{path.name} is not JSON", expected="a JSON object", received=str(error), remedy=f"repair {path}"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object", expected="a JSON object", received=type(content).__name__,
-                              remedy=f"repair {path}")
+        raise CheckpointError(
+            f"{path.name} is not a JSON object",
+            expected="a JSON object",
+            received=type(content).__name__,
+            remedy=f"repair {path}",
+        )
     if "pretrained_cfg" in content:
         return _timm_settings(content)
     if unknown := sorted(content.keys() - _CONFIG_KEYS):
@@ -138,11 +159,17 @@ def read_config(path: Path) -> dict[str, Any]:
 def _timm_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     """What timm's config.json says: architecture, width, input size, normalisation, licence. Not sigma."""
     cfg = content["pretrained_cfg"]
-    settings: dict[str, Any] = {"architecture": content.get("architecture") or cfg.get("architecture"),
-                                "kwargs": dict(content.get("model_args") or {})}
-    for key, value in (("num_classes", content.get("num_classes", cfg.get("num_classes"))),
-                       ("input_shape", cfg.get("input_size")), ("mean", cfg.get("mean")), ("std", cfg.get("std")),
-                       ("licence", cfg.get("license"))):
+    settings: dict[str, Any] = {
+        "architecture": content.get("architecture") or cfg.get("architecture"),
+        "kwargs": dict(content.get("model_args") or {}),
+    }
+    for key, value in (
+        ("num_classes", content.get("num_classes", cfg.get("num_classes"))),
+        ("input_shape", cfg.get("input_size")),
+        ("mean", cfg.get("mean")),
+        ("std", cfg.get("std")),
+        ("licence", cfg.get("license")),
+    ):
         if value is not None:
             settings[key] = value
     return settings
@@ -155,16 +182,23 @@ def _find_weights(folder: Path, filename: str | None) -> Path:
     others = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", *LEGACY_SUFFIXES} and p not in named)
     if named or len(others) == 1:
         return (named or others)[0]
-    raise CheckpointError("The folder has no weight file that can be told apart",
-                          expected=f"{WEIGHTS}, or exactly one weight file",
-                          received=f"{[p.name for p in others]} in {folder}", remedy="give filename=")
+    raise CheckpointError(
+        "The folder has no weight file that can be told apart",
+        expected=f"{WEIGHTS}, or exactly one weight file",
+        received=f"{[p.name for p in others]} in {folder}",
+        remedy="give filename=",
+    )
 
 
 def _merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: Checkpoint, who: str) -> dict[str, Any]:
     """Settings of an expert: what the file says, what the user says (which wins), and no guesses."""
     if unknown := sorted(overrides.keys() - set(_SETTINGS)):
-        raise InputError("Unknown settings of an expert", expected=f"some of {list(_SETTINGS)}", received=str(unknown),
-                         remedy="check the spelling")
+        raise InputError(
+            "Unknown settings of an expert",
+            expected=f"some of {list(_SETTINGS)}",
+            received=str(unknown),
+            remedy="check the spelling",
+        )
     merged = dict(settings)
     if {"mean", "std", "normalisation"} & overrides.keys():  # one statement about the normalisation replaces the whole of it
         for key in ("mean", "std", "normalisation"):
@@ -175,34 +209,53 @@ def _merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: C
         merged["architecture"] = arch  # the file's own statement
     if (preset := merged.pop("normalisation", None)) is not None:
         if preset not in NORMALISATIONS:
-            raise InputError("Unknown normalisation", expected=f"one of {sorted(NORMALISATIONS)}", received=repr(preset),
-                             remedy="or give mean and std")
+            raise InputError(
+                "Unknown normalisation",
+                expected=f"one of {sorted(NORMALISATIONS)}",
+                received=repr(preset),
+                remedy="or give mean and std",
+            )
         if {"mean", "std"} & merged.keys():
-            raise InputError("Two statements about the normalisation", expected="normalisation, or mean and std",
-                             received=str(sorted({"mean", "std"} & merged.keys())), remedy="leave one out")
+            raise InputError(
+                "Two statements about the normalisation",
+                expected="normalisation, or mean and std",
+                received=str(sorted({"mean", "std"} & merged.keys())),
+                remedy="leave one out",
+            )
         merged["mean"], merged["std"] = NORMALISATIONS[preset] or (None, None)
     if "num_classes" not in merged and (width := head_width(checkpoint.state)) is not None:
         merged["num_classes"] = width  # told by the file; the strict fit confirms it
     if "input_shape" not in merged and (shape := input_shape_of(str(merged.get("architecture")))) is not None:
         merged["input_shape"] = shape
-    asked = {"architecture": "the model's name, such as 'cifar_resnet110'",
-             "sigma": "the noise level it was trained with, in [0,1] pixels",
-             "num_classes": "the width of the logits", "input_shape": "(C, H, W)",
-             "mean": "per-channel mean and std, normalisation='cifar10' (or another name), or normalisation='none' "
-             "if it takes raw pixels"}
+    asked = {
+        "architecture": "the model's name, such as 'cifar_resnet110'",
+        "sigma": "the noise level it was trained with, in [0,1] pixels",
+        "num_classes": "the width of the logits",
+        "input_shape": "(C, H, W)",
+        "mean": "per-channel mean and std, normalisation='cifar10' (or another name), or normalisation='none' "
+        "if it takes raw pixels",
+    }
     if missing := [key for key in asked if key not in merged]:
         if merged.keys() >= {"std"} and "mean" in missing:
             asked["mean"] = "mean as well as std"
-        raise InputError(f"{who} does not say everything that decides its votes", expected=f"{', '.join(missing)}",
-                         received=f"known: {sorted(k for k in merged if k != 'name')}",
-                         remedy="; ".join(f"{key}: {asked[key]}" for key in missing))
+        raise InputError(
+            f"{who} does not say everything that decides its votes",
+            expected=f"{', '.join(missing)}",
+            received=f"known: {sorted(k for k in merged if k != 'name')}",
+            remedy="; ".join(f"{key}: {asked[key]}" for key in missing),
+        )
     merged.setdefault("std", None)
     return merged
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str], *, filename: str | None = None, revision: str | None = None, token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False,
+    source: str | os.PathLike[str],
+    *,
+    filename: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any], str, Checkpoint]:
     """Finds and reads a weight file; arguments and errors as in `load_expert`.
 
@@ -220,13 +273,21 @@ def open_checkpoint(
             path = hub.fetch(reference, check_relative(filename, "The argument"))
         else:
             path = hub.fetch_first(reference, WEIGHT_NAMES)
-        where: dict[str, Any] = {"source": "hub", "location": reference.repo_id, "revision": reference.revision,
-                                 "filename": filename or path.name}
+        where: dict[str, Any] = {
+            "source": "hub",
+            "location": reference.repo_id,
+            "revision": reference.revision,
+            "filename": filename or path.name,
+        }
     else:
         given = Path(text).expanduser()
         if not given.exists():
-            raise CheckpointError("No such checkpoint", expected="a folder, a weight file or hf-hub:org/name@revision",
-                                  received=text, remedy="check the path; Hub repositories are written hf-hub:org/name")
+            raise CheckpointError(
+                "No such checkpoint",
+                expected="a folder, a weight file or hf-hub:org/name@revision",
+                received=text,
+                remedy="check the path; Hub repositories are written hf-hub:org/name",
+            )
         path = _find_weights(given, filename) if given.is_dir() else given
         settings = read_config(path.parent / CONFIG)
         folder = Path(os.path.abspath(path.parent))
@@ -239,8 +300,14 @@ def open_checkpoint(
 
 
 def load_expert(
-    source: str | os.PathLike[str], *, filename: str | None = None, revision: str | None = None, token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, **overrides: Any,
+    source: str | os.PathLike[str],
+    *,
+    filename: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **overrides: Any,
 ) -> Expert:
     """A pinned expert from a folder (`config.json` and weights), a weight file, or `hf-hub:org/name@revision`.
 
@@ -262,11 +329,18 @@ def load_expert(
         HubError, IntegrityError: see `rsrouter.hub.fetch`.
     """
     where, settings, sha256, checkpoint = open_checkpoint(
-        source, filename=filename, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        source, filename=filename, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
     shown = where["filename"]
     merged = _merge(settings, overrides, checkpoint, shown)
-    provenance = Provenance(**where, sha256=sha256, loader="checkpoint", architecture=merged["architecture"],
-                            kwargs=dict(merged.get("kwargs") or {}), licence=merged.get("licence"))
+    provenance = Provenance(
+        **where,
+        sha256=sha256,
+        loader="checkpoint",
+        architecture=merged["architecture"],
+        kwargs=dict(merged.get("kwargs") or {}),
+        licence=merged.get("licence"),
+    )
     expert = make_expert(provenance, merged)  # checks sigma, shapes and normalisation before any weight is placed
     expert._module = _shared(provenance, expert.num_classes, lambda: checkpoint)
     return expert
@@ -287,7 +361,17 @@ def make_expert(provenance: Provenance, settings: Mapping[str, Any], folder: Pat
 
     shape = settings["input_shape"]
     if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise InputError("An expert's input_shape is not usable", expected="(C, H, W)", received=repr(shape),
-                         remedy="for CIFAR: [3, 32, 32]")
-    return Expert(None, sigma=settings["sigma"], num_classes=num_classes, input_shape=shape, mean=settings.get("mean"),
-                  std=settings.get("std"), name=settings.get("name"), provenance=provenance, load=load)
+        raise InputError(
+            "An expert's input_shape is not usable", expected="(C, H, W)", received=repr(shape), remedy="for CIFAR: [3, 32, 32]"
+        )
+    return Expert(
+        None,
+        sigma=settings["sigma"],
+        num_classes=num_classes,
+        input_shape=shape,
+        mean=settings.get("mean"),
+        std=settings.get("std"),
+        name=settings.get("name"),
+        provenance=provenance,
+        load=load,
+    )

@@ -29,18 +29,28 @@ def expert_to_dict(expert: Expert, folder: Path | None = None) -> dict[str, Any]
         InputError: the expert was made in memory and has no origin to point at.
     """
     if expert.provenance is None:
-        raise InputError(f"Expert {expert.name!r} has no provenance", expected="an expert from load_expert, wrap or a saved pool",
-                         received="a module made in memory",
-                         remedy="write it with rsrouter.experts.save_expert and load that folder")
-    return {"name": expert.name, "sigma": expert.sigma, "mean": None if expert.mean is None else list(expert.mean),
-            "std": None if expert.std is None else list(expert.std), "num_classes": expert.num_classes,
-            "input_shape": list(expert.input_shape), "digest": expert.digest,
-            "provenance": _relative(expert.provenance, folder).to_dict()}
+        raise InputError(
+            f"Expert {expert.name!r} has no provenance",
+            expected="an expert from load_expert, wrap or a saved pool",
+            received="a module made in memory",
+            remedy="write it with rsrouter.experts.save_expert and load that folder",
+        )
+    return {
+        "name": expert.name,
+        "sigma": expert.sigma,
+        "mean": None if expert.mean is None else list(expert.mean),
+        "std": None if expert.std is None else list(expert.std),
+        "num_classes": expert.num_classes,
+        "input_shape": list(expert.input_shape),
+        "digest": expert.digest,
+        "provenance": _relative(expert.provenance, folder).to_dict(),
+    }
 
 
 def _relative(provenance: Provenance, folder: Path | None) -> Provenance:
-    parts = tuple({**part, "provenance": _relative(Provenance.from_dict(part["provenance"]), folder).to_dict()}
-                  for part in provenance.parts)
+    parts = tuple(
+        {**part, "provenance": _relative(Provenance.from_dict(part["provenance"]), folder).to_dict()} for part in provenance.parts
+    )
     location = provenance.location
     if provenance.source == "local" and folder is not None:
         absolute = Path(os.path.abspath(location))
@@ -50,8 +60,9 @@ def _relative(provenance: Provenance, folder: Path | None) -> Provenance:
 
 
 def _absolute(provenance: Provenance, folder: Path) -> Provenance:
-    parts = tuple({**part, "provenance": _absolute(Provenance.from_dict(part["provenance"]), folder).to_dict()}
-                  for part in provenance.parts)
+    parts = tuple(
+        {**part, "provenance": _absolute(Provenance.from_dict(part["provenance"]), folder).to_dict()} for part in provenance.parts
+    )
     location = provenance.location
     if provenance.source == "local":
         location = os.path.abspath(folder / location)
@@ -71,17 +82,23 @@ def expert_from_dict(entry: Mapping[str, Any], folder: Path | None = None, *, la
         IntegrityError: the weight file, or the expert built from it, is not what was pinned.
     """
     if not isinstance(entry, Mapping) or (missing := [k for k in _EXPERT_KEYS if k not in entry and k != "digest"]):
-        raise InputError("An expert's entry is incomplete", expected=f"an object with {list(_EXPERT_KEYS)}",
-                         received=f"without {missing}" if isinstance(entry, Mapping) else type(entry).__name__,
-                         remedy="write pools with ExpertPool.save")
+        raise InputError(
+            "An expert's entry is incomplete",
+            expected=f"an object with {list(_EXPERT_KEYS)}",
+            received=f"without {missing}" if isinstance(entry, Mapping) else type(entry).__name__,
+            remedy="write pools with ExpertPool.save",
+        )
     provenance = _absolute(Provenance.from_dict(entry["provenance"]), Path(os.path.abspath(folder or Path())))
     expert = make_expert(provenance, entry)
     if not lazy:
         pinned = entry.get("digest")
         if pinned is not None and expert.digest != pinned:
-            raise IntegrityError(f"Expert {expert.name!r} is not the one that was saved", expected=f"digest {pinned}",
-                                 received=f"digest {expert.digest}",
-                                 remedy="its entry was edited, or this version builds the architecture differently: wrap it anew")
+            raise IntegrityError(
+                f"Expert {expert.name!r} is not the one that was saved",
+                expected=f"digest {pinned}",
+                received=f"digest {expert.digest}",
+                remedy="its entry was edited, or this version builds the architecture differently: wrap it anew",
+            )
     return expert
 
 
@@ -93,13 +110,21 @@ def pool_to_dict(pool: ExpertPool, folder: Path | None = None) -> dict[str, Any]
 def pool_from_dict(content: Mapping[str, Any], folder: Path | None = None, *, lazy: bool = False) -> ExpertPool:
     """The pool of a `pool.json`; arguments and errors as in `expert_from_dict`."""
     if not isinstance(content, Mapping) or not isinstance(content.get("experts"), list):
-        raise InputError("This is not a pool", expected="an object with schema_version and experts",
-                         received=type(content).__name__, remedy="write pools with ExpertPool.save")
+        raise InputError(
+            "This is not a pool",
+            expected="an object with schema_version and experts",
+            received=type(content).__name__,
+            remedy="write pools with ExpertPool.save",
+        )
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
-        raise InputError("The pool has another schema", expected=f"schema_version {SCHEMA_VERSION}", received=repr(version),
-                         remedy="upgrade rsrouter" if newer else "wrap the pool anew")
+        raise InputError(
+            "The pool has another schema",
+            expected=f"schema_version {SCHEMA_VERSION}",
+            received=repr(version),
+            remedy="upgrade rsrouter" if newer else "wrap the pool anew",
+        )
     if unknown := sorted(content.keys() - {"schema_version", "experts", "rsrouter_version", "description"}):
         warnings.warn(f"pool: unknown keys {unknown} are ignored; they may need a newer rsrouter", stacklevel=3)
     return ExpertPool(expert_from_dict(entry, folder, lazy=lazy) for entry in content["experts"])
@@ -138,22 +163,34 @@ def load_pool(path: str | os.PathLike[str], *, lazy: bool = False) -> ExpertPool
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError("No pool there", expected="a pool.json, a folder with one, or a spec file", received=str(file),
-                         remedy="write it with ExpertPool.save or `rsrouter wrap`") from error
+        raise InputError(
+            "No pool there",
+            expected="a pool.json, a folder with one, or a spec file",
+            received=str(file),
+            remedy="write it with ExpertPool.save or `rsrouter wrap`",
+        ) from error
     except ValueError as error:
-        raise InputError("The pool file is not JSON", expected="a JSON object", received=f"{file}: {error}",
-                         remedy="write pools with ExpertPool.save") from error
+        raise InputError(
+            "The pool file is not JSON",
+            expected="a JSON object",
+            received=f"{file}: {error}",
+            remedy="write pools with ExpertPool.save",
+        ) from error
     return pool_from_dict(content, Path(os.path.abspath(file.parent)), lazy=lazy)
 
 
 def provenance_from_dict(content: Mapping[str, Any]) -> Provenance:
     """`Provenance` from JSON; unknown keys warn, missing ones are an InputError."""
     names = {f.name for f in fields(Provenance)}
-    if not isinstance(content, Mapping) or (missing := sorted({"source", "location", "revision", "filename", "sha256", "loader",
-                                                              "architecture"} - content.keys())):
-        raise InputError("A provenance is incomplete", expected=f"an object with {sorted(names)}",
-                         received=f"without {missing}" if isinstance(content, Mapping) else type(content).__name__,
-                         remedy="write pools with ExpertPool.save")
+    if not isinstance(content, Mapping) or (
+        missing := sorted({"source", "location", "revision", "filename", "sha256", "loader", "architecture"} - content.keys())
+    ):
+        raise InputError(
+            "A provenance is incomplete",
+            expected=f"an object with {sorted(names)}",
+            received=f"without {missing}" if isinstance(content, Mapping) else type(content).__name__,
+            remedy="write pools with ExpertPool.save",
+        )
     if unknown := sorted(content.keys() - names):
         warnings.warn(f"provenance: unknown keys {unknown} are ignored; they may need a newer rsrouter", stacklevel=4)
     values = {k: v for k, v in content.items() if k in names}

@@ -23,12 +23,27 @@ _INPUT_SHAPES: dict[str, tuple[int, int, int]] = {}
 _DENOISERS: set[str] = set()
 
 #: timm arguments that make it read other files or weights; a config.json may not set them
-_TIMM_FORBIDDEN = frozenset({"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
-                             "scriptable", "exportable", "no_jit", "features_only"})
+_TIMM_FORBIDDEN = frozenset(
+    {
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "checkpoint_path",
+        "cache_dir",
+        "scriptable",
+        "exportable",
+        "no_jit",
+        "features_only",
+    }
+)
 
 
 def register_architecture(
-    name: str, build: Callable[..., nn.Module], *, input_shape: tuple[int, int, int] | None = None, denoiser: bool = False,
+    name: str,
+    build: Callable[..., nn.Module],
+    *,
+    input_shape: tuple[int, int, int] | None = None,
+    denoiser: bool = False,
 ) -> Callable[..., nn.Module]:
     """Makes `build(num_classes=..., **kwargs)` available under `name`; returns `build`.
 
@@ -42,8 +57,12 @@ def register_architecture(
         CheckpointError: the name is taken by something else.
     """
     if _ARCHITECTURES.get(name, build) is not build:
-        raise CheckpointError(f"Architecture {name!r} is taken", expected="an unused name",
-                              received=repr(_ARCHITECTURES[name]), remedy="prefix the name with your project's")
+        raise CheckpointError(
+            f"Architecture {name!r} is taken",
+            expected="an unused name",
+            received=repr(_ARCHITECTURES[name]),
+            remedy="prefix the name with your project's",
+        )
     _ARCHITECTURES[name] = build
     if input_shape is not None:
         _INPUT_SHAPES[name] = input_shape
@@ -93,13 +112,21 @@ def build_architecture(name: str, num_classes: int, kwargs: Mapping[str, Any] | 
     if build is None:
         timm_name = _timm_model(name)
         if timm_name is None:
-            raise CheckpointError(f"Unknown architecture {name!r}", expected=f"one of {list(architectures())} or a timm model",
-                                  received=repr(name), remedy="rsrouter.register_architecture(name, YourModule) before loading")
+            raise CheckpointError(
+                f"Unknown architecture {name!r}",
+                expected=f"one of {list(architectures())} or a timm model",
+                received=repr(name),
+                remedy="rsrouter.register_architecture(name, YourModule) before loading",
+            )
         import timm
 
         if bad := sorted(_TIMM_FORBIDDEN & arguments.keys()):
-            raise CheckpointError(f"Architecture {name!r} may not set these arguments", expected="arguments of the model itself",
-                                  received=str(bad), remedy="remove them; weights come only from the pinned file")
+            raise CheckpointError(
+                f"Architecture {name!r} may not set these arguments",
+                expected="arguments of the model itself",
+                received=str(bad),
+                remedy="remove them; weights come only from the pinned file",
+            )
         build = partial(timm.create_model, timm_name.split(".")[0], pretrained=False)
     if name not in _DENOISERS:
         arguments["num_classes"] = num_classes
@@ -107,9 +134,12 @@ def build_architecture(name: str, num_classes: int, kwargs: Mapping[str, Any] | 
         module = build(**arguments)
     except (TypeError, ValueError) as error:
         accepted = "" if isinstance(build, partial) else str(inspect.signature(build))
-        raise CheckpointError(f"Architecture {name!r} does not take these arguments",
-                              expected=f"its constructor's arguments {accepted}".strip(),
-                              received=str(dict(kwargs or {})), remedy=str(error)) from error
+        raise CheckpointError(
+            f"Architecture {name!r} does not take these arguments",
+            expected=f"its constructor's arguments {accepted}".strip(),
+            received=str(dict(kwargs or {})),
+            remedy=str(error),
+        ) from error
     # how it was built travels with the module, so that a router can be written down and rebuilt
     module._rsrouter_architecture = (name, {"num_classes": num_classes, **dict(kwargs or {})})  # type: ignore[assignment]
     return module

@@ -35,7 +35,11 @@ class Selection:
 
 
 def select_experts(
-    radii: ArrayLike, k: int, grid: Sequence[float], *, weights: Sequence[float] | None = None,
+    radii: ArrayLike,
+    k: int,
+    grid: Sequence[float],
+    *,
+    weights: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
 ) -> Selection:
     """K of M candidate experts (checkpoints x sigmas) that certify most over the user's radii, if routed perfectly.
@@ -61,21 +65,36 @@ def select_experts(
     """
     table = np.asarray(radii, dtype=np.float64)
     if table.ndim != 2 or 0 in table.shape or np.isnan(table).any():
-        raise InputError("Radii do not fit", expected="(images, candidates), no NaN", received=f"shape {table.shape}",
-                         remedy="one row per image, one column per candidate")
+        raise InputError(
+            "Radii do not fit",
+            expected="(images, candidates), no NaN",
+            received=f"shape {table.shape}",
+            remedy="one row per image, one column per candidate",
+        )
     n, m = table.shape
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= m:
         raise InputError("The number of experts does not fit", expected=f"1 to {m}", received=repr(k), remedy="choose fewer")
     points = np.asarray(grid, dtype=np.float64)
     share = np.ones(len(points)) if weights is None else np.asarray(weights, dtype=np.float64)
-    if points.ndim != 1 or not len(points) or not (points >= 0).all() or share.shape != points.shape or not (share >= 0).all() \
-            or not 0 < share.sum() < np.inf:
-        raise InputError("Radii or weights do not fit", expected="radii >= 0 and as many weights >= 0",
-                         received=f"{grid}, {weights}", remedy="--radii 0,0.25,0.5")
+    if (
+        points.ndim != 1
+        or not len(points)
+        or not (points >= 0).all()
+        or share.shape != points.shape
+        or not (share >= 0).all()
+        or not 0 < share.sum() < np.inf
+    ):
+        raise InputError(
+            "Radii or weights do not fit",
+            expected="radii >= 0 and as many weights >= 0",
+            received=f"{grid}, {weights}",
+            remedy="--radii 0,0.25,0.5",
+        )
     labels = tuple(names) if names is not None else tuple(str(j) for j in range(m))
     if len(labels) != m:
-        raise InputError("Names do not fit the candidates", expected=f"{m} names", received=str(labels),
-                         remedy="name every column")
+        raise InputError(
+            "Names do not fit the candidates", expected=f"{m} names", received=str(labels), remedy="name every column"
+        )
     share = share / share.sum()
     held: NDArray[np.float64] = np.where(table > 0, table, -1.0)
     worth = (held[:, :, None] >= points).astype(np.float64) @ share  # (N, M)
@@ -98,5 +117,12 @@ def select_experts(
         top = held[:, columns].max(axis=1)
         return tuple(float((top >= r).mean()) for r in points)
 
-    return Selection(tuple(chosen), tuple(labels[j] for j in chosen), tuple(values), tuple(float(r) for r in points),
-                     curve(chosen), curve(range(m)), max(bound, values[-1]))
+    return Selection(
+        tuple(chosen),
+        tuple(labels[j] for j in chosen),
+        tuple(values),
+        tuple(float(r) for r in points),
+        curve(chosen),
+        curve(range(m)),
+        max(bound, values[-1]),
+    )

@@ -84,8 +84,9 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError("The spec cannot be read", expected="a .toml or .yaml file", received=str(file),
-                         remedy="check the path") from error
+        raise InputError(
+            "The spec cannot be read", expected="a .toml or .yaml file", received=str(file), remedy="check the path"
+        ) from error
     try:
         if file.suffix in {".yaml", ".yml"}:
             import yaml  # type: ignore[import-untyped]  # comes with huggingface_hub
@@ -95,19 +96,32 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
             content = tomllib.loads(text)
     except Exception as error:
         if isinstance(error, ImportError):
-            raise InputError("YAML is not readable here", expected="a .toml file", received=file.name,
-                             remedy="pip install pyyaml") from error
-        raise InputError(f"{file.name} does not parse", expected="TOML or YAML", received=str(error).splitlines()[0],
-                         remedy="see the example in rsrouter.experts.wrap") from error
+            raise InputError(
+                "YAML is not readable here", expected="a .toml file", received=file.name, remedy="pip install pyyaml"
+            ) from error
+        raise InputError(
+            f"{file.name} does not parse",
+            expected="TOML or YAML",
+            received=str(error).splitlines()[0],
+            remedy="see the example in rsrouter.experts.wrap",
+        ) from error
     if not isinstance(content, dict):
-        raise InputError(f"{file.name} is not a spec", expected="[[expert]] tables", received=type(content).__name__,
-                         remedy="see the example in rsrouter.experts.wrap")
+        raise InputError(
+            f"{file.name} is not a spec",
+            expected="[[expert]] tables",
+            received=type(content).__name__,
+            remedy="see the example in rsrouter.experts.wrap",
+        )
     return content
 
 
 def wrap(
-    spec: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]], *, images: Tensor | None = None,
-    labels: Tensor | None = None, folder: str | os.PathLike[str] | None = None, seed: int = 0,
+    spec: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    images: Tensor | None = None,
+    labels: Tensor | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    seed: int = 0,
 ) -> Wrapped:
     """A pinned pool from a spec; revisions become commit hashes, files are hashed, and nothing is guessed.
 
@@ -129,13 +143,18 @@ def wrap(
         base = Path(folder or ".")
         content = spec if isinstance(spec, Mapping) else {"expert": list(spec)}
     if unknown := sorted(content.keys() - {"expert", "experts", "defaults"}):
-        raise InputError("Unknown tables in the spec", expected="expert, defaults", received=str(unknown),
-                         remedy="check the spelling")
+        raise InputError(
+            "Unknown tables in the spec", expected="expert, defaults", received=str(unknown), remedy="check the spelling"
+        )
     entries = content.get("expert") or content.get("experts")
     defaults = content.get("defaults") or {}
     if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries) or not isinstance(defaults, Mapping):
-        raise InputError("The spec names no experts", expected="one [[expert]] table for each", received=str(sorted(content)),
-                         remedy="see the example in rsrouter.experts.wrap")
+        raise InputError(
+            "The spec names no experts",
+            expected="one [[expert]] table for each",
+            received=str(sorted(content)),
+            remedy="see the example in rsrouter.experts.wrap",
+        )
     experts = [expert for entry in entries for expert in _experts(entry, defaults, base)]
     pool = ExpertPool(experts)
     if images is None or labels is None:
@@ -146,26 +165,42 @@ def wrap(
 def _experts(entry: Mapping[str, Any], defaults: Mapping[str, Any], base: Path) -> list[Expert]:
     kind = entry.get("kind", "plain")
     if kind not in KINDS:
-        raise InputError("Unknown kind of expert", expected=f"one of {list(KINDS)}", received=repr(kind),
-                         remedy="check the spelling")
+        raise InputError(
+            "Unknown kind of expert", expected=f"one of {list(KINDS)}", received=repr(kind), remedy="check the spelling"
+        )
     if unknown := sorted(entry.keys() - _KEYS[kind]):
-        raise InputError(f"Unknown keys of a {kind} expert", expected=f"some of {sorted(_KEYS[kind])}", received=str(unknown),
-                         remedy="check the spelling")
+        raise InputError(
+            f"Unknown keys of a {kind} expert",
+            expected=f"some of {sorted(_KEYS[kind])}",
+            received=str(unknown),
+            remedy="check the spelling",
+        )
     sigmas = entry.get("sigma", defaults.get("sigma") if kind == "plain" else None)
     several = sigmas if isinstance(sigmas, list) else [sigmas]
     if not several or (several == [None] and kind != "plain"):
-        raise InputError(f"A {kind} expert needs its sigma", expected="sigma = 0.5, or a list", received=repr(sigmas),
-                         remedy="give the noise level it is to be used at")
+        raise InputError(
+            f"A {kind} expert needs its sigma",
+            expected="sigma = 0.5, or a list",
+            received=repr(sigmas),
+            remedy="give the noise level it is to be used at",
+        )
     name = entry.get("name")
     made: list[Expert] = []
     if kind == "plain":
         first = _load({**entry, **({} if several == [None] else {"sigma": several[0]})}, defaults, base)
         made = [first] if len(several) == 1 else at_sigmas(first, several)
     elif kind == "ensemble":
-        members = [_load({"sigma": several[0], **m, "name": f"member_{i}"}, defaults, base)
-                   for i, m in enumerate(_tables(entry, "members"))]
-        one = ensemble(members, consensus=entry.get("consensus"), chunk=entry.get("chunk", 32), sigma=several[0],
-                       name=name or f"ensemble_{several[0]:g}")
+        members = [
+            _load({"sigma": several[0], **m, "name": f"member_{i}"}, defaults, base)
+            for i, m in enumerate(_tables(entry, "members"))
+        ]
+        one = ensemble(
+            members,
+            consensus=entry.get("consensus"),
+            chunk=entry.get("chunk", 32),
+            sigma=several[0],
+            name=name or f"ensemble_{several[0]:g}",
+        )
         made = [one] if len(several) == 1 else at_sigmas(one, several)
     else:
         parts = {key: dict(_tables(entry, key)[0]) for key in ("denoiser", "classifier")}
@@ -176,10 +211,23 @@ def _experts(entry: Mapping[str, Any], defaults: Mapping[str, Any], base: Path) 
             try:
                 diffusion = Diffusion(**entry["diffusion"])
             except TypeError as error:
-                raise InputError("Unknown diffusion settings", expected="schedule, steps, beta_start, beta_end, prediction",
-                                 received=str(entry["diffusion"]), remedy=str(error)) from error
-        made = [denoised(network, classifier, sigma=s, diffusion=diffusion, input_shape=entry.get("input_shape"),
-                         name=f"{name or 'denoised'}_{s:g}" if name is None or len(several) > 1 else name) for s in several]
+                raise InputError(
+                    "Unknown diffusion settings",
+                    expected="schedule, steps, beta_start, beta_end, prediction",
+                    received=str(entry["diffusion"]),
+                    remedy=str(error),
+                ) from error
+        made = [
+            denoised(
+                network,
+                classifier,
+                sigma=s,
+                diffusion=diffusion,
+                input_shape=entry.get("input_shape"),
+                name=f"{name or 'denoised'}_{s:g}" if name is None or len(several) > 1 else name,
+            )
+            for s in several
+        ]
     return made
 
 
@@ -187,16 +235,24 @@ def _tables(entry: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     value = entry.get(key)
     tables = [t for t in (value if isinstance(value, list) else [value]) if isinstance(t, Mapping)]
     if not tables or (isinstance(value, list) and len(tables) != len(value)):
-        raise InputError(f"A {entry.get('kind')} expert needs {key}", expected=f"{key} = {{ source = ... }}",
-                         received=repr(value), remedy="see the example in rsrouter.experts.wrap")
+        raise InputError(
+            f"A {entry.get('kind')} expert needs {key}",
+            expected=f"{key} = {{ source = ... }}",
+            received=repr(value),
+            remedy="see the example in rsrouter.experts.wrap",
+        )
     return tables
 
 
 def _source(entry: Mapping[str, Any], base: Path) -> str:
     source = entry.get("source")
     if not isinstance(source, str) or not source:
-        raise InputError("An expert has no source", expected="source = a path or hf-hub:org/name@revision", received=repr(source),
-                         remedy="say where its weights are")
+        raise InputError(
+            "An expert has no source",
+            expected="source = a path or hf-hub:org/name@revision",
+            received=repr(source),
+            remedy="say where its weights are",
+        )
     return source if is_hub_reference(source) else str(base / Path(source).expanduser())
 
 
@@ -207,16 +263,23 @@ def _load(entry: Mapping[str, Any], defaults: Mapping[str, Any], base: Path) -> 
             settings.pop(key, None)
     settings.update({k: v for k, v in entry.items() if k not in {"kind", "source"}})
     if unknown := sorted(settings.keys() - _KEYS["plain"]):
-        raise InputError("Unknown keys of an expert", expected=f"some of {sorted(_KEYS['plain'])}", received=str(unknown),
-                         remedy="check the spelling")
+        raise InputError(
+            "Unknown keys of an expert",
+            expected=f"some of {sorted(_KEYS['plain'])}",
+            received=str(unknown),
+            remedy="check the spelling",
+        )
     return load_expert(_source(entry, base), **settings)
 
 
 def _denoiser(entry: dict[str, Any], base: Path) -> Any:
     allowed = {*_FETCH, "architecture", "kwargs", "licence"}
     if (unknown := sorted(entry.keys() - allowed)) or "architecture" not in entry:
-        raise InputError("The denoiser's table does not fit", expected=f"architecture, and some of {sorted(allowed)}",
-                         received=str(unknown or sorted(entry)),
-                         remedy="architecture = 'dncnn', 'small_unet' or one you registered")
+        raise InputError(
+            "The denoiser's table does not fit",
+            expected=f"architecture, and some of {sorted(allowed)}",
+            received=str(unknown or sorted(entry)),
+            remedy="architecture = 'dncnn', 'small_unet' or one you registered",
+        )
     source = _source(entry, base)
     return load_denoiser(source, **{k: v for k, v in entry.items() if k != "source"})

@@ -38,16 +38,38 @@ def router_from_config(config: dict[str, Any]) -> Router:
     """
     kind = config.get("kind")
     if kind not in ROUTERS:
-        raise CheckpointError("Unknown router kind", expected=f"one of {sorted(ROUTERS)}", received=repr(kind),
-                              remedy="was it saved by a newer rsrouter?")
+        raise CheckpointError(
+            "Unknown router kind",
+            expected=f"one of {sorted(ROUTERS)}",
+            received=repr(kind),
+            remedy="was it saved by a newer rsrouter?",
+        )
     try:
         return ROUTERS[kind].from_config(config)
     except KeyError as error:
-        raise CheckpointError(f"The {kind} router's configuration is incomplete", expected=f"a field {error}",
-                              received=str(sorted(config)), remedy="fetch config.json again") from error
+        raise CheckpointError(
+            f"The {kind} router's configuration is incomplete",
+            expected=f"a field {error}",
+            received=str(sorted(config)),
+            remedy="fetch config.json again",
+        ) from error
 
 
 __all__ = [
-    "ROUTERS", "CascadeRouter", "DeferralRouter", "FlatRouter", "HeadedTrunk", "Labels", "MLPHead", "ResidualHead", "Routed",
-    "Router", "Trunk", "Voter", "label_images", "label_votes", "router_from_config", "single_tree",
+    "ROUTERS",
+    "CascadeRouter",
+    "DeferralRouter",
+    "FlatRouter",
+    "HeadedTrunk",
+    "Labels",
+    "MLPHead",
+    "ResidualHead",
+    "Routed",
+    "Router",
+    "Trunk",
+    "Voter",
+    "label_images",
+    "label_votes",
+    "router_from_config",
+    "single_tree",
 ]

@@ -73,5 +73,9 @@ def single_tree(expert: Expert) -> Routed:
 def check_stage_name(name: str, pool: ExpertPool) -> None:
     """Raises InputError where an expert is called like a router's own stage."""
     if name in pool.names:
-        raise InputError(f"An expert is called {name!r}", expected="names other than the router's stages",
-                         received=str(pool.names), remedy="rename the expert")
+        raise InputError(
+            f"An expert is called {name!r}",
+            expected="names other than the router's stages",
+            received=str(pool.names),
+            remedy="rename the expert",
+        )

@@ -12,8 +12,27 @@ from rsrouter.experts.registry import architectures, build_architecture, find_ar
 
 #: torch.nn layers that are rebuilt from their constructor's arguments (all of which they keep as attributes)
 _LAYERS = (
-    "AdaptiveAvgPool2d", "AvgPool2d", "BatchNorm1d", "BatchNorm2d", "Conv2d", "Dropout", "ELU", "Flatten", "GELU", "Hardswish",
-    "Identity", "LayerNorm", "LeakyReLU", "Linear", "MaxPool2d", "ReLU", "ReLU6", "SiLU", "Sigmoid", "Softplus", "Tanh",
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "Conv2d",
+    "Dropout",
+    "ELU",
+    "Flatten",
+    "GELU",
+    "Hardswish",
+    "Identity",
+    "LayerNorm",
+    "LeakyReLU",
+    "Linear",
+    "MaxPool2d",
+    "ReLU",
+    "ReLU6",
+    "SiLU",
+    "Sigmoid",
+    "Softplus",
+    "Tanh",
 )
 _SKIPPED = {"device", "dtype", "_weight"}
 
@@ -40,10 +59,13 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
     found = find_architecture(module)
     if found is not None:
         return {"architecture": found[0], "kwargs": found[1]}
-    raise CheckpointError(f"A {name} cannot be written down", expected="a registered architecture or a stack of torch.nn layers",
-                          received=name,
-                          remedy=f"rsrouter.register_architecture('my_{name.lower()}', {name}) and build it through "
-                          "rsrouter.build_architecture, before saving and before loading")
+    raise CheckpointError(
+        f"A {name} cannot be written down",
+        expected="a registered architecture or a stack of torch.nn layers",
+        received=name,
+        remedy=f"rsrouter.register_architecture('my_{name.lower()}', {name}) and build it through "
+        "rsrouter.build_architecture, before saving and before loading",
+    )
 
 
 def build_module(description: dict[str, Any]) -> nn.Module:
@@ -59,13 +81,20 @@ def build_module(description: dict[str, Any]) -> nn.Module:
     if layer == "Sequential":
         return nn.Sequential(*(build_module(child) for child in description.get("children", [])))
     if layer not in _LAYERS:
-        raise CheckpointError("Unknown layer in a saved router",
-                              expected=f"one of {('Sequential', *_LAYERS)} or {architectures()}", received=repr(layer),
-                              remedy="register the architecture, or update rsrouter")
+        raise CheckpointError(
+            "Unknown layer in a saved router",
+            expected=f"one of {('Sequential', *_LAYERS)} or {architectures()}",
+            received=repr(layer),
+            remedy="register the architecture, or update rsrouter",
+        )
     kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in description.get("kwargs", {}).items()}
     try:
         built: nn.Module = getattr(nn, layer)(**kwargs)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"Layer {layer} does not take these arguments", expected="its constructor's arguments",
-                              received=str(kwargs), remedy=str(error)) from error
+        raise CheckpointError(
+            f"Layer {layer} does not take these arguments",
+            expected="its constructor's arguments",
+            received=str(kwargs),
+            remedy=str(error),
+        ) from error
     return built

@@ -37,8 +37,12 @@ class FlatRouter(Router):
         self, module: nn.Module, *, sigma: float, experts: Sequence[str] | None = None, trunk: str | None = None
     ) -> None:
         if not isinstance(module, nn.Module):
-            raise InputError("A flat router needs a module", expected="a torch.nn.Module with K logits",
-                             received=type(module).__name__, remedy="wrap a function in a small nn.Module")
+            raise InputError(
+                "A flat router needs a module",
+                expected="a torch.nn.Module with K logits",
+                received=type(module).__name__,
+                remedy="wrap a function in a small nn.Module",
+            )
         self.module, self.sigma = module, check_sigma(sigma, "the router")
         self.experts = None if experts is None else tuple(experts)
         self.trunk = trunk
@@ -52,8 +56,12 @@ class FlatRouter(Router):
         names = pool.names if self.experts is None else self.experts
         unknown = [n for n in names if n not in pool.names]
         if unknown or len(set(names)) != len(names):
-            raise InputError("The router's experts do not fit the pool", expected=f"different names out of {list(pool.names)}",
-                             received=str(list(names)), remedy="pass experts= in the order of the logits")
+            raise InputError(
+                "The router's experts do not fit the pool",
+                expected=f"different names out of {list(pool.names)}",
+                received=str(list(names)),
+                remedy="pass experts= in the order of the logits",
+            )
         return tuple(names)
 
     def bind(self, pool: ExpertPool) -> Routed:
@@ -75,8 +83,13 @@ class FlatRouter(Router):
         return Routed(flat_tree(STAGE, self.sigma, stages), tuple(models))
 
     def to_config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "sigma": self.sigma, "experts": None if self.experts is None else list(self.experts),
-                "trunk": self.trunk, "module": describe_module(self.module)}
+        return {
+            "kind": self.kind,
+            "sigma": self.sigma,
+            "experts": None if self.experts is None else list(self.experts),
+            "trunk": self.trunk,
+            "module": describe_module(self.module),
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FlatRouter:

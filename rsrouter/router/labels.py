@@ -35,8 +35,16 @@ class Labels(NamedTuple):
 
 
 def label_votes(
-    pool: ExpertPool, images: Tensor, *, n: int = 100, seed: int = 0, device: str | None = None, purpose: str = LABEL,
-    execution: Execution | None = None, progress: Callable[[int], None] | None = None, block: int = 64,
+    pool: ExpertPool,
+    images: Tensor,
+    *,
+    n: int = 100,
+    seed: int = 0,
+    device: str | None = None,
+    purpose: str = LABEL,
+    execution: Execution | None = None,
+    progress: Callable[[int], None] | None = None,
+    block: int = 64,
 ) -> NDArray[np.int64]:
     """Votes of every expert on every image: `(N, K, classes + 1)`, invalid votes last.
 
@@ -94,8 +102,16 @@ def target_radii(
 
 
 def label_images(
-    pool: ExpertPool, images: Tensor, labels: Tensor, *, n: int = 100, alpha: float = 1e-3, seed: int = 0,
-    device: str | None = None, execution: Execution | None = None, progress: Callable[[int], None] | None = None,
+    pool: ExpertPool,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    n: int = 100,
+    alpha: float = 1e-3,
+    seed: int = 0,
+    device: str | None = None,
+    execution: Execution | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Labels:
     """Radius and prediction of every expert on every image (Dual RS, section 4: N = 100 votes).
 

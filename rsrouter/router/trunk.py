@@ -27,10 +27,12 @@ class Trunk(nn.Module):
     def __init__(self, expert: Expert) -> None:
         super().__init__()
         if not has_trunk(expert.module):
-            raise InputError(f"Expert {expert.name!r} does not expose its features",
-                             expected="forward_features, forward_head(x, pre_logits=True) and get_classifier, as in timm",
-                             received=type(expert.module).__name__,
-                             remedy="use a router with a backbone of its own, or a cascade")
+            raise InputError(
+                f"Expert {expert.name!r} does not expose its features",
+                expected="forward_features, forward_head(x, pre_logits=True) and get_classifier, as in timm",
+                received=type(expert.module).__name__,
+                remedy="use a router with a backbone of its own, or a cascade",
+            )
         self.normalise: nn.Module = nn.Identity()
         if expert.mean is not None and expert.std is not None:
             self.normalise = Normalise(expert.mean, expert.std)

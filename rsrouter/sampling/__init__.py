@@ -5,6 +5,14 @@ from rsrouter.sampling.execution import Execution, resolve_device
 from rsrouter.sampling.noise import CHUNK, GaussianNoise, SoundNoise, make_noise, stream_key
 
 __all__ = [
-    "CHUNK", "Engine", "Execution", "GaussianNoise", "SoundNoise", "VoteModel", "image_identity", "make_noise",
-    "resolve_device", "stream_key",
+    "CHUNK",
+    "Engine",
+    "Execution",
+    "GaussianNoise",
+    "SoundNoise",
+    "VoteModel",
+    "image_identity",
+    "make_noise",
+    "resolve_device",
+    "stream_key",
 ]

@@ -162,8 +162,14 @@ class Engine:
     """
 
     def __init__(
-        self, models: Sequence[VoteModel], shape: Sequence[int], *, seed: int, device: str | torch.device | None = None,
-        execution: Execution | None = None, noise: str = "gaussian",
+        self,
+        models: Sequence[VoteModel],
+        shape: Sequence[int],
+        *,
+        seed: int,
+        device: str | torch.device | None = None,
+        execution: Execution | None = None,
+        noise: str = "gaussian",
     ) -> None:
         self.device = resolve_device(device)
         self.shape, self.seed, self.noise = tuple(shape), int(seed), noise
@@ -171,8 +177,12 @@ class Engine:
         self._execution = execution or Execution()
         self._models = {m.name: m for m in models}
         if len(self._models) != len(models):
-            raise InputError("Networks must have different names", expected="unique names", received=str([m.name for m in models]),
-                             remedy="rename the stages")
+            raise InputError(
+                "Networks must have different names",
+                expected="unique names",
+                received=str([m.name for m in models]),
+                remedy="rename the stages",
+            )
         self._runners: dict[str, _Runner] = {}
 
     def runner(self, name: str) -> _Runner:
@@ -190,7 +200,10 @@ class Engine:
         """What decides bits: device, versions, threads, and each network's execution as it runs."""
         return {
             "device": str(self.device) if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
-            "torch": torch.__version__, "numpy": np.__version__, "threads": torch.get_num_threads(), "noise": self.noise,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "threads": torch.get_num_threads(),
+            "noise": self.noise,
             "execution": {name: {**r.execution.to_dict(), "packs": r.packs} for name, r in sorted(self._runners.items())},
         }
 

@@ -41,10 +41,16 @@ class Execution:
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
-            raise InputError("Unknown dtype", expected=f"one of {sorted(_DTYPES)}", received=repr(self.dtype), remedy="use float32")
+            raise InputError(
+                "Unknown dtype", expected=f"one of {sorted(_DTYPES)}", received=repr(self.dtype), remedy="use float32"
+            )
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 0:
-            raise InputError("The execution batch must be a whole number", expected="batch >= 1, or 0 for the default",
-                             received=repr(self.batch), remedy="leave it out")
+            raise InputError(
+                "The execution batch must be a whole number",
+                expected="batch >= 1, or 0 for the default",
+                received=repr(self.batch),
+                remedy="leave it out",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,8 +77,12 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device("cpu" if device is None else device)
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError("The device cannot be used", expected="'cpu', or an accelerator torch can see such as 'cuda:0'",
-                         received=repr(device), remedy=f"pick another device ({str(error).splitlines()[0]})") from error
+        raise InputError(
+            "The device cannot be used",
+            expected="'cpu', or an accelerator torch can see such as 'cuda:0'",
+            received=repr(device),
+            remedy=f"pick another device ({str(error).splitlines()[0]})",
+        ) from error
     return resolved
 
 
@@ -115,8 +125,10 @@ def _same_function(folded: nn.Module, module: nn.Module, shape: tuple[int, ...])
     try:
         pairs = [tuple(o) if isinstance(o, tuple | list) else (o,) for o in (folded(x), module(x))]
         return len(pairs[0]) == len(pairs[1]) and all(
-            a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * (1 + float(torch.nan_to_num(b).abs().max())),
-                                                  equal_nan=True) for a, b in zip(*pairs, strict=True))
+            a.shape == b.shape
+            and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * (1 + float(torch.nan_to_num(b).abs().max())), equal_nan=True)
+            for a, b in zip(*pairs, strict=True)
+        )
     except Exception:  # whatever a wrongly traced module raises only means "do not fold"
         return False
 
@@ -133,9 +145,12 @@ def prepare(module: nn.Module, execution: Execution, device: torch.device, shape
     try:
         prepared = copy.deepcopy(module).eval().requires_grad_(False)
     except RuntimeError as error:  # tensors with a history, such as the weights of the old `nn.utils.weight_norm`
-        raise NetworkError("A network cannot be copied", expected="a module that copy.deepcopy accepts",
-                           received=str(error).splitlines()[0],
-                           remedy="call torch.nn.utils.remove_weight_norm, or use nn.utils.parametrizations") from error
+        raise NetworkError(
+            "A network cannot be copied",
+            expected="a module that copy.deepcopy accepts",
+            received=str(error).splitlines()[0],
+            remedy="call torch.nn.utils.remove_weight_norm, or use nn.utils.parametrizations",
+        ) from error
     if execution.fold:
         folded = _fold_batchnorm(copy.deepcopy(prepared))
         if folded is not None and (shape is None or _same_function(folded, prepared, shape)):
@@ -150,8 +165,9 @@ def prepare(module: nn.Module, execution: Execution, device: torch.device, shape
 
 def as_input(x: Tensor, execution: Execution) -> Tensor:
     """The batch in the dtype and memory layout of the execution."""
-    return x.to(dtype=_DTYPES[execution.dtype],
-                memory_format=torch.channels_last if execution.channels_last else torch.contiguous_format)
+    return x.to(
+        dtype=_DTYPES[execution.dtype], memory_format=torch.channels_last if execution.channels_last else torch.contiguous_format
+    )
 
 
 def heads(output: Any, widths: tuple[int, ...], name: str, rows: int) -> tuple[Tensor, ...]:
@@ -163,14 +179,23 @@ def heads(output: Any, widths: tuple[int, ...], name: str, rows: int) -> tuple[T
     outputs = tuple(output) if isinstance(output, tuple | list) else (output,)
     shapes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in outputs]
     if shapes != [(rows, w) for w in widths]:
-        raise NetworkError(f"Network {name!r} returns the wrong shape", expected=f"logits of shape {[(rows, w) for w in widths]}",
-                           received=str(shapes), remedy="check num_classes, and that the module returns logits per image")
+        raise NetworkError(
+            f"Network {name!r} returns the wrong shape",
+            expected=f"logits of shape {[(rows, w) for w in widths]}",
+            received=str(shapes),
+            remedy="check num_classes, and that the module returns logits per image",
+        )
     return outputs
 
 
 @torch.inference_mode()
 def check_network(
-    module: nn.Module, name: str, widths: tuple[int, ...], shape: tuple[int, ...], batch: int, execution: Execution,
+    module: nn.Module,
+    name: str,
+    widths: tuple[int, ...],
+    shape: tuple[int, ...],
+    batch: int,
+    execution: Execution,
     device: torch.device,
 ) -> bool:
     """Whether rows of a batch may be packed freely; refuses networks that cannot be certified.
@@ -194,14 +219,19 @@ def check_network(
     scales = [max(float(torch.where(torch.isfinite(h), h, 0.0).abs().max()), _SMALL) for h in first]
 
     def differ(a: list[Tensor], b: list[Tensor]) -> float:
-        gaps = [torch.where((u == v) | (u.isnan() & v.isnan()), 0.0, (u - v).abs().nan_to_num(nan=torch.inf))
-                for u, v in zip(a, b, strict=True)]
+        gaps = [
+            torch.where((u == v) | (u.isnan() & v.isnan()), 0.0, (u - v).abs().nan_to_num(nan=torch.inf))
+            for u, v in zip(a, b, strict=True)
+        ]
         return max(float(gap.max()) / scale for gap, scale in zip(gaps, scales, strict=True))
 
     if differ(first, again) > 0.0:
-        raise NetworkError(f"Network {name!r} is random at test time", expected="the same logits for the same input",
-                           received=f"logits that differ by {differ(first, again):.2g} (relative)",
-                           remedy="remove dropout and other randomness from the forward pass in eval mode")
+        raise NetworkError(
+            f"Network {name!r} is random at test time",
+            expected="the same logits for the same input",
+            received=f"logits that differ by {differ(first, again):.2g} (relative)",
+            remedy="remove dropout and other randomness from the forward pass in eval mode",
+        )
     order = torch.randperm(batch, generator=generator).to(device)
     kept = order[: (batch + 1) // 2]
     other = torch.rand((batch, *shape), generator=generator).to(device) * 3.0 - 1.0
@@ -211,9 +241,12 @@ def check_network(
     gap = differ([h[kept] for h in first], moved)
     tolerance = 1e-3 if execution.dtype == "float32" else 5e-2
     if gap > tolerance:
-        raise NetworkError(f"The votes of network {name!r} depend on the rest of the batch", expected="logits of a row alone",
-                           received=f"logits that change by {gap:.2g} (relative) with their neighbours",
-                           remedy="use running statistics (track_running_stats=True) in normalisation layers")
+        raise NetworkError(
+            f"The votes of network {name!r} depend on the rest of the batch",
+            expected="logits of a row alone",
+            received=f"logits that change by {gap:.2g} (relative) with their neighbours",
+            remedy="use running statistics (track_running_stats=True) in normalisation layers",
+        )
     return gap == 0.0
 
 

@@ -191,5 +191,9 @@ def check_eight_bit(images: Tensor) -> None:
     """Raises InputError unless every pixel is a multiple of 1/255 (what `noise="sound"` certifies)."""
     off = (images * 255.0 - torch.round(images * 255.0)).abs().max()
     if not float(off) <= 1e-3:
-        raise InputError("Sound noise needs 8-bit images", expected="pixels k / 255", received=f"a pixel {float(off) / 255:.2g} off the grid",
-                         remedy="load the images as uint8 and divide by 255, or use noise='gaussian'")
+        raise InputError(
+            "Sound noise needs 8-bit images",
+            expected="pixels k / 255",
+            received=f"a pixel {float(off) / 255:.2g} off the grid",
+            remedy="load the images as uint8 and divide by 255, or use noise='gaussian'",
+        )

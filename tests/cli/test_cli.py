@@ -49,7 +49,20 @@ def files(tmp_path_factory):
 
 def test_every_verb_has_help_with_an_example():
     commands = get_command(app).commands
-    assert {"demo", "wrap", "label", "train", "certify", "predict", "report", "merge", "publish", "audit", "plan", "bench"} <= set(commands)
+    assert {
+        "demo",
+        "wrap",
+        "label",
+        "train",
+        "certify",
+        "predict",
+        "report",
+        "merge",
+        "publish",
+        "audit",
+        "plan",
+        "bench",
+    } <= set(commands)
     for name, command in commands.items():
         assert f"rsrouter {name}" in (command.help or ""), f"{name} shows no example"
 
@@ -62,7 +75,18 @@ def test_version_and_no_arguments(call):
 
 
 def test_certify_writes_a_table_and_goes_on_with_it(call, files, tmp_path):
-    words = ("certify", files / "router", "--data", files / "test.npz", "--out", tmp_path / "t.tsv", "--n", 300, "--radii", "0,0.5")
+    words = (
+        "certify",
+        files / "router",
+        "--data",
+        files / "test.npz",
+        "--out",
+        tmp_path / "t.tsv",
+        "--n",
+        300,
+        "--radii",
+        "0,0.5",
+    )
     status, out, _ = call(*words, "--format", "json")
     assert status == 0
     assert json.loads(out)["rows"] == 5
@@ -76,8 +100,24 @@ def test_certify_writes_a_table_and_goes_on_with_it(call, files, tmp_path):
 
 
 def test_certify_one_expert_of_a_pool_as_cohen(call, files, tmp_path):
-    status, _, _ = call("certify", files / "pool.json", "--expert", "sigma_1", "--data", files / "test.npz", "--out", tmp_path / "e.tsv",
-                        "--plan", "fixed", "--n", 200, "--count", 2, "--every", 2)
+    status, _, _ = call(
+        "certify",
+        files / "pool.json",
+        "--expert",
+        "sigma_1",
+        "--data",
+        files / "test.npz",
+        "--out",
+        tmp_path / "e.tsv",
+        "--plan",
+        "fixed",
+        "--n",
+        200,
+        "--count",
+        2,
+        "--every",
+        2,
+    )
     assert status == 0
     table = read_table(tmp_path / "e.tsv")
     assert table.idx.tolist() == [0]
@@ -110,11 +150,20 @@ BAD = {
     "no router": (("certify", "nowhere", "--data", "x.npz", "--out", "t.tsv"), "No router there"),
     "no data": (("certify", "{files}/router", "--data", "nowhere.npz", "--out", "{tmp}/t.tsv"), "nowhere.npz"),
     "device": (("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--device", "warp"), "device"),
-    "plan": (("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--plan", "magic"), "Unknown plan"),
+    "plan": (
+        ("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--plan", "magic"),
+        "Unknown plan",
+    ),
     "radii": (("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--radii", "a,b"), "Radii"),
-    "radius too large": (("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--radii", "0,50"), "radius 50"),
+    "radius too large": (
+        ("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--radii", "0,50"),
+        "radius 50",
+    ),
     "pool without expert": (("certify", "{files}/pool.json", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv"), "no router"),
-    "unknown expert": (("certify", "{files}/pool.json", "--expert", "x", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv"), "No such expert"),
+    "unknown expert": (
+        ("certify", "{files}/pool.json", "--expert", "x", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv"),
+        "No such expert",
+    ),
     "sigma": (("plan", "--sigma", "-1"), "noise level"),
     "no such option": (("plan", "--sigma", "1", "--colour", "red"), "No such option"),
 }

@@ -120,10 +120,23 @@ def test_sequence_is_monotone_symmetric_and_a_little_wider():
 
 
 @pytest.mark.parametrize("bound", [binom_lower, binom_upper, sequence_lower, sequence_upper])
-@pytest.mark.parametrize(("k", "n", "alpha"), [
-    (np.nan, 10, 0.1), (1, np.nan, 0.1), (1, 0, 0.1), (0, 0, 0.1), (-1, 10, 0.1), (11, 10, 0.1), (1.5, 10, 0.1),
-    (np.inf, 10, 0.1), (1, 10, 0.0), (1, 10, 1.0), (1, 10, np.nan), (1, 10, -0.1),
-])
+@pytest.mark.parametrize(
+    ("k", "n", "alpha"),
+    [
+        (np.nan, 10, 0.1),
+        (1, np.nan, 0.1),
+        (1, 0, 0.1),
+        (0, 0, 0.1),
+        (-1, 10, 0.1),
+        (11, 10, 0.1),
+        (1.5, 10, 0.1),
+        (np.inf, 10, 0.1),
+        (1, 10, 0.0),
+        (1, 10, 1.0),
+        (1, 10, np.nan),
+        (1, 10, -0.1),
+    ],
+)
 def test_bad_counts_and_levels_are_refused(bound, k, n, alpha):
     with pytest.raises(PlanError):
         bound(k, n, alpha)
@@ -133,8 +146,12 @@ def test_multiclass_bounds_match_the_derived_radii():
     from rsrouter.core import vote_radius
 
     n = 100_000
-    for shares, radius in (((0.8, 0.2), 0.8267), ((0.6, 0.3, *[0.0125] * 8), 0.375), ((0.8, *[0.2 / 9] * 9), 1.404),
-                           ((0.45, *[0.55 / 9] * 9), 0.693)):
+    for shares, radius in (
+        ((0.8, 0.2), 0.8267),
+        ((0.6, 0.3, *[0.0125] * 8), 0.375),
+        ((0.8, *[0.2 / 9] * 9), 1.404),
+        ((0.45, *[0.55 / 9] * 9), 0.693),
+    ):
         counts = np.round(np.array(shares) * n).astype(int)[None]
         counts[0, 0] += n - counts.sum()
         lower, upper = multiclass_bounds(counts, [0], 1e-3, lower_share=0.5)

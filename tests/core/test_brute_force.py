@@ -75,10 +75,14 @@ def search(seed: int, trees: int, *, dense: int, tight: bool = True) -> Tally:
 
 def report(tally: Tally) -> None:
     share = np.array(tally.tightness)
-    print(f"\n{tally.trees} trees, {tally.positive / tally.trees:.1%} with R > 0, {tally.points} points, "
-          f"{tally.violations} violations")
-    print(f"claimed over true radius (dim 1, exact bounds, {len(share)} trees): median {np.median(share):.3f}, "
-          f"mean {share.mean():.3f}, max {share.max():.6f}")
+    print(
+        f"\n{tally.trees} trees, {tally.positive / tally.trees:.1%} with R > 0, {tally.points} points, "
+        f"{tally.violations} violations"
+    )
+    print(
+        f"claimed over true radius (dim 1, exact bounds, {len(share)} trees): median {np.median(share):.3f}, "
+        f"mean {share.mean():.3f}, max {share.max():.6f}"
+    )
 
 
 def check(tally: Tally) -> None:

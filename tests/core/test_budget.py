@@ -55,7 +55,7 @@ def test_votes_needed_gives_up():
 
 def test_expected_votes():
     plan = AdaptivePlan(4000, [0.25, 0.5])
-    fixed, = expected_votes(FixedPlan(100, 4000), 0.9, 0.5, runs=20)
+    (fixed,) = expected_votes(FixedPlan(100, 4000), 0.9, 0.5, runs=20)
     assert fixed == 4000
     sure, border, hopeless = expected_votes(plan, [0.999, 0.69, 0.3], 0.5, runs=100)
     assert sure < 1000
@@ -71,11 +71,18 @@ def test_table():
     assert table.rows[0].mean_ratio < table.rows[1].mean_ratio < 1
 
 
-@pytest.mark.parametrize("call", [
-    lambda: largest_radius(1.0, 0), lambda: largest_radius(np.nan, 10), lambda: votes_needed(1.0, np.nan),
-    lambda: votes_needed(1.0, -1.0),
-    lambda: mean_radius_ratio(10, 5), lambda: expected_votes(FixedPlan(), 1.5, 0.5), lambda: largest_radius(1.0, 10, 1.0),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: largest_radius(1.0, 0),
+        lambda: largest_radius(np.nan, 10),
+        lambda: votes_needed(1.0, np.nan),
+        lambda: votes_needed(1.0, -1.0),
+        lambda: mean_radius_ratio(10, 5),
+        lambda: expected_votes(FixedPlan(), 1.5, 0.5),
+        lambda: largest_radius(1.0, 10, 1.0),
+    ],
+)
 def test_bad_input(call):
     with pytest.raises(PlanError):
         call()

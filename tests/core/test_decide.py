@@ -118,11 +118,15 @@ def test_cascade_answers_where_deferring_changes_nothing():
     assert np.all(found == 1)
 
 
-@pytest.mark.parametrize(("make", "shares", "truth"), [
-    # both stages of the path at a near-tie: errors may add up to alpha, not beyond
-    (lambda: flat_tree("r", 1.0, EXPERTS), {"r": [0.51, 0.49, 0], "a": [0.51, 0.49, 0, 0], "b": [0.0, 1.0, 0, 0]}, 0),
-    (lambda: cascade_tree(EXPERTS, (0.6,)), {"a": [0.599, 0.401, 0, 0], "b": [0.49, 0.51, 0, 0]}, 1),
-], ids=["flat", "cascade"])
+@pytest.mark.parametrize(
+    ("make", "shares", "truth"),
+    [
+        # both stages of the path at a near-tie: errors may add up to alpha, not beyond
+        (lambda: flat_tree("r", 1.0, EXPERTS), {"r": [0.51, 0.49, 0], "a": [0.51, 0.49, 0, 0], "b": [0.0, 1.0, 0, 0]}, 0),
+        (lambda: cascade_tree(EXPERTS, (0.6,)), {"a": [0.599, 0.401, 0, 0], "b": [0.49, 0.51, 0, 0]}, 1),
+    ],
+    ids=["flat", "cascade"],
+)
 def test_routed_errors_stay_below_alpha(make, shares, truth):
     alpha, runs = 0.2, 2000
     found, _ = answers(make(), shares, 60, runs, alpha)
@@ -139,7 +143,9 @@ def test_bad_input_is_refused():
     with pytest.raises(PlanError):
         policy.answer(0)
     for network, purpose, count, row in (
-        ("a", "predict", 10, [10, 0, 0, 0]), ("r", "predict", 20, [20, 0, 0]), ("r", "estimate", 10, [10, 0, 0]),
+        ("a", "predict", 10, [10, 0, 0, 0]),
+        ("r", "predict", 20, [20, 0, 0]),
+        ("r", "estimate", 10, [10, 0, 0]),
         ("r", "predict", 10, [9, 0, 0]),
     ):
         with pytest.raises(PlanError):

@@ -40,10 +40,16 @@ def crossing(plan: AdaptivePlan, proportions, alpha: float) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("plan", [
-    AdaptivePlan(1600, [0.5]), AdaptivePlan(900, [0.5], growth=1.3, first=20, last_share=0.5),
-    AdaptivePlan(1600, [0.5], bound="mixture"), AdaptivePlan(50, [0.5]),
-], ids=["default", "many looks", "mixture", "one look"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        AdaptivePlan(1600, [0.5]),
+        AdaptivePlan(900, [0.5], growth=1.3, first=20, last_share=0.5),
+        AdaptivePlan(1600, [0.5], bound="mixture"),
+        AdaptivePlan(50, [0.5]),
+    ],
+    ids=["default", "many looks", "mixture", "one look"],
+)
 def test_looks_cross_at_most_alpha(plan: AdaptivePlan):
     alpha = 0.05
     assert plan.bound == "mixture" or sum(plan.shares) == pytest.approx(1.0)
@@ -101,11 +107,15 @@ def test_reach_is_what_unanimous_votes_give():
     assert FixedPlan(100, 10_000).reach(row, AlphaSplit.even(1e-3, row.paths)) > 2.0
 
 
-@pytest.mark.parametrize("plan", [
-    FixedPlan(50, 1000), AdaptivePlan(1000, [0.0]),
-    AdaptivePlan(1000, [0.5, 0.25, 0.5], 10, 0.05, growth=1.5, first=20, last_share=0.7),
-    AdaptivePlan(1000, [0.25], bound="mixture"),
-])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        FixedPlan(50, 1000),
+        AdaptivePlan(1000, [0.0]),
+        AdaptivePlan(1000, [0.5, 0.25, 0.5], 10, 0.05, growth=1.5, first=20, last_share=0.7),
+        AdaptivePlan(1000, [0.25], bound="mixture"),
+    ],
+)
 def test_plans_survive_json(plan):
     import json
 
@@ -114,14 +124,25 @@ def test_plans_survive_json(plan):
     assert (again.looks, again.shares, again.radii) == (plan.looks, plan.shares, plan.radii)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: FixedPlan(0, 10), lambda: FixedPlan(10, 0), lambda: FixedPlan(10, 1.5), lambda: FixedPlan(True, 10),
-    lambda: AdaptivePlan(100, []), lambda: AdaptivePlan(100, [np.nan]), lambda: AdaptivePlan(100, [-1.0]),
-    lambda: AdaptivePlan(100, [0.5], beta=0.0), lambda: AdaptivePlan(100, [0.5], growth=1.0),
-    lambda: AdaptivePlan(100, [0.5], last_share=1.0), lambda: AdaptivePlan(100, [0.5], beta=np.nan),
-    lambda: AdaptivePlan(100, [0.5], bound="hoeffding"), lambda: plan_from_dict({"kind": "other"}),
-    lambda: plan_from_dict({"kind": "fixed", "m": 3}),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FixedPlan(0, 10),
+        lambda: FixedPlan(10, 0),
+        lambda: FixedPlan(10, 1.5),
+        lambda: FixedPlan(True, 10),
+        lambda: AdaptivePlan(100, []),
+        lambda: AdaptivePlan(100, [np.nan]),
+        lambda: AdaptivePlan(100, [-1.0]),
+        lambda: AdaptivePlan(100, [0.5], beta=0.0),
+        lambda: AdaptivePlan(100, [0.5], growth=1.0),
+        lambda: AdaptivePlan(100, [0.5], last_share=1.0),
+        lambda: AdaptivePlan(100, [0.5], beta=np.nan),
+        lambda: AdaptivePlan(100, [0.5], bound="hoeffding"),
+        lambda: plan_from_dict({"kind": "other"}),
+        lambda: plan_from_dict({"kind": "fixed", "m": 3}),
+    ],
+)
 def test_bad_plans_are_refused(make):
     with pytest.raises(PlanError):
         make()

@@ -37,8 +37,10 @@ def drive(tree, plan, shares, images, seed, *, rule="tree", sides="two", window=
         live = np.flatnonzero(~policy.done).tolist()[:window]
         requests = policy.next_requests(live)
         assert requests, "an unfinished image must ask for votes"
-        answers = [{s: rng.multinomial(r.count, shares[s][r.image]) for s in tree.order if tree.stages[s].network == r.network}
-                   for r in requests]
+        answers = [
+            {s: rng.multinomial(r.count, shares[s][r.image]) for s in tree.order if tree.stages[s].network == r.network}
+            for r in requests
+        ]
         log.extend(zip(requests, answers, strict=True))
         policy.update(requests, answers)
     return policy, log
@@ -132,7 +134,8 @@ def test_tree_rule_is_never_below_the_min_rule_on_the_same_votes(sides):
                 key = (r.image, r.network, r.purpose)
                 if key not in streams:
                     streams[key] = np.random.default_rng([7, r.image, len(r.purpose), int(r.network[-1:] == "1")]).multinomial(
-                        r.count, shares[r.network][r.image])
+                        r.count, shares[r.network][r.image]
+                    )
                 answers.append({r.network: streams[key]})
             policy.update(requests, answers)
         return [policy.certificate(i) for i in range(100)]
@@ -173,8 +176,11 @@ def test_cascade_and_shared_networks():
     assert (answered.expert, answered.predict) == ("big", 0)
     assert answered.radius > 0.9
 
-    stages = [Stage("r", 0.5, leads_to=("a", "b"), network="shared"), expert_stage("a", 0.5, 2, network="shared"),
-              expert_stage("b", 0.25, 2)]
+    stages = [
+        Stage("r", 0.5, leads_to=("a", "b"), network="shared"),
+        expert_stage("a", 0.5, 2, network="shared"),
+        expert_stage("b", 0.25, 2),
+    ]
     shared = Tree.of(stages)
     shares = {"r": np.array([[0.95, 0.05]]), "a": np.array([[0.95, 0.05, 0.0]]), "b": np.array([[0.99, 0.01, 0.0]])}
     policy, log = drive(shared, FixedPlan(100, 5000), shares, 1, 0)
@@ -197,8 +203,15 @@ def test_votes_must_answer_open_requests():
     policy = CertifyPolicy(tree, plan, AlphaSplit.even(ALPHA, tree.paths), 1)
     ask = policy.next_requests([0])
     wrong = VoteRequest(0, "e", "estimate", 0, 100)
-    for requests, votes in (([wrong], [[90, 10]]), (ask, [[10, 5]]), (ask, [[25, -5]]), (ask, [[20]]), (ask, [[19.5, 0.5]]),
-                            (ask * 2, [[20, 0]] * 2), (ask, [])):
+    for requests, votes in (
+        ([wrong], [[90, 10]]),
+        (ask, [[10, 5]]),
+        (ask, [[25, -5]]),
+        (ask, [[20]]),
+        (ask, [[19.5, 0.5]]),
+        (ask * 2, [[20, 0]] * 2),
+        (ask, []),
+    ):
         with pytest.raises(PlanError):
             policy.update(requests, [{"e": np.array(v)} for v in votes])
     with pytest.raises(PlanError):
@@ -209,8 +222,14 @@ def test_votes_must_answer_open_requests():
     with pytest.raises(PlanError):
         policy.certificate(0)
     policy.update(first, [{"e": np.array([95, 5])}])
-    for again in (first, ask, [VoteRequest(0, "e", "estimate", 50, 100)], [VoteRequest(1, "e", "estimate", 100, 100)],
-                  [VoteRequest(0, "other", "estimate", 100, 100)], [VoteRequest(0, "e", "predict", 100, 100)]):
+    for again in (
+        first,
+        ask,
+        [VoteRequest(0, "e", "estimate", 50, 100)],
+        [VoteRequest(1, "e", "estimate", 100, 100)],
+        [VoteRequest(0, "other", "estimate", 100, 100)],
+        [VoteRequest(0, "e", "predict", 100, 100)],
+    ):
         with pytest.raises(PlanError):
             policy.update(again, [{"e": np.array([r.count, 0])} for r in again])
     assert policy.drawn(0) == 120
@@ -238,14 +257,24 @@ def test_one_image_at_a_time_is_the_same():
         policy = CertifyPolicy(tree, plan, AlphaSplit.even(ALPHA, tree.paths), 20)
         while not policy.done.all():
             requests = policy.next_requests(np.flatnonzero(~policy.done).tolist()[:window])
-            policy.update(requests, [
-                {r.network: np.random.default_rng([r.image, len(r.purpose), ord(r.network[-1]), r.start]).multinomial(
-                    r.count, [0.8, 0.15, 0.05] if r.network == "r" else [0.9, 0.06, 0.04, 0.0])} for r in requests])
+            policy.update(
+                requests,
+                [
+                    {
+                        r.network: np.random.default_rng([r.image, len(r.purpose), ord(r.network[-1]), r.start]).multinomial(
+                            r.count, [0.8, 0.15, 0.05] if r.network == "r" else [0.9, 0.06, 0.04, 0.0]
+                        )
+                    }
+                    for r in requests
+                ],
+            )
         results.append([policy.certificate(i) for i in range(20)])
     assert results[0] == results[1]
 
 
 def test_the_core_imports_no_torch():
-    code = ("import sys, rsrouter.core, rsrouter.core.decide, rsrouter.core.budget; "
-            "sys.exit(int('torch' in sys.modules or 'statsmodels' in sys.modules))")
+    code = (
+        "import sys, rsrouter.core, rsrouter.core.decide, rsrouter.core.budget; "
+        "sys.exit(int('torch' in sys.modules or 'statsmodels' in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

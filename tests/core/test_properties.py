@@ -50,8 +50,15 @@ def routed(draw):
     return tree, {name: draw(votes(tree.stages[name].num_outcomes)) for name in tree.order}
 
 
-def certify(tree: Tree, counts: dict[str, np.ndarray], c: int, references: dict[str, int], *, sides: str = "two",
-            sampled: set[str] | None = None) -> float:
+def certify(
+    tree: Tree,
+    counts: dict[str, np.ndarray],
+    c: int,
+    references: dict[str, int],
+    *,
+    sides: str = "two",
+    sampled: set[str] | None = None,
+) -> float:
     split = AlphaSplit.even(ALPHA, tree.paths)
     stages, lower, upper = [], {}, {}
     for name, stage in tree.stages.items():
@@ -59,16 +66,19 @@ def certify(tree: Tree, counts: dict[str, np.ndarray], c: int, references: dict[
         stages.append(Stage(name, stage.sigma, stage.kind, stage.tau, stage.leads_to, reference))
         if sampled is None or name in sampled:
             plan = FixedPlan(1, int(counts[name].sum()))
-            bounds = plan.bounds(stage, counts[name][None], np.zeros(1, int), reference, np.array([c]), alpha=split.stages[name],
-                                 sides=sides)
+            bounds = plan.bounds(
+                stage, counts[name][None], np.zeros(1, int), reference, np.array([c]), alpha=split.stages[name], sides=sides
+            )
             lower[name], upper[name] = bounds.lower, bounds.upper
     return float(tree_radius(stages, tree.root, lower, upper, np.array([c]))[0][0])
 
 
 def fixed_beforehand(draw_c: int, tree: Tree, counts: dict[str, np.ndarray]) -> dict[str, int]:
     """References as selection would give them: the winner where a stage routes, else the class."""
-    return {name: int(counts[name].argmax()) if not (stage.answers[: stage.num_outcomes] == draw_c).any() else draw_c
-            for name, stage in tree.stages.items()}
+    return {
+        name: int(counts[name].argmax()) if not (stage.answers[: stage.num_outcomes] == draw_c).any() else draw_c
+        for name, stage in tree.stages.items()
+    }
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -183,8 +193,14 @@ def test_a_router_is_not_needed_where_every_outcome_answers_the_same():
 
 def test_nan_and_nonsense_bounds_certify_nothing():
     stage = Stage("e", 0.5, leads_to=(0, 1))
-    for lower, upper in (([[np.nan, 0]], [[1, 0.1]]), ([[0.9, 0]], [[1, np.nan]]), ([[1.5, 0]], [[1, -0.5]]),
-                         ([[0.4, 0]], [[1, 0.5]]), ([[0.0, 0]], [[1, 1]]), ([[-np.inf, 0]], [[1, np.inf]])):
+    for lower, upper in (
+        ([[np.nan, 0]], [[1, 0.1]]),
+        ([[0.9, 0]], [[1, np.nan]]),
+        ([[1.5, 0]], [[1, -0.5]]),
+        ([[0.4, 0]], [[1, 0.5]]),
+        ([[0.0, 0]], [[1, 1]]),
+        ([[-np.inf, 0]], [[1, np.inf]]),
+    ):
         radius, _ = tree_radius([stage], None, {"e": lower}, {"e": upper}, np.array([0]))
         assert radius[0] == 0.0
     assert vote_radius(0.5, np.nan) == 0.0
@@ -209,18 +225,28 @@ def test_bad_counts_are_refused(counts):
         FixedPlan(1, 10).bounds(stage, np.array(counts), np.zeros(1, int), np.zeros(1, int), np.zeros(1, int), alpha=0.1)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: Stage("s", 0.0, leads_to=(0, 1)), lambda: Stage("s", np.nan, leads_to=(0, 1)),
-    lambda: Stage("s", True, leads_to=(0, 1)),
-    lambda: Stage("s", 1.0, leads_to=(0,)), lambda: Stage("s", 1.0, leads_to=(0, -2)), lambda: Stage("s", 1.0, leads_to=(0, 1.5)),
-    lambda: Stage("s", 1.0, "threshold", 0.5, (0, 1, 2)), lambda: Stage("s", 1.0, "threshold", np.nan, (0, 1, 2)),
-    lambda: Stage("s", 1.0, "plurality", 0.6, (0, 1)), lambda: Stage("s", 1.0, "majority", None, (0, 1)),
-    lambda: Tree.of([]), lambda: Tree.of([Stage("s", 1.0, leads_to=(0, "t"))]),
-    lambda: Tree.of([Stage("s", 1.0, leads_to=(0, "s"))]),
-    lambda: Tree.of([Stage("s", 1.0, leads_to=(0, 1)), Stage("t", 1.0, leads_to=(0, 1))]),
-    lambda: Tree({"x": Stage("s", 1.0, leads_to=(0, 1))}, "x"), lambda: Tree.of([Stage("s", 1.0, leads_to=(0, 1))], "t"),
-    lambda: cascade_tree([expert_stage("a", 1.0, 2)], [0.6]),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Stage("s", 0.0, leads_to=(0, 1)),
+        lambda: Stage("s", np.nan, leads_to=(0, 1)),
+        lambda: Stage("s", True, leads_to=(0, 1)),
+        lambda: Stage("s", 1.0, leads_to=(0,)),
+        lambda: Stage("s", 1.0, leads_to=(0, -2)),
+        lambda: Stage("s", 1.0, leads_to=(0, 1.5)),
+        lambda: Stage("s", 1.0, "threshold", 0.5, (0, 1, 2)),
+        lambda: Stage("s", 1.0, "threshold", np.nan, (0, 1, 2)),
+        lambda: Stage("s", 1.0, "plurality", 0.6, (0, 1)),
+        lambda: Stage("s", 1.0, "majority", None, (0, 1)),
+        lambda: Tree.of([]),
+        lambda: Tree.of([Stage("s", 1.0, leads_to=(0, "t"))]),
+        lambda: Tree.of([Stage("s", 1.0, leads_to=(0, "s"))]),
+        lambda: Tree.of([Stage("s", 1.0, leads_to=(0, 1)), Stage("t", 1.0, leads_to=(0, 1))]),
+        lambda: Tree({"x": Stage("s", 1.0, leads_to=(0, 1))}, "x"),
+        lambda: Tree.of([Stage("s", 1.0, leads_to=(0, 1))], "t"),
+        lambda: cascade_tree([expert_stage("a", 1.0, 2)], [0.6]),
+    ],
+)
 def test_bad_trees_are_refused(make):
     with pytest.raises(PlanError):
         make()

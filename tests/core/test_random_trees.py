@@ -13,7 +13,9 @@ from rsrouter.core.certificates import group_entries, recursion
 ALPHA, IMAGES = 0.05, 40
 GRID = (0.05, 0.1, 0.2, 0.3, 0.5)
 PLANS = [
-    FixedPlan(30, 100), AdaptivePlan(400, GRID, n0=30, first=40), AdaptivePlan(200, GRID, n0=30, first=40, bound="mixture"),
+    FixedPlan(30, 100),
+    AdaptivePlan(400, GRID, n0=30, first=40),
+    AdaptivePlan(200, GRID, n0=30, first=40, bound="mixture"),
 ]
 
 

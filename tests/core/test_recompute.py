@@ -30,9 +30,14 @@ TREES = {
     "flat": flat_tree("router", 1.0, EXPERTS),
     "shared": flat_tree("router", 1.0, SHARED),
     "cascade": cascade_tree(EXPERTS[::-1], (0.6, 0.55)),
-    "two routers": Tree.of([
-        Stage("top", 1.0, leads_to=("left", "right", -1)), Stage("left", 0.5, leads_to=("e0", "e1", 2, -1)),
-        Stage("right", 0.5, leads_to=("e1", "e2", -1)), *EXPERTS]),
+    "two routers": Tree.of(
+        [
+            Stage("top", 1.0, leads_to=("left", "right", -1)),
+            Stage("left", 0.5, leads_to=("e0", "e1", 2, -1)),
+            Stage("right", 0.5, leads_to=("e1", "e2", -1)),
+            *EXPERTS,
+        ]
+    ),
 }
 PLANS: dict[str, Plan] = {
     "fixed": FixedPlan(20, 400),
@@ -51,8 +56,10 @@ def certify(tree: Tree, plan: Plan, rule: str, sides: str, images: int, seed: in
     while live := [i for i in range(images) if not policy.done[i]]:
         requests = policy.next_requests(live)
         stages = [[s for s in tree.order if tree.stages[s].network == r.network] for r in requests]
-        policy.update(requests, [{s: rng.multinomial(r.count, odds[s][r.image]) for s in group}
-                                 for r, group in zip(requests, stages, strict=True)])
+        policy.update(
+            requests,
+            [{s: rng.multinomial(r.count, odds[s][r.image]) for s in group} for r, group in zip(requests, stages, strict=True)],
+        )
     return split, [policy.certificate(i) for i in range(images)]
 
 
@@ -85,15 +92,18 @@ def _edit(votes: dict, change) -> dict:
     return copy
 
 
-@pytest.mark.parametrize("change", [
-    lambda v: v["estimate"]["router"].__setitem__(0, v["estimate"]["router"][0] + 1),
-    lambda v: v["select"]["router"].__setitem__(0, v["select"]["router"][0] + 1),
-    lambda v: v["select"].clear(),
-    lambda v: v["estimate"].__setitem__("other", [1, 2]),
-    lambda v: v["estimate"]["router"].append(0),
-    lambda v: v["estimate"]["router"].__setitem__(slice(0, 2), [401, -1]),
-    lambda v: v.__setitem__("earlier", {"router@400": v["estimate"]["router"]}),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v["estimate"]["router"].__setitem__(0, v["estimate"]["router"][0] + 1),
+        lambda v: v["select"]["router"].__setitem__(0, v["select"]["router"][0] + 1),
+        lambda v: v["select"].clear(),
+        lambda v: v["estimate"].__setitem__("other", [1, 2]),
+        lambda v: v["estimate"]["router"].append(0),
+        lambda v: v["estimate"]["router"].__setitem__(slice(0, 2), [401, -1]),
+        lambda v: v.__setitem__("earlier", {"router@400": v["estimate"]["router"]}),
+    ],
+)
 def test_votes_that_cannot_be(change) -> None:
     split, certificates = certify(TREES["flat"], PLANS["fixed"], "tree", "two", 40, seed=4)
     certificate = next(c for c in certificates if "router" in c.counts)

@@ -34,8 +34,10 @@ class HalfSpaces:
     def projections(self, count: int, sigma: float) -> np.ndarray:
         if not self.full:
             return self.rng.normal(0.0, sigma, count)
-        parts = [self.rng.standard_normal((min(4096, count - at), self.u.size), dtype=np.float32) @ self.u
-                 for at in range(0, count, 4096)]
+        parts = [
+            self.rng.standard_normal((min(4096, count - at), self.u.size), dtype=np.float32) @ self.u
+            for at in range(0, count, 4096)
+        ]
         return sigma * np.concatenate(parts)
 
     def stream(self, purpose: str, name: str, length: int) -> np.ndarray:
@@ -47,8 +49,14 @@ class HalfSpaces:
         return self.streams[purpose, name]
 
 
-def run(votes: HalfSpaces, plan: Plan, *, sides: str = "one", purpose_of: Callable[[str], str] = str,
-        tamper: Callable[[CertifyPolicy], None] | None = None) -> np.ndarray:
+def run(
+    votes: HalfSpaces,
+    plan: Plan,
+    *,
+    sides: str = "one",
+    purpose_of: Callable[[str], str] = str,
+    tamper: Callable[[CertifyPolicy], None] | None = None,
+) -> np.ndarray:
     """Certified radii of all images."""
     policy = CertifyPolicy(votes.tree, plan, AlphaSplit.even(ALPHA, votes.tree.paths), votes.images, sides=sides)
     if tamper is not None:
@@ -74,9 +82,13 @@ def tied_vote() -> tuple[Tree, dict[str, float]]:
 
 def agreement(radius: float) -> tuple[Tree, dict[str, float]]:
     """Router and second expert change at the same distance, where the answer does: both bounds must hold."""
-    tree = Tree.of([
-        Stage("r", 1.0, leads_to=("a", "b")), Stage("a", 0.5, leads_to=(0, 1)), Stage("b", 0.5, leads_to=(0, 1)),
-    ])
+    tree = Tree.of(
+        [
+            Stage("r", 1.0, leads_to=("a", "b")),
+            Stage("a", 0.5, leads_to=(0, 1)),
+            Stage("b", 0.5, leads_to=(0, 1)),
+        ]
+    )
     return tree, {"r": radius, "a": 10.0, "b": radius}
 
 
@@ -95,7 +107,9 @@ def excess(violations: int, total: int) -> float:
 
 
 CASES = {
-    "tied vote": (tied_vote, 0.0), "agreement": (lambda: agreement(0.4), 0.4), "cascade": (lambda: cascade(0.4), 0.4),
+    "tied vote": (tied_vote, 0.0),
+    "agreement": (lambda: agreement(0.4), 0.4),
+    "cascade": (lambda: cascade(0.4), 0.4),
 }
 PLANS = {
     "fixed": FixedPlan(60, 200),
@@ -163,7 +177,8 @@ def test_planted_mistakes_are_caught(mistake: str):
 
 
 FEWER_VOTES = {
-    "fixed": FixedPlan(60, 200), "adaptive": AdaptivePlan(400, [0.1, 0.2, 0.3, 0.4], n0=60, first=50),
+    "fixed": FixedPlan(60, 200),
+    "adaptive": AdaptivePlan(400, [0.1, 0.2, 0.3, 0.4], n0=60, first=50),
     "mixture": AdaptivePlan(200, [0.1, 0.2, 0.3, 0.4], n0=60, first=25, bound="mixture"),
 }
 
@@ -177,6 +192,8 @@ def test_violations_stay_below_alpha_in_image_space(case: str, plan: str):
     radii = run(HalfSpaces(*make(), 2000, seed=8, full=True), FEWER_VOTES[plan])
     wrong = int((radii > true_radius).sum())
     near = int(((radii > 0.5 * true_radius) & (radii <= 1.5 * true_radius)).sum())
-    print(f"\n{case}, {plan}: {wrong} of {len(radii)} too large ({wrong / len(radii):.2%}, alpha {ALPHA:.0%}), "
-          f"{near} within half of the true radius {true_radius}, mean {radii.mean():.3f}")
+    print(
+        f"\n{case}, {plan}: {wrong} of {len(radii)} too large ({wrong / len(radii):.2%}, alpha {ALPHA:.0%}), "
+        f"{near} within half of the true radius {true_radius}, mean {radii.mean():.3f}"
+    )
     assert excess(wrong, len(radii)) > 1e-4

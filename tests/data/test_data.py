@@ -105,8 +105,11 @@ def test_hub_data_set_at_a_pinned_revision(hub: HubServer, tmp_path: Path) -> No
     data = load_data("hf-hub:org/set@v1", split="test")
     holds_the_pixels(data)
     assert commit in data.name
-    hub.put("org/set", {"data/test-00000-of-00001.parquet": parquet(tmp_path / "b.parquet", slice(0, 2)).read_bytes()},
-            repo_type="dataset")
+    hub.put(
+        "org/set",
+        {"data/test-00000-of-00001.parquet": parquet(tmp_path / "b.parquet", slice(0, 2)).read_bytes()},
+        repo_type="dataset",
+    )
     hub.requests.clear()
     again = load_data(f"hf-hub:org/set@{commit}", split="test")
     assert hub.requests == []
@@ -145,8 +148,14 @@ def test_fingerprints(tmp_path: Path) -> None:
     changed[3, 0, 0, 0] ^= 1
     labels = LABELS.copy()
     labels[0] = 0
-    others = [from_arrays(changed, LABELS), from_arrays(PIXELS, labels), from_arrays(PIXELS), base.subset(range(6)),
-              base.subset(range(1, 7)), from_arrays(PIXELS.astype(np.float32) / 255, LABELS)]
+    others = [
+        from_arrays(changed, LABELS),
+        from_arrays(PIXELS, labels),
+        from_arrays(PIXELS),
+        base.subset(range(6)),
+        base.subset(range(1, 7)),
+        from_arrays(PIXELS.astype(np.float32) / 255, LABELS),
+    ]
     assert len({base.fingerprint, *(d.fingerprint for d in others)}) == 7
     path = parquet(tmp_path / "a.parquet")
     first = load_data(path).fingerprint
@@ -176,18 +185,21 @@ def test_resize_and_crop(tmp_path: Path) -> None:
     assert torch.equal((images * 255).round() / 255, images)
 
 
-@pytest.mark.parametrize(("images", "labels", "match"), [
-    (PIXELS.astype(np.float32), LABELS, "divide by 255"),
-    (PIXELS.astype(np.int64), LABELS, "dtype"),
-    (np.full((2, 3, 4, 4), np.nan, np.float32), [0, 1], r"outside \[0,1\]"),
-    (np.full((2, 3, 4, 4), -0.1, np.float32), [0, 1], "normalises"),
-    (PIXELS[0, 0], [0], "wrong shape"),
-    (PIXELS[:, :2], LABELS, "wrong shape"),
-    (PIXELS[:0], LABELS[:0], "wrong shape"),
-    (PIXELS, LABELS[:-1], "differ in number"),
-    (PIXELS, LABELS.astype(float), "class indices"),
-    (PIXELS, LABELS[:, None], "differ in number"),
-])
+@pytest.mark.parametrize(
+    ("images", "labels", "match"),
+    [
+        (PIXELS.astype(np.float32), LABELS, "divide by 255"),
+        (PIXELS.astype(np.int64), LABELS, "dtype"),
+        (np.full((2, 3, 4, 4), np.nan, np.float32), [0, 1], r"outside \[0,1\]"),
+        (np.full((2, 3, 4, 4), -0.1, np.float32), [0, 1], "normalises"),
+        (PIXELS[0, 0], [0], "wrong shape"),
+        (PIXELS[:, :2], LABELS, "wrong shape"),
+        (PIXELS[:0], LABELS[:0], "wrong shape"),
+        (PIXELS, LABELS[:-1], "differ in number"),
+        (PIXELS, LABELS.astype(float), "class indices"),
+        (PIXELS, LABELS[:, None], "differ in number"),
+    ],
+)
 def test_bad_arrays(images: object, labels: object, match: str) -> None:
     with pytest.raises(InputError, match=match) as caught:
         from_arrays(images, labels)

@@ -13,12 +13,23 @@ from rsrouter.demo import SLICES, load_pool, load_slice, run
 from rsrouter.demo.bundled import ASSETS
 from rsrouter.experts.checkpoints import sha256_of
 
+SMALL = {
+    "train_images": 60,
+    "copies": 2,
+    "label_images": 40,
+    "label_votes": 20,
+    "validation_images": 30,
+    "tune_copies": 40,
+    "test_images": 6,
+    "n_max": 1000,
+}
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """One run with very few images and votes."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(flow, "QUICK", {"train_images": 60, "validation_images": 40, "label_votes": 20, "test_images": 6, "n_max": 800})
+    patch.setattr(flow, "QUICK", SMALL)
     out = tmp_path_factory.mktemp("demo") / "run"
     yield run(out, quick=True, show=False), out, patch
     patch.undo()
@@ -40,7 +51,14 @@ def test_slices_are_disjoint_and_labelled():
 
 def test_a_run_leaves_everything(small):
     outcome, out, _ = small
-    for name in ("pool.json", "router/config.json", "router/router.safetensors", "certificates.tsv", "certificates.json", "report/index.html"):
+    for name in (
+        "pool.json",
+        "router/config.json",
+        "router/router.safetensors",
+        "certificates.tsv",
+        "certificates.json",
+        "report/index.html",
+    ):
         assert (out / name).is_file(), name
     header = (out / "certificates.tsv").read_text().splitlines()[0].split("\t")
     assert header[:6] == ["idx", "label", "predict", "radius", "correct", "time"]
@@ -89,6 +107,6 @@ def test_changed_weights_refuse_to_load(small, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     before = sha256_of(weights)
-    with pytest.raises(Exception, match="not the one that was saved|cannot be read"):
+    with pytest.raises(Exception, match=r"not the one that was saved|cannot be read"):
         RoutedSmooth.from_pretrained(copy)
     assert sha256_of(weights) == before

@@ -49,12 +49,21 @@ def test_digest_sees_all_that_decides_a_vote() -> None:
     moved = copy.deepcopy(norms)
     moved[2].running_mean += 1  # a buffer
     experts = [
-        make(), make(other), make(sigma=0.25), make(mean=MEAN, std=STD), make(mean=MEAN, std=(1.0, 1.0, 1.0)),
-        make(nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False))), make(norms), make(moved),
+        make(),
+        make(other),
+        make(sigma=0.25),
+        make(mean=MEAN, std=STD),
+        make(mean=MEAN, std=(1.0, 1.0, 1.0)),
+        make(nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False))),
+        make(norms),
+        make(moved),
         make(nn.Sequential(NormalizeLayer(MEAN, STD), nn.Flatten())),
         make(nn.Sequential(NormalizeLayer(MEAN, MEAN), nn.Flatten())),
-        make(Scaled(1.0)), make(Scaled(2.0)), make(Scaled(2.0, "b")),
-        make(nn.Sequential(nn.LeakyReLU(0.1))), make(nn.Sequential(nn.LeakyReLU(0.2))),
+        make(Scaled(1.0)),
+        make(Scaled(2.0)),
+        make(Scaled(2.0, "b")),
+        make(nn.Sequential(nn.LeakyReLU(0.1))),
+        make(nn.Sequential(nn.LeakyReLU(0.2))),
     ]
     assert len({e.digest for e in experts}) == len(experts)
 
@@ -65,10 +74,20 @@ class Configured(nn.Module):
         self.setting, self.calls = setting, 0
 
 
-@pytest.mark.parametrize(("one", "other"), [
-    (1, 2), (False, True), ((2, 2), (2, 3)), ({"scale": 1.0}, {"scale": 2.0}), (np.zeros(3), np.ones(3)),
-    (np.float32(1), np.float32(2)), ([torch.zeros(1)], [torch.ones(1)]), (torch.zeros(1), torch.ones(1)),
-], ids=str)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 2),
+        (False, True),
+        ((2, 2), (2, 3)),
+        ({"scale": 1.0}, {"scale": 2.0}),
+        (np.zeros(3), np.ones(3)),
+        (np.float32(1), np.float32(2)),
+        ([torch.zeros(1)], [torch.ones(1)]),
+        (torch.zeros(1), torch.ones(1)),
+    ],
+    ids=str,
+)
 def test_digest_sees_settings_of_users_modules(one: object, other: object) -> None:
     assert module_digest(Configured(one)) == module_digest(Configured(copy.deepcopy(one)))
     assert module_digest(Configured(one)) != module_digest(Configured(other))
@@ -92,14 +111,29 @@ def test_network_normalises_pixels() -> None:
     assert plain.network() is plain.module
 
 
-@pytest.mark.parametrize(("settings", "match"), [
-    ({"sigma": -1.0}, "sigma"), ({"sigma": 0.0}, "sigma"), ({"sigma": float("nan")}, "sigma"), ({"sigma": float("inf")}, "sigma"),
-    ({"sigma": True}, "sigma"), ({"sigma": None}, "sigma"), ({"sigma": 127.5}, "sigma=0.5"),
-    ({"num_classes": 1}, "classes"), ({"num_classes": 2.0}, "classes"), ({"input_shape": (3, 2)}, "input shape"),
-    ({"input_shape": (3, 0, 2)}, "input shape"), ({"mean": MEAN}, "half"), ({"mean": (0.5,), "std": (0.5,)}, "3 finite"),
-    ({"mean": MEAN, "std": (0.0, 1.0, 1.0)}, "above 0"), ({"mean": (float("nan"),) * 3, "std": STD}, "finite"),
-    ({"name": "../x"}, "name"), ({"name": ""}, "name"), ({"name": "a b"}, "name"),
-])
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"sigma": -1.0}, "sigma"),
+        ({"sigma": 0.0}, "sigma"),
+        ({"sigma": float("nan")}, "sigma"),
+        ({"sigma": float("inf")}, "sigma"),
+        ({"sigma": True}, "sigma"),
+        ({"sigma": None}, "sigma"),
+        ({"sigma": 127.5}, "sigma=0.5"),
+        ({"num_classes": 1}, "classes"),
+        ({"num_classes": 2.0}, "classes"),
+        ({"input_shape": (3, 2)}, "input shape"),
+        ({"input_shape": (3, 0, 2)}, "input shape"),
+        ({"mean": MEAN}, "half"),
+        ({"mean": (0.5,), "std": (0.5,)}, "3 finite"),
+        ({"mean": MEAN, "std": (0.0, 1.0, 1.0)}, "above 0"),
+        ({"mean": (float("nan"),) * 3, "std": STD}, "finite"),
+        ({"name": "../x"}, "name"),
+        ({"name": ""}, "name"),
+        ({"name": "a b"}, "name"),
+    ],
+)
 def test_experts_that_cannot_be(settings: dict[str, object], match: str) -> None:
     with pytest.raises(InputError, match=match) as caught:
         make(**settings)

@@ -99,9 +99,16 @@ def test_local_timm_checkpoint_needs_only_sigma(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     source = scramble(timm.create_model("resnet18", num_classes=7, pretrained=False))
     save_file(source.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({
-        "architecture": "resnet18", "num_classes": 7, "num_features": 512,
-        "pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "license": "mit"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "architecture": "resnet18",
+                "num_classes": 7,
+                "num_features": 512,
+                "pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "license": "mit"},
+            }
+        )
+    )
     with pytest.raises(InputError, match="sigma"):
         load_expert(tmp_path)
     expert = load_expert(tmp_path, sigma=0.5)
@@ -208,11 +215,16 @@ def test_nearest_architecture_of_something_else() -> None:
     assert found[1] == 0.0
 
 
-@pytest.mark.parametrize(("content", "match"), [
-    ({"epoch": 3}, "no state dict"), ([1, 2], "no state dict"),
-    ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "told apart"),
-    (torch.ones(3), "no state dict"), ({}, "no state dict"),
-])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ({"epoch": 3}, "no state dict"),
+        ([1, 2], "no state dict"),
+        ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "told apart"),
+        (torch.ones(3), "no state dict"),
+        ({}, "no state dict"),
+    ],
+)
 def test_unknown_containers(tmp_path: Path, content: object, match: str) -> None:
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=match):
@@ -227,21 +239,24 @@ def test_weights_that_diverged(tmp_path: Path) -> None:
         load_expert(tmp_path / "model.pt", architecture="cifar_resnet20", **CIFAR)
 
 
-@pytest.mark.parametrize(("settings", "match"), [
-    ({}, "sigma, mean"),
-    ({"normalisation": "cifar10"}, "sigma"),
-    ({"sigma": 0.25}, "mean"),
-    ({"sigma": 0.25, "mean": MEAN}, "half a normalisation"),
-    ({"sigma": -0.25, "normalisation": "none"}, "no usable sigma"),
-    ({"sigma": 0, "normalisation": "none"}, "no usable sigma"),
-    ({"sigma": float("nan"), "normalisation": "none"}, "no usable sigma"),
-    ({"sigma": 63.75, "normalisation": "none"}, "sigma=0.25"),
-    ({"sigma": "0.25", "normalisation": "none"}, "no usable sigma"),
-    ({"sigma": 0.25, "normalisation": "cifar"}, "Unknown normalisation"),
-    ({"sigma": 0.25, "normalisation": "cifar10", "mean": MEAN}, "Two statements"),
-    ({"sigma": 0.25, "normalisation": "mnist"}, "3 finite values"),
-    ({"sigma": 0.25, "normalisation": "none", "sigmas": 1}, "Unknown settings"),
-])
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({}, "sigma, mean"),
+        ({"normalisation": "cifar10"}, "sigma"),
+        ({"sigma": 0.25}, "mean"),
+        ({"sigma": 0.25, "mean": MEAN}, "half a normalisation"),
+        ({"sigma": -0.25, "normalisation": "none"}, "no usable sigma"),
+        ({"sigma": 0, "normalisation": "none"}, "no usable sigma"),
+        ({"sigma": float("nan"), "normalisation": "none"}, "no usable sigma"),
+        ({"sigma": 63.75, "normalisation": "none"}, "sigma=0.25"),
+        ({"sigma": "0.25", "normalisation": "none"}, "no usable sigma"),
+        ({"sigma": 0.25, "normalisation": "cifar"}, "Unknown normalisation"),
+        ({"sigma": 0.25, "normalisation": "cifar10", "mean": MEAN}, "Two statements"),
+        ({"sigma": 0.25, "normalisation": "mnist"}, "3 finite values"),
+        ({"sigma": 0.25, "normalisation": "none", "sigmas": 1}, "Unknown settings"),
+    ],
+)
 def test_what_the_file_cannot_tell_is_asked_for(tmp_path: Path, settings: dict[str, object], match: str) -> None:
     torch.save(PaperResNet(20).state_dict(), tmp_path / "model.pt")
     with pytest.raises(InputError, match=match) as caught:

@@ -33,8 +33,16 @@ SMALL = {"width": 8, "blocks": [[8, 2]]}
 def member(folder: Path, seed: int) -> Expert:
     torch.manual_seed(seed)
     save_file(SmallResNet(**SMALL).state_dict(), folder / f"m{seed}.safetensors")  # type: ignore[arg-type]
-    return load_expert(folder / f"m{seed}.safetensors", name=f"m{seed}", architecture="small_resnet", kwargs=SMALL, sigma=0.5,
-                       input_shape=(1, 28, 28), mean=[0.1 * seed], std=[0.3])
+    return load_expert(
+        folder / f"m{seed}.safetensors",
+        name=f"m{seed}",
+        architecture="small_resnet",
+        kwargs=SMALL,
+        sigma=0.5,
+        input_shape=(1, 28, 28),
+        mean=[0.1 * seed],
+        std=[0.3],
+    )
 
 
 @pytest.fixture
@@ -85,8 +93,10 @@ def test_consensus_stops_where_the_first_agree() -> None:
 
 def test_consensus_of_a_vote_does_not_depend_on_its_company(x: Tensor) -> None:
     torch.manual_seed(0)
-    members = [Expert(nn.Sequential(nn.Flatten(), nn.Linear(784, 3)), sigma=0.5, num_classes=3, input_shape=(1, 28, 28))
-               for _ in range(4)]
+    members = [
+        Expert(nn.Sequential(nn.Flatten(), nn.Linear(784, 3)), sigma=0.5, num_classes=3, input_shape=(1, 28, 28))
+        for _ in range(4)
+    ]
     expert = ensemble(members, consensus=2, chunk=8)
     x = x - 0.5
     network = expert.network()
@@ -283,12 +293,15 @@ def test_what_the_engine_prepares_is_the_same_function(kind: str, members: list[
 
     torch.manual_seed(0)
     expert = {
-        "mean": lambda: ensemble(members), "consensus": lambda: ensemble(members, consensus=2),
-        "unet": lambda: denoised(build_architecture("small_unet", 2, {"width": 8}).eval(), members[1], sigma=0.5,
-                                 diffusion=Diffusion()),
+        "mean": lambda: ensemble(members),
+        "consensus": lambda: ensemble(members, consensus=2),
+        "unet": lambda: denoised(
+            build_architecture("small_unet", 2, {"width": 8}).eval(), members[1], sigma=0.5, diffusion=Diffusion()
+        ),
         "sampled": lambda: denoised(Sampled(), members[1], sigma=0.5, diffusion=Diffusion()),
-        "dncnn": lambda: denoised(build_architecture("dncnn", 2, {"depth": 3, "n_channels": 4, "image_channels": 1}).eval(),
-                                  members[1], sigma=0.5),
+        "dncnn": lambda: denoised(
+            build_architecture("dncnn", 2, {"depth": 3, "n_channels": 4, "image_channels": 1}).eval(), members[1], sigma=0.5
+        ),
     }[kind]()
     prepared = prepare(expert.network(), Execution(), torch.device("cpu"))
     with torch.no_grad():

@@ -16,8 +16,14 @@ from rsrouter.experts import ExpertPool, load_expert
 from rsrouter.experts.cifar_resnet import CifarResNet
 from rsrouter.hub import Hub, fetch, parse_reference, snapshot
 
-SETTINGS = {"architecture": "cifar_resnet20", "sigma": 0.25, "num_classes": 10, "input_shape": [3, 32, 32],
-            "mean": None, "std": None}
+SETTINGS = {
+    "architecture": "cifar_resnet20",
+    "sigma": 0.25,
+    "num_classes": 10,
+    "input_shape": [3, 32, 32],
+    "mean": None,
+    "std": None,
+}
 
 
 def weights(seed: int) -> bytes:
@@ -90,8 +96,11 @@ def test_offline_branch_from_the_cache(hub: HubServer) -> None:
 
 def test_other_process_with_endpoint_from_the_environment(hub: HubServer) -> None:
     commit = repository(hub)
-    done = hub.run("from rsrouter.experts import load_expert; print(load_expert('hf-hub:org/expert@main').provenance.revision)",
-                   PYTHONPATH=str(Path(__file__).resolve().parents[2]), OMP_NUM_THREADS="1")
+    done = hub.run(
+        "from rsrouter.experts import load_expert; print(load_expert('hf-hub:org/expert@main').provenance.revision)",
+        PYTHONPATH=str(Path(__file__).resolve().parents[2]),
+        OMP_NUM_THREADS="1",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == commit
 
@@ -118,8 +127,11 @@ def test_absent_config_is_remembered(hub: HubServer) -> None:
 def test_timm_repository(hub: HubServer) -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnet18", num_classes=5, pretrained=False)
-    config = {"architecture": "resnet18", "num_classes": 5,
-              "pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "license": "apache-2.0"}}
+    config = {
+        "architecture": "resnet18",
+        "num_classes": 5,
+        "pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "license": "apache-2.0"},
+    }
     hub.put("timm/resnet18.tests", {"config.json": json.dumps(config), "model.safetensors": save(model.state_dict())})
     expert = load_expert("hf-hub:timm/resnet18.tests", sigma=0.5)
     x = torch.rand(2, 3, 64, 64)
@@ -139,11 +151,13 @@ def test_missing_gated_private_and_bad_revision(hub: HubServer) -> None:
     repository(hub, repo_id="org/private")
     hub.private.add("org/private")
     for reference, match, remedy in (
-        ("hf-hub:org/none", "does not exist, or is private", "spelling"), ("hf-hub:org/gated", "gated", "ask for access"),
+        ("hf-hub:org/none", "does not exist, or is private", "spelling"),
+        ("hf-hub:org/gated", "gated", "ask for access"),
         ("hf-hub:org/private", "does not exist, or is private", "token"),
         ("hf-hub:org/expert@v9", "no revision 'v9'", "branches"),
         (f"hf-hub:org/expert@{'0' * 40}", "no revision '000", "branches"),
-        ("hf-hub:expert", "not a Hub repository", "write"), ("hf-hub:org/expert@", "not a Hub repository", "write"),
+        ("hf-hub:expert", "not a Hub repository", "write"),
+        ("hf-hub:org/expert@", "not a Hub repository", "write"),
     ):
         with pytest.raises(HubError, match=match) as caught:
             load_expert(reference)
@@ -162,9 +176,15 @@ def test_no_network(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "network" in caught.value.remedy or "connect" in caught.value.remedy
 
 
-@pytest.mark.parametrize(("fault", "error", "match"), [
-    ("corrupt", IntegrityError, "damaged"), ("truncate", HubError, "incomplete"), (503, HubError, "503"), (403, HubError, "403"),
-])
+@pytest.mark.parametrize(
+    ("fault", "error", "match"),
+    [
+        ("corrupt", IntegrityError, "damaged"),
+        ("truncate", HubError, "incomplete"),
+        (503, HubError, "503"),
+        (403, HubError, "403"),
+    ],
+)
 def test_faults_while_fetching_weights(hub: HubServer, fault: int | str, error: type[Exception], match: str) -> None:
     repository(hub)
     hub.fault("GET", r"resolve/.*model\.safetensors", fault)

@@ -21,9 +21,21 @@ def write_expert(folder: Path, sigma: float, seed: int = 0, **config: object) ->
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
     save_file(SmallResNet(width=8, blocks=((8, 2),)).state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({
-        "architecture": "small_resnet", "kwargs": {"width": 8, "blocks": [[8, 2]]}, "sigma": sigma, "num_classes": 10,
-        "input_shape": [1, 28, 28], "mean": [0.286], "std": [0.353], "licence": "Apache-2.0", **config}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architecture": "small_resnet",
+                "kwargs": {"width": 8, "blocks": [[8, 2]]},
+                "sigma": sigma,
+                "num_classes": 10,
+                "input_shape": [1, 28, 28],
+                "mean": [0.286],
+                "std": [0.353],
+                "licence": "Apache-2.0",
+                **config,
+            }
+        )
+    )
     return folder
 
 
@@ -83,28 +95,31 @@ def test_same_size_corruption(folder: Path, lazy: bool) -> None:
         _ = ExpertPool.load(folder, lazy=lazy)[0].module
 
 
-@pytest.mark.parametrize(("edit", "error", "match"), [
-    (lambda c: c.update(schema_version=2), InputError, "upgrade"),
-    (lambda c: c.pop("schema_version"), InputError, "schema"),
-    (lambda c: c.update(experts=[]), InputError, "needs experts"),
-    (lambda c: c.update(experts=3), InputError, "not a pool"),
-    (lambda c: c["experts"][0].pop("sigma"), InputError, "sigma"),
-    (lambda c: c["experts"][0].update(sigma=64), InputError, "/255"),
-    (lambda c: c["experts"][0].update(sigma=0.3), IntegrityError, "digest"),
-    (lambda c: c["experts"][0].update(mean=None, std=None), IntegrityError, "digest"),
-    (lambda c: c["experts"][0].update(name="e/../1"), InputError, "name"),
-    (lambda c: c["experts"][1].update(name=c["experts"][0]["name"]), InputError, "different names"),
-    (lambda c: c["experts"][0].update(num_classes=9), CheckpointError, "num_classes=10"),
-    (lambda c: c["experts"][0]["provenance"].pop("sha256"), InputError, "sha256"),
-    (lambda c: c["experts"][0]["provenance"].update(sha256="0" * 64), IntegrityError, "pinned"),
-    (lambda c: c["experts"][0]["provenance"].update(filename="../x.safetensors"), InputError, "outside"),
-    (lambda c: c["experts"][0]["provenance"].update(filename="/etc/passwd"), InputError, "outside"),
-    (lambda c: c["experts"][0]["provenance"].update(source="ftp"), InputError, "Unknown source"),
-    (lambda c: c["experts"][0]["provenance"].update(loader="pickle"), InputError, "Unknown loader"),
-    (lambda c: c["experts"][0]["provenance"].update(architecture="os.system"), CheckpointError, "Unknown architecture"),
-    (lambda c: c["experts"][0]["provenance"].update(source="bundled", location="../../x"), InputError, "outside"),
-    (lambda c: c["experts"][0]["provenance"].update(source="hub", location="o/n", revision="main"), Exception, "pinned"),
-])
+@pytest.mark.parametrize(
+    ("edit", "error", "match"),
+    [
+        (lambda c: c.update(schema_version=2), InputError, "upgrade"),
+        (lambda c: c.pop("schema_version"), InputError, "schema"),
+        (lambda c: c.update(experts=[]), InputError, "needs experts"),
+        (lambda c: c.update(experts=3), InputError, "not a pool"),
+        (lambda c: c["experts"][0].pop("sigma"), InputError, "sigma"),
+        (lambda c: c["experts"][0].update(sigma=64), InputError, "/255"),
+        (lambda c: c["experts"][0].update(sigma=0.3), IntegrityError, "digest"),
+        (lambda c: c["experts"][0].update(mean=None, std=None), IntegrityError, "digest"),
+        (lambda c: c["experts"][0].update(name="e/../1"), InputError, "name"),
+        (lambda c: c["experts"][1].update(name=c["experts"][0]["name"]), InputError, "different names"),
+        (lambda c: c["experts"][0].update(num_classes=9), CheckpointError, "num_classes=10"),
+        (lambda c: c["experts"][0]["provenance"].pop("sha256"), InputError, "sha256"),
+        (lambda c: c["experts"][0]["provenance"].update(sha256="0" * 64), IntegrityError, "pinned"),
+        (lambda c: c["experts"][0]["provenance"].update(filename="../x.safetensors"), InputError, "outside"),
+        (lambda c: c["experts"][0]["provenance"].update(filename="/etc/passwd"), InputError, "outside"),
+        (lambda c: c["experts"][0]["provenance"].update(source="ftp"), InputError, "Unknown source"),
+        (lambda c: c["experts"][0]["provenance"].update(loader="pickle"), InputError, "Unknown loader"),
+        (lambda c: c["experts"][0]["provenance"].update(architecture="os.system"), CheckpointError, "Unknown architecture"),
+        (lambda c: c["experts"][0]["provenance"].update(source="bundled", location="../../x"), InputError, "outside"),
+        (lambda c: c["experts"][0]["provenance"].update(source="hub", location="o/n", revision="main"), Exception, "pinned"),
+    ],
+)
 def test_edited_pools(folder: Path, edit: object, error: type[Exception], match: str) -> None:
     content = json.loads((folder / "pool.json").read_text())
     edit(content)  # type: ignore[operator]

@@ -15,8 +15,9 @@ from rsrouter.core.errors import InputError
 from rsrouter.experts import select_experts
 
 GRID = (0.0, 0.25, 0.5, 1.0)
-TABLES = arrays(np.float64, st.tuples(st.integers(1, 8), st.integers(2, 6)),
-                elements=st.sampled_from([-1.0, 0.0, 0.1, 0.25, 0.4, 0.5, 1.2]))
+TABLES = arrays(
+    np.float64, st.tuples(st.integers(1, 8), st.integers(2, 6)), elements=st.sampled_from([-1.0, 0.0, 0.1, 0.25, 0.4, 0.5, 1.2])
+)
 
 
 def objective(table: np.ndarray, columns: tuple[int, ...], grid: tuple[float, ...] = GRID) -> float:
@@ -76,12 +77,23 @@ def test_wrong_images_count_for_nothing_at_radius_zero() -> None:
     assert select_experts([[0.0, -1.0]], 2, [0.0]).values[-1] == 0.0
 
 
-@pytest.mark.parametrize(("table", "k", "grid", "extra"), [
-    ([[1.0]], 0, [0.5], {}), ([[1.0]], 2, [0.5], {}), ([[1.0]], True, [0.5], {}), ([1.0], 1, [0.5], {}),
-    ([[math.nan]], 1, [0.5], {}),
-    ([[1.0]], 1, [], {}), ([[1.0]], 1, [-0.5], {}), ([[1.0]], 1, [math.nan], {}), ([[1.0]], 1, [0.5], {"weights": [0.0]}),
-    ([[1.0]], 1, [0.5], {"weights": [1.0, 1.0]}), ([[1.0]], 1, [0.5], {"names": ["a", "b"]}), (np.zeros((0, 2)), 1, [0.5], {}),
-])
+@pytest.mark.parametrize(
+    ("table", "k", "grid", "extra"),
+    [
+        ([[1.0]], 0, [0.5], {}),
+        ([[1.0]], 2, [0.5], {}),
+        ([[1.0]], True, [0.5], {}),
+        ([1.0], 1, [0.5], {}),
+        ([[math.nan]], 1, [0.5], {}),
+        ([[1.0]], 1, [], {}),
+        ([[1.0]], 1, [-0.5], {}),
+        ([[1.0]], 1, [math.nan], {}),
+        ([[1.0]], 1, [0.5], {"weights": [0.0]}),
+        ([[1.0]], 1, [0.5], {"weights": [1.0, 1.0]}),
+        ([[1.0]], 1, [0.5], {"names": ["a", "b"]}),
+        (np.zeros((0, 2)), 1, [0.5], {}),
+    ],
+)
 def test_bad_input(table: object, k: int, grid: list[float], extra: dict[str, object]) -> None:
     with pytest.raises(InputError):
         select_experts(table, k, grid, **extra)  # type: ignore[arg-type]

@@ -59,7 +59,9 @@ def write(path: Path, text: str) -> Path:
 
 def test_spec_of_every_kind(cohen: Path) -> None:
     save_file(build_architecture("small_unet", 2, {"image_channels": 3, "width": 8}).state_dict(), cohen / "unet.safetensors")
-    spec = write(cohen / "pool.toml", """
+    spec = write(
+        cohen / "pool.toml",
+        """
         [defaults]
         normalisation = "cifar10"
         licence = "mit"
@@ -82,7 +84,8 @@ def test_spec_of_every_kind(cohen: Path) -> None:
         denoiser = { source = "unet.safetensors", architecture = "small_unet", kwargs = { image_channels = 3, width = 8 } }
         classifier = { source = "c.pth.tar" }
         diffusion = { schedule = "cosine" }
-    """)
+    """,
+    )
     pool = ExpertPool(spec)
     assert pool.names == ("denoised_0.25", "sigma_0.25", "b_at_0.5", "denoised_0.5", "ensemble_0.5", "b_at_1")
     assert pool["b_at_0.5"].mean is None
@@ -114,25 +117,30 @@ def test_spec_pins_the_commit_a_tag_means(hub: HubServer, cohen: Path, tmp_path:
         wrap([{"source": "hf-hub:org/cohen@v2", "sigma": 0.25}])
 
 
-@pytest.mark.parametrize(("text", "match"), [
-    ("[[expert]]\nsource = 'a.pth.tar'\n", "sigma, mean"),
-    ("[[expert]]\nsource = 'a.pth.tar'\nsigma = 0.25\n", "mean"),
-    ("[[expert]]\nsource = 'a.pth.tar'\nnormalisation = 'none'\n", "sigma"),
-    ("[[expert]]\nsource = 'a.pth.tar'\nnormalisation = 'none'\nsigma = 64\n", "/255"),
-    ("[[expert]]\nsource = 'a.pth.tar'\nnormalisation = 'none'\nsigma = []\n", "sigma"),
-    ("[[expert]]\nsource = 'a.pth.tar'\nnormalisation = 'none'\nsigma = 0.5\nsigmma = 1\n", "sigmma"),
-    ("[[expert]]\nsource = 'missing.pth'\nnormalisation = 'none'\nsigma = 0.5\n", "No such checkpoint"),
-    ("[[expert]]\nsigma = 0.5\n", "no source"),
-    ("[[expert]]\nkind = 'other'\n", "Unknown kind"),
-    ("[[expert]]\nkind = 'ensemble'\nmembers = [{source = 'a.pth.tar'}]\n", "needs its sigma"),
-    ("[[expert]]\nkind = 'ensemble'\nsigma = 0.5\n", "needs members"),
-    ("[[expert]]\nkind = 'denoised'\nsigma = 0.5\nclassifier = {source = 'a.pth.tar'}\n", "needs denoiser"),
-    ("[[expert]]\nkind = 'denoised'\nsigma = 0.5\nclassifier = {source = 'a.pth.tar'}\ndenoiser = {source = 'b'}\n",
-     "architecture"),
-    ("[[experts]]\nsource = 'a.pth.tar'\n[other]\n", "other"),
-    ("", "no experts"),
-    ("[[expert]\n", "does not parse"),
-])
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[[expert]]\nsource = 'a.pth.tar'\n", "sigma, mean"),
+        ("[[expert]]\nsource = 'a.pth.tar'\nsigma = 0.25\n", "mean"),
+        ("[[expert]]\nsource = 'a.pth.tar'\nnormalisation = 'none'\n", "sigma"),
+        ("[[expert]]\nsource = 'a.pth.tar'\nnormalisation = 'none'\nsigma = 64\n", "/255"),
+        ("[[expert]]\nsource = 'a.pth.tar'\nnormalisation = 'none'\nsigma = []\n", "sigma"),
+        ("[[expert]]\nsource = 'a.pth.tar'\nnormalisation = 'none'\nsigma = 0.5\nsigmma = 1\n", "sigmma"),
+        ("[[expert]]\nsource = 'missing.pth'\nnormalisation = 'none'\nsigma = 0.5\n", "No such checkpoint"),
+        ("[[expert]]\nsigma = 0.5\n", "no source"),
+        ("[[expert]]\nkind = 'other'\n", "Unknown kind"),
+        ("[[expert]]\nkind = 'ensemble'\nmembers = [{source = 'a.pth.tar'}]\n", "needs its sigma"),
+        ("[[expert]]\nkind = 'ensemble'\nsigma = 0.5\n", "needs members"),
+        ("[[expert]]\nkind = 'denoised'\nsigma = 0.5\nclassifier = {source = 'a.pth.tar'}\n", "needs denoiser"),
+        (
+            "[[expert]]\nkind = 'denoised'\nsigma = 0.5\nclassifier = {source = 'a.pth.tar'}\ndenoiser = {source = 'b'}\n",
+            "architecture",
+        ),
+        ("[[experts]]\nsource = 'a.pth.tar'\n[other]\n", "other"),
+        ("", "no experts"),
+        ("[[expert]\n", "does not parse"),
+    ],
+)
 def test_specs_that_are_refused(cohen: Path, text: str, match: str) -> None:
     with pytest.raises(RSRouterError, match=match) as caught:
         wrap(write(cohen / "s.toml", text))
@@ -141,8 +149,10 @@ def test_specs_that_are_refused(cohen: Path, text: str, match: str) -> None:
 
 def test_experts_of_one_pool_must_agree(cohen: Path) -> None:
     torch.save(PaperResNet(20, 100).state_dict(), cohen / "cifar100.pt")
-    entries = [{"source": "a.pth.tar", "sigma": 0.25, "normalisation": "cifar10"},
-               {"source": "cifar100.pt", "architecture": "cifar_resnet20", "sigma": 0.5, "normalisation": "cifar100"}]
+    entries = [
+        {"source": "a.pth.tar", "sigma": 0.25, "normalisation": "cifar10"},
+        {"source": "cifar100.pt", "architecture": "cifar_resnet20", "sigma": 0.5, "normalisation": "cifar100"},
+    ]
     with pytest.raises(InputError, match="num_classes"):
         wrap(entries, folder=cohen)
 
@@ -281,8 +291,19 @@ def test_wrap_verb(cli: object, tmp_path: Path) -> None:
 
 
 def test_wrap_verb_with_flags(cli: object, cohen: Path) -> None:
-    done = cli("wrap", cohen / "a.pth.tar", cohen / "b.pth.tar", "--sigma", "0.25,0.5", "--mean", "0.5,0.5,0.5",  # type: ignore[operator]
-               "--std", "0.2,0.2,0.2", "--out", cohen / "pool.json")
+    done = cli(
+        "wrap",
+        cohen / "a.pth.tar",
+        cohen / "b.pth.tar",
+        "--sigma",
+        "0.25,0.5",
+        "--mean",
+        "0.5,0.5,0.5",  # type: ignore[operator]
+        "--std",
+        "0.2,0.2,0.2",
+        "--out",
+        cohen / "pool.json",
+    )
     assert done.exit_code == 0, done.output
     pool = ExpertPool.load(cohen)
     assert pool.sigmas == (0.25, 0.5)
@@ -293,8 +314,18 @@ def test_wrap_verb_with_flags(cli: object, cohen: Path) -> None:
 
 
 def test_convert_verb(cli: object, cohen: Path) -> None:
-    done = cli("convert", cohen / "a.pth.tar", "--out", cohen / "hub", "--sigma", "0.25",  # type: ignore[operator]
-               "--normalisation", "cifar10", "--licence", "mit")
+    done = cli(
+        "convert",
+        cohen / "a.pth.tar",
+        "--out",
+        cohen / "hub",
+        "--sigma",
+        "0.25",  # type: ignore[operator]
+        "--normalisation",
+        "cifar10",
+        "--licence",
+        "mit",
+    )
     assert done.exit_code == 0, done.output
     assert load_expert(cohen / "hub").sigma == 0.25
 
@@ -320,9 +351,22 @@ def test_denoised_expert_beats_the_plain_classifier(tmp_path: Path, capsys: pyte
     import sys
 
     root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, str(root / "examples" / "train_denoiser.py"), "--train", str(ASSETS / "images" / "train.npz"),
-                    "--test", str(ASSETS / "images" / "test.npz"), "--out", str(tmp_path), "--epochs", "3"], check=True,
-                   env={**os.environ, "PYTHONPATH": str(root)})
+    subprocess.run(
+        [
+            sys.executable,
+            str(root / "examples" / "train_denoiser.py"),
+            "--train",
+            str(ASSETS / "images" / "train.npz"),
+            "--test",
+            str(ASSETS / "images" / "test.npz"),
+            "--out",
+            str(tmp_path),
+            "--epochs",
+            "3",
+        ],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     data = load_data(ASSETS / "images" / "test.npz").batch(range(500))
     classifier = load_expert(tmp_path / "classifier")
     from rsrouter.experts import load_denoiser

@@ -111,7 +111,9 @@ def test_tree_rule_is_never_below_the_min_rule_and_draws_at_least_as_much(routed
 
 def test_labels_never_reach_certify():
     for method in (Smooth.certify, RoutedSmooth.certify):
-        assert not {"label", "labels", "y", "target"} & set(method.__code__.co_varnames[: method.__code__.co_argcount + method.__code__.co_kwonlyargcount])
+        assert not {"label", "labels", "y", "target"} & set(
+            method.__code__.co_varnames[: method.__code__.co_argcount + method.__code__.co_kwonlyargcount]
+        )
 
 
 def test_predict(routed, images):
@@ -137,7 +139,9 @@ def test_an_expert_that_always_says_nan_is_never_certified(images):
         def forward(self, x):
             return torch.full((len(x), 3), float("nan"))
 
-    for certificate in Smooth(expert(0.5).__class__(NaN(), sigma=0.5, num_classes=3, input_shape=SHAPE)).certify(images, plan=FixedPlan(10, 100)):
+    for certificate in Smooth(expert(0.5).__class__(NaN(), sigma=0.5, num_classes=3, input_shape=SHAPE)).certify(
+        images, plan=FixedPlan(10, 100)
+    ):
         assert (certificate.predict, certificate.radius) == (-1, 0.0)
 
 
