@@ -12,7 +12,7 @@ from scipy.special import ndtri
 from rsrouter.core.bounds import Array, binom_lower, binom_upper, sequence_lower, sequence_upper
 from rsrouter.core.errors import PlanError
 from rsrouter.core.tree import STAGE_TARGET, Stage
-from rsrouter.core.types import SIDES
+from rsrouter.core.types import ABSTAIN, SIDES
 
 Counts = NDArray[np.int64]
 Bound = Callable[[ArrayLike, ArrayLike, ArrayLike], Array]
@@ -86,6 +86,9 @@ def stage_bounds(
     upper bound of whichever *one* outcome the proof's path leaves by. One-sided: all of it for the lower bound,
     and every other outcome is at most one minus it. A threshold stage: all of the level for each bound, for the
     path leaves either by deferring (lower bound) or by one class (upper bound), never by both.
+
+    Votes that answer ABSTAIN (invalid ones) count for every rival as well: an undecided draw of sound noise might
+    have gone to any of them, and a larger count only loosens an upper bound.
     """
     lower_of, upper_of = FAMILIES[family]
     rows = np.arange(len(n))
@@ -102,12 +105,14 @@ def stage_bounds(
         rival = (answers[None, :] != c[:, None]) & (answers[None, :] != STAGE_TARGET)
         if plurality:
             rival[rows, chosen] &= ~known
+        void = counts[:, answers == ABSTAIN].sum(1)
         if rival.any():
             # one bound for all of them: it grows with the count, so the most voted rival's holds for each
-            shared = upper_of(np.where(rival, counts, 0).max(1), n, upper_level)
+            most = np.where(rival & (answers != ABSTAIN)[None, :], counts, 0).max(1)
+            shared = upper_of(np.minimum(most + void, n), n, upper_level)
             upper = np.where(rival, shared[:, None], upper)
         for column in np.flatnonzero(answers == STAGE_TARGET):
-            upper[:, column] = upper_of(counts[:, column], n, upper_level)
+            upper[:, column] = upper_of(np.minimum(counts[:, column] + void, n), n, upper_level)
     if plurality:
         upper = np.minimum(upper, np.where(known, 1.0 - low, 1.0)[:, None])
         upper[rows, chosen] = np.where(known, 1.0, upper[rows, chosen])

@@ -123,7 +123,7 @@ class SoundNoise(NoiseStream):
     """Exact arithmetic for 8-bit images (Voracek and Hein, ICLR 2023).
 
     The image is k / 255. Rounding Gaussian noise to the same grid commutes with adding the image, so the
-    smoothed classifier of `f(clamp(round(255 z)) / 255)` is certified exactly: noise is drawn as an integer
+    smoothed classifier of `f(clamp(round(255 z)) / 255)` is certified: noise is drawn as an integer
     by comparing 60 uniform bits with Phi((2i + 1) / (510 sigma)), added in int32, clamped to
     [-255 k, 255 (k + 1)] with k = max(1, floor(6 sigma)), and divided once, so a grid point has one bit
     pattern whatever image it came from. Draws too close to a threshold to be decided in float64 are

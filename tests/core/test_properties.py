@@ -134,7 +134,9 @@ def test_never_below_the_min_rule_at_equal_total_alpha(data, sides):
     radius = certify(tree, counts, c, references, sides=sides)
 
     def alone(sigma: float, votes: np.ndarray, top: int) -> float:
-        n, rest = votes.sum(), np.delete(votes, top).max()
+        # invalid votes, the last column, count for every rival
+        n = votes.sum()
+        rest = min(n, np.delete(votes[:-1], top).max() + votes[-1])
         if sides == "one":
             return float(vote_radius(sigma, binom_lower(votes[top], n, ALPHA / 2)))
         return float(vote_radius(sigma, binom_lower(votes[top], n, ALPHA / 2 * 0.9), binom_upper(rest, n, ALPHA / 2 * (1 - 0.9))))
