@@ -13,16 +13,7 @@ from rsrouter.demo import SLICES, load_pool, load_slice, run
 from rsrouter.demo.bundled import ASSETS
 from rsrouter.experts.checkpoints import sha256_of
 
-SMALL = {
-    "train_images": 60,
-    "copies": 2,
-    "label_images": 40,
-    "label_votes": 20,
-    "validation_images": 30,
-    "tune_copies": 40,
-    "test_images": 6,
-    "n_max": 1000,
-}
+SMALL = {"train_images": 60, "label_votes": 20, "test_images": 6, "n_max": 1000}
 
 
 @pytest.fixture(scope="module")
