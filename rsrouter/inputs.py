@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,12 +65,12 @@ def check_ids(ids: Sequence[object] | None, count: int) -> list[object]:
     """One id per image (None where the content alone names it), or InputError."""
     if ids is None:
         return [None] * count
-    listed = list(ids)
-    if len(listed) != count:
+    listed = list(ids) if isinstance(ids, Iterable) else None
+    if listed is None or len(listed) != count:
         raise InputError(
             "There must be one id per image",
             expected=f"{count} ids",
-            received=f"{len(listed)}",
+            received=repr(ids) if listed is None else f"{len(listed)}",
             remedy="pass the images' indices in their data set",
         )
     return [int(i) if hasattr(i, "__index__") else i for i in listed]

@@ -65,7 +65,10 @@ def check_counts(k: ArrayLike, n: ArrayLike) -> tuple[NDArray[np.int64], NDArray
 
 def check_alpha(alpha: ArrayLike, name: str = "alpha") -> Array:
     """Failure probabilities strictly between 0 and 1; NaN is refused."""
-    array = np.asarray(alpha, dtype=np.float64)
+    try:
+        array = np.asarray(alpha, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.full(1, np.nan)
     if not np.all((array > 0.0) & (array < 1.0)):
         raise PlanError(
             f"{name} must be a probability strictly between 0 and 1",

@@ -267,7 +267,10 @@ class AdaptivePlan(Plan):
         put(self, "n_max_", check_whole("n_max", n_max, 1))
         put(self, "n0", check_whole("n0", n0, 1))
         put(self, "first", check_whole("first", first, 1))
-        grid = np.unique(np.asarray(list(radii), dtype=np.float64))
+        try:
+            grid = np.unique(np.asarray(list(radii), dtype=np.float64))
+        except (TypeError, ValueError):
+            grid = np.empty(0)
         if grid.size == 0 or not np.all(np.isfinite(grid) & (grid >= 0)):
             raise PlanError(
                 "An adaptive plan needs the radii you care about",

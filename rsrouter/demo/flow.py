@@ -53,7 +53,7 @@ class Settings:
     device: str = "cpu"
 
 
-QUICK = {"train_images": 300, "test_images": 25, "n_max": 2_000}
+QUICK = {"train_images": 250, "test_images": 25, "n_max": 2_000}
 
 #: What the report calls the runs.
 ROUTED, PAPER = "routed", "routed, min rule (Dual RS)"

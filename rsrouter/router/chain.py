@@ -54,12 +54,15 @@ class _Votes(nn.Module):
 
 def check_thresholds(thresholds: Sequence[float], voters: int | None = None) -> tuple[float, ...]:
     """Thresholds as floats; InputError unless each is in (1/2, 1) and there is one per voter but the last."""
-    values = tuple(float(t) for t in thresholds)
+    try:
+        values = tuple(float(t) for t in thresholds)
+    except (TypeError, ValueError):
+        values = (float("nan"),)
     if not all(0.5 < t < 1.0 for t in values):
         raise InputError(
             "A cascade's thresholds are out of range",
-            expected="each in (1/2, 1)",
-            received=str(values),
+            expected="a sequence of numbers, each in (1/2, 1)",
+            received=repr(thresholds),
             remedy="0.55 is a reasonable start; tune on validation images",
         )
     if voters is not None and len(values) != voters - 1:

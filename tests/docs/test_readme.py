@@ -25,5 +25,6 @@ def test_shell_snippets_name_real_verbs():
     from rsrouter.cli import app
 
     verbs = set(get_command(app).commands)
-    used = set(re.findall(r"rsrouter ([a-z]+)", README.read_text(encoding="utf-8")))
+    used = set(re.findall(r"(?:^|&& |`)rsrouter ([a-z]+)", README.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert {"demo", "wrap", "train", "certify", "report", "publish", "bench"} <= used
     assert used <= verbs

@@ -212,3 +212,15 @@ def test_other_bad_input(routed, pool, images):
 def test_empty_input(routed):
     assert routed.certify(torch.zeros((0, *SHAPE)), plan=FixedPlan(10, 100)) == []
     assert routed.predict(torch.zeros((0, *SHAPE)), n=100).shape == (0,)
+
+
+def test_wrong_types_get_typed_errors_too(routed, images):
+    for alpha in ("x", [0.1, "b"], None):
+        with pytest.raises(RSRouterError, match="alpha"):
+            routed.certify(images, plan=FixedPlan(10, 100), alpha=alpha)
+    with pytest.raises(RSRouterError, match="radii"):
+        AdaptivePlan(1000, None)
+    with pytest.raises(InputError, match="one id per image"):
+        routed.certify(images, plan=FixedPlan(10, 100), ids=3)
+    with pytest.raises(RSRouterError):
+        CascadeRouter(0.6)
