@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
 from rsrouter.core.policy import VoteRequest
+from rsrouter.experts.base import module_digest
 from rsrouter.sampling.execution import (
     Execution,
     as_input,
@@ -63,9 +64,10 @@ class _Segment:
 class _Runner:
     """One network on one device."""
 
-    def __init__(self, model: VoteModel, shape: tuple[int, ...], execution: Execution, device: torch.device) -> None:
-        self.model, self.shape, self.device = model, shape, device
-        self.module = prepare(model.module, execution, device, shape)
+    def __init__(
+        self, model: VoteModel, shape: tuple[int, ...], execution: Execution, device: torch.device, module: nn.Module
+    ) -> None:
+        self.model, self.shape, self.device, self.module = model, shape, device, module
         batch = execution.batch or default_batch(int(np.prod(shape)), device)
         self.execution = replace(execution, batch=batch)
         while True:
@@ -184,11 +186,17 @@ class Engine:
                 remedy="rename the stages",
             )
         self._runners: dict[str, _Runner] = {}
+        # by digest of the whole module: one model at several sigmas is on the device once
+        self._prepared: dict[str, nn.Module] = {}
 
     def runner(self, name: str) -> _Runner:
-        """The prepared network; weights move to the device when it is first asked for."""
+        """The prepared network; weights move to the device when it is first asked for, equal networks once."""
         if name not in self._runners:
-            self._runners[name] = _Runner(self._models[name], self.shape, self._execution, self.device)
+            model = self._models[name]
+            function = module_digest(model.module)
+            if function not in self._prepared:
+                self._prepared[function] = prepare(model.module, self._execution, self.device, self.shape)
+            self._runners[name] = _Runner(model, self.shape, self._execution, self.device, self._prepared[function])
         return self._runners[name]
 
     @property

@@ -300,3 +300,13 @@ def test_calibration_gives_a_batch_that_runs():
     engine = Engine([model(network())], SHAPE, seed=0, execution=Execution(batch=batch))
     assert votes(engine, images(1), requests([0]))[0].sum() == 170
     assert default_batch(3 * 224 * 224, cpu) == 10
+
+
+def test_one_model_at_several_sigmas_is_on_the_device_once():
+    net = network()
+    engine = Engine(
+        [model(net, name="a", sigma=0.25), model(net, name="b", sigma=1.0), model(network(1), name="c")], SHAPE, seed=0
+    )
+    assert engine.runner("a").module is engine.runner("b").module
+    assert engine.runner("a").module is not engine.runner("c").module
+    assert engine.runner("a").model.sigma != engine.runner("b").model.sigma
