@@ -27,7 +27,7 @@ from rsrouter.core.errors import InputError
 from rsrouter.core.plans import Plan
 from rsrouter.core.policy import CertifyPolicy, VoteRequest
 from rsrouter.core.types import Certificate
-from rsrouter.experts.base import Expert, ExpertPool
+from rsrouter.experts.base import Expert, ExpertPool, module_digest
 from rsrouter.inputs import check_ids, check_images, check_seed
 from rsrouter.router.base import Routed, Router, single_tree
 from rsrouter.sampling.engine import Engine, image_identity
@@ -60,6 +60,10 @@ class _Smoothed:
     def __init__(self, routed: Routed, shape: tuple[int, ...], execution: Execution | None, noise: str) -> None:
         self._routed, self._shape, self.execution, self.noise = routed, shape, execution or Execution(), noise
         self.metadata: dict[str, Any] = {}
+        self._kept: tuple[object, Engine] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     @property
     def tree(self) -> Any:
@@ -83,6 +87,14 @@ class _Smoothed:
 
     def _engine(self, seed: int, device: str | None) -> Engine:
         return Engine(self._routed.models, self._shape, seed=seed, device=device, execution=self.execution, noise=self.noise)
+
+    def _kept_engine(self, seed: int, device: str | None) -> Engine:
+        """The engine of the last `predict` under another seed, as long as nothing changed: preparing and checking networks
+        takes longer than a thousand votes of a small one."""
+        key = (str(device), self.execution, self.noise, tuple(module_digest(m.module) for m in self._routed.models))
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._engine(seed, device))
+        return self._kept[1].with_seed(seed)
 
     def _certify(
         self,
@@ -191,7 +203,7 @@ class _Smoothed:
         x = check_images(images, self._shape)
         names = check_ids(ids, len(x))
         policy = PredictPolicy(self._routed.tree, n, AlphaSplit.even(alpha, self._routed.tree.paths), len(x))
-        engine = self._engine(secrets.randbits(62) if seed is None else check_seed(seed), device)
+        engine = self._kept_engine(secrets.randbits(62) if seed is None else check_seed(seed), device)
         window = -(-16 * engine.forward_batch // n)
         for start in range(0, len(x), window):
             part = range(start, min(start + window, len(x)))

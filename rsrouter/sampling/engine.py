@@ -6,6 +6,7 @@ noise on the device, counts votes on the device, and reads the host once per cal
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -188,6 +189,12 @@ class Engine:
         self._runners: dict[str, _Runner] = {}
         # by digest of the whole module: one model at several sigmas is on the device once
         self._prepared: dict[str, nn.Module] = {}
+
+    def with_seed(self, seed: int) -> Engine:
+        """The same prepared networks under another seed; the two may draw at the same time."""
+        other = copy.copy(self)
+        other.seed, other._stream = int(seed), make_noise(self.noise, self.shape, self.device)
+        return other
 
     def runner(self, name: str) -> _Runner:
         """The prepared network; weights move to the device when it is first asked for, equal networks once."""

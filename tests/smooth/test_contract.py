@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
@@ -125,6 +126,22 @@ def test_predict(routed, images):
     assert clear
     assert all(answers[i] in (certified[i].predict, -1) for i in clear)
     assert (routed.predict(images, n=500, seed=1) == routed.predict(images, n=500, seed=1)).all()
+
+
+def test_predict_prepares_networks_once_and_notices_a_change(images, monkeypatch):
+    prepared = []
+    original = rsrouter.sampling.engine.prepare
+    monkeypatch.setattr(rsrouter.sampling.engine, "prepare", lambda *a: prepared.append(1) or original(*a))
+    one = expert(0.5)
+    smooth = Smooth(one)
+    first = smooth.predict(images, n=200, seed=1)
+    smooth.predict(images, n=200)
+    assert smooth.predict(images, n=200, seed=1).tolist() == first.tolist() == Smooth(one).predict(images, n=200, seed=1).tolist()
+    assert len(prepared) == 2
+    assert pickle.loads(pickle.dumps(smooth)).predict(images, n=200, seed=1).tolist() == first.tolist()
+    with torch.no_grad():
+        one.module[1].bias.fill_(float("nan"))
+    assert smooth.predict(images, n=200, seed=1).tolist() == [-1] * 6
 
 
 def test_cascade_needs_no_training(pool, images):
