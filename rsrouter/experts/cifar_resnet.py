@@ -42,7 +42,8 @@ class CifarResNet(nn.Module):
         depth: 6n + 2 layers.
         width: multiplies the 16, 32 and 64 channels (MACER's option; 1 in all published checkpoints).
 
-    Shapes: `(B, 3, 32, 32)` to `(B, num_classes)`; `forward_features` gives `(B, 64 * width)`.
+    Shapes: `(B, 3, 32, 32)` to `(B, num_classes)`; `forward_features` gives `(B, 64 * width)`. It, `forward_head` and
+    `get_classifier` follow timm, so a router head can stand on the features.
 
     Raises:
         ValueError: a depth that is not 6n + 2.
@@ -73,10 +74,14 @@ class CifarResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of pooled features."""
-        logits: Tensor = self.fc(features)
-        return logits
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits `(B, num_classes)` of pooled features, or with `pre_logits` the features themselves."""
+        out: Tensor = features if pre_logits else self.fc(features)
+        return out
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer, as in timm."""
+        return self.fc
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

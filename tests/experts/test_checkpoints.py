@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rsrouter.core.errors import CheckpointError, InputError
-from rsrouter.experts import build_architecture, load_expert, register_architecture
+from rsrouter.experts import Expert, build_architecture, load_expert, register_architecture
 from rsrouter.experts.checkpoints import nearest_architecture
 from rsrouter.experts.denoisers import DnCNN
 
@@ -43,6 +43,18 @@ def test_cohen_cifar(tmp_path: Path, x: torch.Tensor, depth: int, zipped: bool) 
     assert expert.provenance is not None
     assert expert.provenance.architecture == f"cifar_resnet{depth}"
     assert expert.num_classes == 10
+
+
+def test_a_router_head_can_stand_on_a_cifar_resnet():
+    from rsrouter.router.trunk import Trunk
+
+    torch.manual_seed(0)
+    expert = Expert(build_architecture("cifar_resnet20", 10), sigma=0.5, num_classes=10, input_shape=(3, 32, 32))
+    x = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        features, logits = Trunk(expert).eval()(x)
+        assert features.shape == (4, expert.module.num_features)
+        torch.testing.assert_close(logits, expert.network()(x))
 
 
 def test_cohen_imagenet_data_parallel(tmp_path: Path) -> None:
