@@ -250,6 +250,27 @@ def accuracy_difference(
     return np.asarray(first.mean(0) - second.mean(0)), low, high
 
 
+def coverage_difference(
+    a: Table,
+    b: Table,
+    experts: Sequence[Table],
+    radii: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """`coverage` of `a` minus that of `b`, with a *paired* percentile bootstrap interval over images.
+
+    Returns:
+        difference, low, high.
+    """
+    means = _resampled(np.moveaxis(_stack([a, b, *experts], radii), 0, 1), resamples, seed)
+    best = means[:, 2:].max(1)
+    low, high = _percentiles(_ratio(means[:, 0], best) - _ratio(means[:, 1], best), confidence)
+    return coverage(a, experts, radii) - coverage(b, experts, radii), float(low), float(high)
+
+
 def wrong_certificates(n: int, alpha: float, *, delta: float = 1e-3, independent: bool = True) -> int:
     """A number q such that with probability at least `1 - delta` at most q of `n` certificates are wrong.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -17,6 +18,8 @@ from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Summary
 #: Okabe and Ito's palette (2008), told apart with every common colour blindness; black is left to the axes.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A6A00", "#555555")
 DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2), (2, 2), (8, 2, 2, 2), (4, 2, 1, 2, 1, 2), (10, 3), (1, 1.5), (12, 2, 2, 2))
+#: Every figure: text stays text, and the same figure gives the same bytes.
+FONT: dict[Any, Any] = {"svg.hashsalt": "rsrouter", "svg.fonttype": "none", "font.family": "DejaVu Sans"}
 
 
 def curve_figure(summary: Summary, title: str) -> Figure:
@@ -61,16 +64,21 @@ def curve_figure(summary: Summary, title: str) -> Figure:
 
 def figure_files(summary: Summary, title: str) -> dict[str, bytes]:
     """`curve.svg` and `curve.png` as bytes; the same tables give the same bytes."""
+    with rc_context(FONT):
+        return save_figure(curve_figure(summary, title), "curve")
+
+
+def save_figure(figure: Figure, name: str) -> dict[str, bytes]:
+    """`name.svg` and `name.png` as bytes; the same figure gives the same bytes."""
     files = {}
-    with rc_context({"svg.hashsalt": "rsrouter", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
-        figure = curve_figure(summary, title)
-        for name, canvas, metadata in (
-            ("curve.svg", FigureCanvasSVG, {"Date": None, "Creator": "rsrouter"}),
-            ("curve.png", FigureCanvasAgg, {"Software": "rsrouter"}),
+    with rc_context(FONT):
+        for ending, canvas, metadata in (
+            ("svg", FigureCanvasSVG, {"Date": None, "Creator": "rsrouter"}),
+            ("png", FigureCanvasAgg, {"Software": "rsrouter"}),
         ):
             buffer = io.BytesIO()
-            canvas(figure).print_figure(buffer, format=name[-3:], dpi=200, metadata=metadata)
-            files[name] = buffer.getvalue()
+            canvas(figure).print_figure(buffer, format=ending, dpi=200, metadata=metadata)
+            files[f"{name}.{ending}"] = buffer.getvalue()
     return files
 
 
@@ -98,4 +106,4 @@ def curve_csv(summary: Summary) -> bytes:
     return buffer.getvalue().encode()
 
 
-__all__ = ["DASHES", "EXPERT", "OKABE_ITO", "curve_csv", "curve_figure", "figure_files"]
+__all__ = ["DASHES", "EXPERT", "OKABE_ITO", "curve_csv", "curve_figure", "figure_files", "save_figure"]

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rsrouter.core.errors import ResultsError
 from rsrouter.report import charts, curves
+from rsrouter.report.losses import page_rows
 from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Source, Summary, load_tables, plan_radii, summarise
 from rsrouter.report.thumbnails import by_id, gallery
 from rsrouter.results import Table
@@ -158,6 +159,7 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
         votes=_votes(main),
         pictures=pictures or {},
         runs=_differences(summary),
+        losses=page_rows(summary),
         grid=plan_radii(main),
         made=[(t.name, summary.roles[t.name], _made(t)) for t in summary.tables],
         sure=_whole_table(summary),

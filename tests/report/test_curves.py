@@ -115,6 +115,21 @@ def test_coverage_interval_covers() -> None:
     assert stats.binomtest(inside, 200, 0.88, alternative="less").pvalue > 1e-3
 
 
+def test_coverage_difference_is_paired() -> None:
+    rng = np.random.default_rng(3)
+    expert = make_table("e", rng.uniform(0, 2, 400), [1] * 400)
+    low = make_table("l", 0.6 * expert.radius, [1] * 400)
+    high = make_table("h", np.maximum(expert.radius - 0.05, 0.0), [1] * 400)
+    radii = [0.5, 1.0, 1.5]
+    value, below, above = curves.coverage_difference(high, low, [expert], radii)
+    assert value == pytest.approx(curves.coverage(high, [expert], radii) - curves.coverage(low, [expert], radii))
+    assert below < value < above
+    # the same images go into both: narrower than the two intervals laid side by side
+    ends = [curves.coverage_interval(t, [expert], radii) for t in (high, low)]
+    assert above - below < sum(b - a for a, b in ends)
+    assert curves.coverage_difference(low, low, [expert], radii) == (0.0, 0.0, 0.0)
+
+
 def test_the_same_seed_gives_the_same_interval() -> None:
     routed, a, b = sampled(np.random.default_rng(1), 100)
     first, again, other = (curves.coverage_interval(routed, [a, b], [0.0, 0.5], seed=s) for s in (3, 3, 4))  # type: ignore[arg-type, list-item]
