@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         PlanError,
         ResultsError,
         RSRouterError,
+        WorkerError,
     )
     from rsrouter.data import load_data
     from rsrouter.experts import (
@@ -60,6 +61,7 @@ _WHERE = {
         "PlanError",
         "RSRouterError",
         "ResultsError",
+        "WorkerError",
     ),
     "rsrouter.data": ("load_data",),
     "rsrouter.experts": (
@@ -108,6 +110,7 @@ __all__ = [
     "RoutedSmooth",
     "Smooth",
     "Table",
+    "WorkerError",
     "__version__",
     "build_architecture",
     "convert",

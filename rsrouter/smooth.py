@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from rsrouter.inputs import check_ids, check_images, check_seed
 from rsrouter.router.base import Routed, Router, single_tree
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution
+from rsrouter.sampling.memo import VoteMemo
 from rsrouter.serialise import load_routed, save_routed
 
 
@@ -61,9 +63,16 @@ class _Smoothed:
         self._routed, self._shape, self.execution, self.noise = routed, shape, execution or Execution(), noise
         self.metadata: dict[str, Any] = {}
         self._kept: tuple[object, Engine] | None = None
+        #: votes to share with other classifiers that certify the same images; None: draw them all
+        self.memo: VoteMemo | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "memo": None}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(C, H, W)` of an image."""
+        return self._shape
 
     @property
     def tree(self) -> Any:
@@ -110,7 +119,9 @@ class _Smoothed:
         device: str | None,
         on_certificate: OnCertificate | None,
         progress: Callable[[Progress], None] | None,
+        engine: Engine | None = None,
     ) -> list[Certificate]:
+        # `engine`: one made before by `_engine` with this seed and device, by a caller that certifies in many calls
         if not isinstance(plan, Plan):
             raise InputError(
                 "Certifying needs a plan",
@@ -125,7 +136,7 @@ class _Smoothed:
         plan.check(tree, split, sides)
         policy = CertifyPolicy(tree, plan, split, len(x), rule=rule, sides=sides)
         seed = self.default_seed(plan, alpha, rule, sides) if seed is None else check_seed(seed)
-        engine = self._engine(seed, device)
+        engine = engine or self._engine(seed, device)
         self.metadata = {
             "seed": seed,
             "rule": rule,
@@ -156,7 +167,8 @@ class _Smoothed:
                 upcoming += 1
             start = time.perf_counter()
             requests = policy.next_requests(live)
-            policy.update(requests, engine.run(x, identity, requests))
+            run = engine.run if self.memo is None else partial(self.memo.run, engine)
+            policy.update(requests, run(x, identity, requests))
             drawn = np.zeros(len(x), dtype=np.int64)
             np.add.at(drawn, [r.image for r in requests], [r.count for r in requests])
             votes += int(drawn.sum())

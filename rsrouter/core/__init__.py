@@ -21,6 +21,7 @@ from rsrouter.core.errors import (
     PlanError,
     ResultsError,
     RSRouterError,
+    WorkerError,
 )
 from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan, plan_from_dict
 from rsrouter.core.policy import CertifyPolicy, VoteRequest
@@ -51,6 +52,7 @@ __all__ = [
     "Stage",
     "Tree",
     "VoteRequest",
+    "WorkerError",
     "binom_lower",
     "binom_upper",
     "budget_table",

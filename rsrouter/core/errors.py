@@ -56,3 +56,7 @@ class HubError(RSRouterError):
 
 class ResultsError(RSRouterError):
     """A results table or output folder that belongs to another run, or cannot be written."""
+
+
+class WorkerError(RSRouterError):
+    """Worker processes or actors that die again and again, or cannot be started."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from rsrouter.results.metadata import (
     normalise,
     read_metadata,
     sync_folder,
+    write_atomically,
     write_metadata,
 )
 from rsrouter.results.rows import COLUMNS, HEADER, Row
@@ -123,6 +124,35 @@ class ResultsWriter:
             self._abandon()
             raise _refused(self.path, error) from error
 
+    def arrange(self, order: Sequence[int]) -> None:
+        """Puts the rows into the order of the ids in `order`, in one atomic step, and closes the table.
+
+        Does nothing to a table whose rows stand in that order. Killed in between, the table is the old one or the new.
+
+        Raises:
+            ResultsError: `order` lacks a row's id, or the disk refuses; the table is then unchanged.
+        """
+        place = {idx: at for at, idx in enumerate(order)}
+        try:
+            self.sync()
+            lines = self._bytes().decode().splitlines(keepends=True)
+            ids = [int(line.split("\t", 1)[0]) for line in lines[1:]]
+            if missing := [idx for idx in ids if idx not in place]:
+                raise ResultsError(
+                    f"{self.path.name} holds an image that is no part of this job",
+                    expected="rows of the job's images",
+                    received=f"image {missing[0]}",
+                    remedy="give another output",
+                )
+            ranks = [place[idx] for idx in ids]
+            if ranks != sorted(ranks):
+                rows = sorted(zip(ranks, lines[1:], strict=True))
+                write_atomically(self.path, (lines[0] + "".join(line for _, line in rows)).encode())
+        except OSError as error:
+            raise _refused(self.path, error) from error
+        finally:
+            self._abandon()
+
     def sync(self) -> None:
         """Forces every row so far to disk."""
         if self._dirty and self._fd >= 0:
@@ -195,7 +225,7 @@ class ResultsWriter:
                 remedy="give another output; nothing was changed",
             )
         for path in self.path.parent.iterdir():
-            if is_leftover(path, [self._metadata_path.name]):
+            if is_leftover(path, [self._metadata_path.name, self.path.name]):
                 path.unlink(missing_ok=True)
         if not stored:
             write_metadata(self._metadata_path, self.metadata)

@@ -34,6 +34,11 @@ class Labels(NamedTuple):
     predict: NDArray[np.int64]
 
 
+def label_engine(pool: ExpertPool, *, seed: int = 0, device: str | None = None, execution: Execution | None = None) -> Engine:
+    """The engine of `label_votes`, for callers that draw in many calls."""
+    return Engine([vote_model(e) for e in pool], pool.input_shape, seed=seed, device=device, execution=execution)
+
+
 def label_votes(
     pool: ExpertPool,
     images: Tensor,
@@ -45,6 +50,7 @@ def label_votes(
     execution: Execution | None = None,
     progress: Callable[[int], None] | None = None,
     block: int = 64,
+    engine: Engine | None = None,
 ) -> NDArray[np.int64]:
     """Votes of every expert on every image: `(N, K, classes + 1)`, invalid votes last.
 
@@ -54,15 +60,15 @@ def label_votes(
         n: votes per expert and image.
         seed, purpose: key the noise; no other purpose sees the same noise.
         progress: called with the number of votes drawn since the last call.
+        engine: a `label_engine` of this pool and seed; its networks are then not prepared again.
     """
     check_whole("n", n, 1)
     x = check_images(images, pool.input_shape)
-    models = [vote_model(e) for e in pool]
-    engine = Engine(models, pool.input_shape, seed=seed, device=device, execution=execution)
+    engine = engine or label_engine(pool, seed=seed, device=device, execution=execution)
     votes = np.zeros((len(x), len(pool), pool.num_classes + 1), dtype=np.int64)
     for start in range(0, len(x), block):
         part = x[start : start + block]
-        requests = [VoteRequest(i, m.name, purpose, 0, n) for m in models for i in range(len(part))]
+        requests = [VoteRequest(i, name, purpose, 0, n) for name in pool.names for i in range(len(part))]
         counts = engine.run(part, [image_identity(image) for image in part], requests)
         for request, count in zip(requests, counts, strict=True):
             votes[start + request.image, pool.names.index(request.network)] = count[request.network]

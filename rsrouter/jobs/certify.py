@@ -1,0 +1,227 @@
+"""Certifying a data set into a results table: resumable, on one worker or many, with running estimates."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rsrouter.core.errors import InputError
+from rsrouter.core.plans import Plan
+from rsrouter.jobs.run import Images, Running, make_executor, run_job, stored_threads
+from rsrouter.jobs.work import CertifyWork
+from rsrouter.results import Table
+from rsrouter.sampling.execution import default_batch
+from rsrouter.sampling.noise import CHUNK, SHARED
+from rsrouter.smooth import RoutedSmooth, Smooth
+
+
+def describe_indices(order: Sequence[int]) -> dict[str, Any]:
+    """The images of a job, short enough for metadata: start, stop and step where they are evenly spaced, else a digest."""
+    steps = {b - a for a, b in pairwise(order)}
+    if len(steps) <= 1:
+        step = steps.pop() if steps else 1
+        return {"start": order[0], "stop": order[-1] + step, "step": step} if order else {"start": 0, "stop": 0, "step": 1}
+    return {"sha256": hashlib.sha256(repr(list(order)).encode()).hexdigest()}
+
+
+def describe_data(images: Images, data: dict[str, Any] | None) -> dict[str, Any]:
+    """The data set for the metadata: what the caller says, its size, fingerprint and preprocessing where it knows them."""
+    described: dict[str, Any] = {**(data or {}), "images": len(images)}
+    for key in ("fingerprint", "preprocessing"):
+        if key not in described and getattr(images, key, None):
+            described[key] = getattr(images, key)
+    return described
+
+
+def check_order(images: Images, indices: Sequence[int] | None, block: int) -> list[int]:
+    """The images of a job; InputError for indices out of range, doubled or none, and for blocks that cannot be."""
+    order = list(range(len(images))) if indices is None else [int(i) for i in indices]
+    if bad := [i for i in order if not 0 <= i < len(images)]:
+        raise InputError(
+            "An image index is out of range",
+            expected=f"0 to {len(images) - 1}",
+            received=str(bad[:5]),
+            remedy="check --start and --count",
+        )
+    if len(set(order)) < len(order) or not order:
+        raise InputError(
+            "A table holds each image once, and one at least",
+            expected="different indices",
+            received=f"{len(order)} indices, {len(set(order))} of them different",
+            remedy="check indices, --start and --count",
+        )
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise InputError("block must be a whole number", expected="block >= 1", received=repr(block), remedy="leave it out")
+    return order
+
+
+def check_shard(shard: tuple[int, int] | None) -> tuple[int, int] | None:
+    """`(i, N)` with 0 <= i < N, or None; InputError otherwise."""
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise InputError(
+            "The shard does not exist", expected="(i, N) with 0 <= i < N", received=repr(shard), remedy="count from 0"
+        )
+    return shard
+
+
+def job_metadata(
+    smoothed: Smooth | RoutedSmooth,
+    *,
+    plan: Plan,
+    alpha: float,
+    seed: int,
+    rule: str,
+    sides: str,
+    device: str | None,
+    name: str,
+    data: dict[str, Any],
+    order: Sequence[int],
+    facts: dict[str, Any],
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """What makes a table reproducible; rows are only ever added under the same metadata (but for `info`)."""
+    execution = smoothed.execution.to_dict()
+    # a function of the device's type alone, so that it is known before any worker has started
+    execution["batch"] = execution["batch"] or default_batch(int(np.prod(smoothed.shape)), torch.device(device or "cpu"))
+    experts = smoothed.pool if isinstance(smoothed, RoutedSmooth) else [smoothed.expert]
+    return {
+        "kind": "rsrouter-certificates",
+        "schema_version": 1,
+        "name": name,
+        "role": "routed" if isinstance(smoothed, RoutedSmooth) else "expert",
+        "plan": plan.to_dict(),
+        "alpha": alpha,
+        "rule": rule,
+        "sides": sides,
+        "seed": seed,
+        "seed_derived": seed == smoothed.default_seed(plan, alpha, rule, sides),
+        "digest": smoothed.digest,
+        "router_digest": smoothed.router.digest if isinstance(smoothed, RoutedSmooth) else None,
+        "router": smoothed.router.kind if isinstance(smoothed, RoutedSmooth) else None,
+        "experts": [{"name": e.name, "sigma": e.sigma, "digest": e.digest} for e in experts],
+        "stages": [
+            {"name": s.name, "sigma": s.sigma, "kind": s.kind, "tau": s.tau, "network": s.network}
+            for s in smoothed.tree.stages.values()
+        ],
+        "noise": smoothed.noise,
+        "independent_noise": not smoothed.noise.endswith(SHARED),
+        "stream": {"chunk": CHUNK},
+        "execution": execution,
+        "data": data,
+        "indices": describe_indices(order),
+        "num_images": len(order),
+        "device": facts["device"],
+        "versions": facts["versions"],
+        "info": {
+            "threads": threads or torch.get_num_threads(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def certify_table(
+    smoothed: Smooth | RoutedSmooth,
+    images: Images,
+    out: str | Path,
+    *,
+    plan: Plan,
+    alpha: float = 1e-3,
+    seed: int | None = None,
+    rule: str = "tree",
+    sides: str | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    indices: Sequence[int] | None = None,
+    shard: tuple[int, int] | None = None,
+    name: str | None = None,
+    data: dict[str, Any] | None = None,
+    radii: Sequence[float] = (0.0, 0.5, 1.0),
+    progress: Callable[[Running], None] | None = None,
+    block: int = 256,
+    workers: int | str | None = None,
+    ray: str | None = None,
+    threads: int | None = None,
+) -> Table:
+    """Certifies images into `out` (a TSV with its JSON beside it); goes on where an earlier run stopped.
+
+    The finished table stands in the order of `indices`, and holds the same bytes (the time column apart) whatever was
+    interrupted and however many workers there were, because an image's votes depend on nothing but the image, the
+    networks, the plan, the seed, and how the networks run, which is the same in every worker.
+
+    Args:
+        smoothed: what to certify.
+        images: data set; read in this process, `block` images at a time. Workers get pixels, and no labels.
+        out: the table.
+        plan, alpha, seed, rule, sides, device, batch_size: as in `RoutedSmooth.certify`; `sides=None` is "two" for
+            a routed classifier and "one" for a single expert.
+        indices: which images, in which order; None: all. An image's id is its index.
+        shard: `(i, N)`, i from 0: only every N-th of `indices`, from the i-th on; `merge_tables` puts shards together.
+        name: of the run, for the report.
+        data: description of the data set for the metadata.
+        radii: for the running estimate.
+        progress: called after every round.
+        block: images in memory at once, for each worker.
+        workers: None certifies in this process; a number, or "auto" (one per GPU, or per core), in as many processes.
+            A worker that dies is replaced, and another does its images.
+        ray: address of a Ray cluster ("auto": the one of this machine, else a new one) whose actors are the workers,
+            one per GPU, or per `threads` cores. Needs `pip install rsrouter[ray]`.
+        threads: torch threads of each worker. On a CPU they decide how sums are rounded, so a table keeps those it was
+            begun with. None: torch's own for one process; workers divide the cores.
+
+    Returns:
+        The finished table.
+
+    Raises:
+        ResultsError: the table belongs to another run, or cannot be written.
+        WorkerError: workers that die again and again.
+        InputError, PlanError, NetworkError: as in `certify`; workers or threads that cannot be.
+    """
+    routed = isinstance(smoothed, RoutedSmooth)
+    sides = ("two" if routed else "one") if sides is None else sides
+    rule = rule if routed else "tree"
+    order = check_order(images, indices, block)
+    arguments: dict[str, Any] = {"rule": rule} if routed else {}
+    # certifying no image checks every argument before anything is written; a cluster's devices are not this machine's
+    smoothed.certify(
+        torch.zeros((0, *smoothed.shape)),
+        plan=plan,
+        alpha=alpha,
+        seed=seed,
+        sides=sides,
+        batch_size=batch_size,
+        device=device if ray is None else None,
+        **arguments,
+    )
+    shard = check_shard(shard)
+    seed = smoothed.default_seed(plan, alpha, rule, sides) if seed is None else int(seed)
+    path = Path(out)
+    with make_executor(workers, ray, device, stored_threads(path, device, threads)) as executor:
+        facts = executor.facts()
+        metadata = job_metadata(
+            smoothed,
+            plan=plan,
+            alpha=alpha,
+            seed=seed,
+            rule=rule,
+            sides=sides,
+            device=device,
+            name=name or (smoothed.expert.name if isinstance(smoothed, Smooth) else "routed"),
+            data=describe_data(images, data),
+            order=order,
+            facts=facts,
+            threads=executor.threads,
+        )
+        if shard is not None:
+            index, count = shard
+            metadata["shard"] = {"index": index, "count": count}
+            order = order[index::count]
+        work = CertifyWork(smoothed, plan, alpha, seed, rule, sides, batch_size, metadata["execution"]["batch"])
+        return run_job(executor, work, images, order, path, metadata, facts=facts, block=block, radii=radii, progress=progress)
