@@ -2,6 +2,7 @@
 
 from rsrouter.sampling.engine import Engine, VoteModel, image_identity
 from rsrouter.sampling.execution import Execution, resolve_device
+from rsrouter.sampling.memo import VoteMemo
 from rsrouter.sampling.noise import CHUNK, GaussianNoise, SoundNoise, make_noise, stream_key
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Execution",
     "GaussianNoise",
     "SoundNoise",
+    "VoteMemo",
     "VoteModel",
     "image_identity",
     "make_noise",

@@ -177,9 +177,9 @@ class Engine:
         self.device = resolve_device(device)
         self.shape, self.seed, self.noise = tuple(shape), int(seed), noise
         self._stream = make_noise(noise, self.shape, self.device)
-        self._execution = execution or Execution()
-        self._models = {m.name: m for m in models}
-        if len(self._models) != len(models):
+        self.execution = execution or Execution()
+        self.models = {m.name: m for m in models}
+        if len(self.models) != len(models):
             raise InputError(
                 "Networks must have different names",
                 expected="unique names",
@@ -199,17 +199,17 @@ class Engine:
     def runner(self, name: str) -> _Runner:
         """The prepared network; weights move to the device when it is first asked for, equal networks once."""
         if name not in self._runners:
-            model = self._models[name]
+            model = self.models[name]
             function = module_digest(model.module)
             if function not in self._prepared:
-                self._prepared[function] = prepare(model.module, self._execution, self.device, self.shape)
-            self._runners[name] = _Runner(model, self.shape, self._execution, self.device, self._prepared[function])
+                self._prepared[function] = prepare(model.module, self.execution, self.device, self.shape)
+            self._runners[name] = _Runner(model, self.shape, self.execution, self.device, self._prepared[function])
         return self._runners[name]
 
     @property
     def forward_batch(self) -> int:
         """Rows per forward pass of the first network (a unit for how many votes make a round worthwhile)."""
-        return self._execution.batch or default_batch(int(np.prod(self.shape)), self.device)
+        return self.execution.batch or default_batch(int(np.prod(self.shape)), self.device)
 
     def describe(self) -> dict[str, Any]:
         """What decides bits: device, versions, threads, and each network's execution as it runs."""
@@ -243,7 +243,7 @@ class Engine:
         results: list[dict[str, NDArray[np.int64]] | None] = [None] * len(requests)
         for name in dict.fromkeys(r.network for r in requests):
             members = [i for i, r in enumerate(requests) if r.network == name]
-            model, runner = self._models[name], self.runner(name)
+            model, runner = self.models[name], self.runner(name)
             chosen = [requests[i] for i in members]
             owner = [b"" if self.noise.endswith(SHARED) else identity[r.image] for r in chosen]
             keys = [stream_key(r.purpose, self.seed, who, model.digest, name) for r, who in zip(chosen, owner, strict=True)]

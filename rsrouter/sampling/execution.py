@@ -1,12 +1,14 @@
-"""The function that is certified is the one that runs: preparing a network, and checking it can be certified."""
+"""The function that is certified is the one that runs: how networks run, recorded, and preparing them for it."""
 
 from __future__ import annotations
 
 import copy
-import math
-import time
-import warnings
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,6 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rsrouter.core.errors import InputError, NetworkError
-
-#: Logits below this are rounding errors of larger numbers, as far as `check_network` can tell.
-_SMALL = 1e-3
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,7 +25,8 @@ class Execution:
     """How networks run; changes bits, hence votes, hence belongs to every certificate's metadata.
 
     Attributes:
-        batch: rows per forward pass; the last batch is padded to it. 0: `default_batch` for the input.
+        batch: rows per forward pass; the last batch is padded to it. 0: `default_batch` for the input, halved where memory
+            is short before the first vote is drawn. A number is a promise: exactly that, or a NetworkError.
         dtype: `float32`, `bfloat16` or `float16`.
         fold: fold BatchNorm into the convolution before it, where the module can be traced.
         channels_last: memory layout of weights and inputs.
@@ -55,6 +55,46 @@ class Execution:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Any, where: str = "this execution") -> Execution:
+        """The execution of `to_dict`. InputError for anything else: a setting that is not understood changes bits."""
+        known = {f.name: type(f.default) for f in fields(cls)}
+        if not isinstance(content, dict) or (bad := [k for k, v in content.items() if type(v) is not known.get(k)]):
+            raise InputError(
+                "An execution cannot be read",
+                expected=", ".join(f"{name} ({kind.__name__})" for name, kind in known.items()),
+                received=f"{where}: {bad if isinstance(content, dict) else type(content).__name__}",
+                remedy="write it with `rsrouter calibrate`, or upgrade rsrouter",
+            )
+        return cls(**content)
+
+    def save(self, path: str | Path, **notes: Any) -> Path:
+        """Writes a JSON file that `load` and `--execution` read; `notes` stand beside it, as what was measured."""
+        file = Path(path)
+        content = {"kind": "rsrouter-execution", "schema_version": 1, "execution": self.to_dict(), **notes}
+        file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return file
+
+    @classmethod
+    def load(cls, path: str | Path) -> Execution:
+        """The execution that a JSON file records: one of `save`, a table's metadata, or a router's `config.json`.
+
+        Raises:
+            InputError: no such file, or no execution in it.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.from_dict(content["execution"], str(path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                "No execution there",
+                expected="a JSON file of `rsrouter calibrate`, a table's JSON or a router's config.json",
+                received=f"{path}: {type(error).__name__}: {error}",
+                remedy="write one with `rsrouter calibrate`",
+            ) from error
+
 
 def default_batch(numel: int, device: torch.device) -> int:
     """Rows per forward pass when nothing was calibrated: a function of input size and device type alone.
@@ -65,6 +105,39 @@ def default_batch(numel: int, device: torch.device) -> int:
     budget = 2**20 if device.type == "cpu" else 2**25
     rows = budget // (4 * numel)
     return next((size for size in (1000, 500, 250, 100, 50, 25) if rows >= size), 10)
+
+
+#: How every network runs, whatever the process has set: reduced float32 and kernels picked by timing change bits.
+KERNELS = {"float32": "ieee", "cudnn_benchmark": False, "cudnn_deterministic": True}
+
+
+@contextmanager
+def fixed_kernels() -> Iterator[None]:
+    """Runs its body under `KERNELS`; the process's own settings (TF32, bf16 inside float32, cuDNN) are put back."""
+    b = torch.backends
+    precisions = [b.cuda.matmul, b.cudnn.conv, b.mkldnn.conv, b.mkldnn.matmul]
+    before = [p.fp32_precision for p in precisions]
+    tuned, fixed = b.cudnn.benchmark, b.cudnn.deterministic
+    try:
+        for p in precisions:
+            p.fp32_precision = KERNELS["float32"]
+        b.cudnn.benchmark, b.cudnn.deterministic = KERNELS["cudnn_benchmark"], KERNELS["cudnn_deterministic"]
+        yield
+    finally:
+        b.cudnn.benchmark, b.cudnn.deterministic = tuned, fixed
+        for p, value in zip(precisions, before, strict=True):
+            p.fp32_precision = value
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Lets glibc keep the memory of one batch for the next.
+
+    By default its allocator gives a large block back to the system when it is freed, and every batch pays for zeroed pages
+    anew: a quarter of a float32 forward pass of a small network. Blocks of up to 32 MiB stay once one of that size has
+    been freed (mallopt(3), M_MMAP_THRESHOLD). Elsewhere one allocation that changes nothing.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -168,117 +241,3 @@ def as_input(x: Tensor, execution: Execution) -> Tensor:
     return x.to(
         dtype=_DTYPES[execution.dtype], memory_format=torch.channels_last if execution.channels_last else torch.contiguous_format
     )
-
-
-def heads(output: Any, widths: tuple[int, ...], name: str, rows: int) -> tuple[Tensor, ...]:
-    """The network's output as one logits tensor per stage, its shapes checked.
-
-    Raises:
-        NetworkError: not tensors, or of another shape than `(rows, width)`.
-    """
-    outputs = tuple(output) if isinstance(output, tuple | list) else (output,)
-    shapes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in outputs]
-    if shapes != [(rows, w) for w in widths]:
-        raise NetworkError(
-            f"Network {name!r} returns the wrong shape",
-            expected=f"logits of shape {[(rows, w) for w in widths]}",
-            received=str(shapes),
-            remedy="check num_classes, and that the module returns logits per image",
-        )
-    return outputs
-
-
-@torch.inference_mode()
-def check_network(
-    module: nn.Module,
-    name: str,
-    widths: tuple[int, ...],
-    shape: tuple[int, ...],
-    batch: int,
-    execution: Execution,
-    device: torch.device,
-) -> bool:
-    """Whether rows of a batch may be packed freely; refuses networks that cannot be certified.
-
-    Runs the network on a batch, again on the same batch, and on one that has half of its rows in other places
-    among other neighbours.
-
-    Returns:
-        True if a row's logits have the same bits in any position and company; False if they only agree to
-        rounding, so that batches must not mix requests.
-
-    Raises:
-        NetworkError: wrong shape, different logits on the same input (dropout), or logits that depend on the
-            rest of the batch (batch statistics).
-    """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand((batch, *shape), generator=generator).to(device)
-    first = [h.float() for h in heads(module(as_input(x, execution)), widths, name, batch)]
-    again = [h.float() for h in heads(module(as_input(x, execution)), widths, name, batch)]
-    # each head by its own size: probabilities of a thousand classes are small, and still decide
-    scales = [max(float(torch.where(torch.isfinite(h), h, 0.0).abs().max()), _SMALL) for h in first]
-
-    def differ(a: list[Tensor], b: list[Tensor]) -> float:
-        gaps = [
-            torch.where((u == v) | (u.isnan() & v.isnan()), 0.0, (u - v).abs().nan_to_num(nan=torch.inf))
-            for u, v in zip(a, b, strict=True)
-        ]
-        return max(float(gap.max()) / scale for gap, scale in zip(gaps, scales, strict=True))
-
-    if differ(first, again) > 0.0:
-        raise NetworkError(
-            f"Network {name!r} is random at test time",
-            expected="the same logits for the same input",
-            received=f"logits that differ by {differ(first, again):.2g} (relative)",
-            remedy="remove dropout and other randomness from the forward pass in eval mode",
-        )
-    order = torch.randperm(batch, generator=generator).to(device)
-    kept = order[: (batch + 1) // 2]
-    other = torch.rand((batch, *shape), generator=generator).to(device) * 3.0 - 1.0
-    places = torch.randperm(batch, generator=generator).to(device)[: len(kept)]
-    other[places] = x[kept]
-    moved = [h.float()[places] for h in heads(module(as_input(other, execution)), widths, name, batch)]
-    gap = differ([h[kept] for h in first], moved)
-    tolerance = 1e-3 if execution.dtype == "float32" else 5e-2
-    if gap > tolerance:
-        raise NetworkError(
-            f"The votes of network {name!r} depend on the rest of the batch",
-            expected="logits of a row alone",
-            received=f"logits that change by {gap:.2g} (relative) with their neighbours",
-            remedy="use running statistics (track_running_stats=True) in normalisation layers",
-        )
-    return gap == 0.0
-
-
-def warn_halved(name: str, batch: int) -> None:
-    """Tells the user that memory ran out and the execution batch, part of the recorded function, is now smaller."""
-    warnings.warn(f"network {name!r} ran out of memory; its execution batch is now {batch} rows", RuntimeWarning, stacklevel=3)
-
-
-def calibrate(module: nn.Module, shape: tuple[int, ...], device: torch.device, execution: Execution, *, repeats: int = 3) -> int:
-    """The execution batch with most rows a second on this machine, out of a few, by a second or so of forward passes.
-
-    The result belongs into an `Execution` that is stored with the router: it decides bits, so it must not be found
-    anew, by another timing, in every run.
-    """
-    prepared = prepare(module, execution, device)
-    base = default_batch(math.prod(shape), device)
-    best, fastest = base, 0.0
-    for batch in sorted({max(1, int(base * factor)) for factor in (0.25, 0.5, 1, 2, 4)}):
-        x = as_input(torch.rand((batch, *shape), generator=torch.Generator().manual_seed(0)).to(device), execution)
-        try:
-            with torch.inference_mode():
-                float(prepared(x).sum())
-                speeds = []
-                for _ in range(repeats):
-                    start, rows = time.perf_counter(), 0
-                    while rows < 2 * base:
-                        out = prepared(x)
-                        rows += batch
-                    float(out.sum())
-                    speeds.append(rows / (time.perf_counter() - start))
-        except torch.OutOfMemoryError:
-            break
-        if max(speeds) > fastest:
-            best, fastest = batch, max(speeds)
-    return best
