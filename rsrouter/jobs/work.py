@@ -1,0 +1,212 @@
+"""What a worker does: pixels in, rows of the table out. Labels never come here; the driver adds them.
+
+A `Work` is pickled to every worker, `open`ed there once, and then given task after task. What runs where is decided by
+an executor (`rsrouter.jobs.executor`), what runs next by the scheduler (`rsrouter.jobs.scheduler`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import scipy
+import torch
+from torch import Tensor
+
+from rsrouter._version import __version__
+from rsrouter.core.errors import RSRouterError
+from rsrouter.core.plans import Plan
+from rsrouter.core.types import Certificate
+from rsrouter.experts.base import ExpertPool
+from rsrouter.results import Row
+from rsrouter.router.labels import label_engine, label_votes
+from rsrouter.sampling.engine import Engine
+from rsrouter.sampling.execution import resolve_device
+from rsrouter.smooth import Progress, RoutedSmooth, Smooth
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A small shard of a job: done twice, it gives the same rows.
+
+    Attributes:
+        ids: the images' indices in their data set.
+        images: `(len(ids), C, H, W)` pixels in [0,1].
+    """
+
+    ids: tuple[int, ...]
+    images: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker can take tasks; `facts` say what decides its votes' bits (`machine_facts`)."""
+
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Votes drawn since the last step, and rows finished meanwhile (without labels)."""
+
+    votes: int
+    rows: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The task is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An error that another worker would meet as well: the job ends with it."""
+
+    error: RSRouterError
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The worker is gone, or no longer to be trusted; its task can be given to another."""
+
+    reason: str
+
+
+#: Images that are labelled between two steps.
+LABEL_BLOCK = 64
+
+Event = Ready | Step | Finished | Failed | Lost
+Emit = Callable[[Event], None]
+
+
+class Work(Protocol):
+    """What is to be done with images."""
+
+    def open(self, device: str | None) -> None:
+        """Prepares the networks on `device`."""
+
+    def run(self, images: Tensor, ids: Sequence[int], emit: Emit) -> None:
+        """Emits one row per image, in `Step`s, in any order."""
+
+
+def machine_facts(device: str | None) -> dict[str, Any]:
+    """What else decides a vote's bits: the device's name and the libraries' versions."""
+    where = resolve_device(device)
+    return {
+        "device": "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where),
+        # kernels differ with the vector instructions; on an accelerator they do not
+        "instructions": torch.backends.cpu.get_cpu_capability() if where.type == "cpu" else "",
+        "versions": {"rsrouter": __version__, "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
+    }
+
+
+@dataclass
+class CertifyWork:
+    """Certificates of a smoothed classifier. Arguments as `RoutedSmooth.certify`, all of them resolved.
+
+    `execution_batch` is the one that the job's metadata record.
+    """
+
+    smoothed: Smooth | RoutedSmooth
+    plan: Plan
+    alpha: float
+    seed: int
+    rule: str
+    sides: str
+    batch_size: int | None
+    execution_batch: int
+    device: str | None = None
+    _engine: Engine | None = field(default=None, init=False, repr=False)
+
+    def open(self, device: str | None) -> None:
+        self.device = device
+        if self.smoothed.execution.batch != self.execution_batch:
+            self.smoothed.execution = replace(self.smoothed.execution, batch=self.execution_batch)
+        self._engine = self.smoothed._engine(self.seed, device)
+
+    def run(self, images: Tensor, ids: Sequence[int], emit: Emit) -> None:
+        rule = self.rule if isinstance(self.smoothed, RoutedSmooth) else ""
+        rows: list[Row] = []
+        votes = 0
+
+        def keep(position: int, certificate: Certificate, seconds: float) -> None:
+            rows.append(Row.from_certificate(certificate, idx=ids[position], seconds=seconds, rule=rule, seed=self.seed))
+
+        def step(progress: Progress) -> None:
+            nonlocal votes
+            emit(Step(progress.votes - votes, tuple(rows)))
+            votes = progress.votes
+            rows.clear()
+
+        self.smoothed._certify(
+            images,
+            plan=self.plan,
+            alpha=self.alpha,
+            seed=self.seed,
+            ids=ids,
+            rule=self.rule,
+            sides=self.sides,
+            batch_size=self.batch_size,
+            device=self.device,
+            on_certificate=keep,
+            progress=step,
+            engine=self._engine,
+        )
+
+
+@dataclass
+class LabelWork:
+    """Every expert's votes, as rows that answer nothing: votes stand under the experts' names."""
+
+    pool: ExpertPool
+    n: int
+    seed: int
+    device: str | None = None
+    _engine: Engine | None = field(default=None, init=False, repr=False)
+
+    def open(self, device: str | None) -> None:
+        self.device = device
+        self._engine = label_engine(self.pool, seed=self.seed, device=device)
+
+    def run(self, images: Tensor, ids: Sequence[int], emit: Emit) -> None:
+        for start in range(0, len(ids), LABEL_BLOCK):
+            part = ids[start : start + LABEL_BLOCK]
+            votes = label_votes(self.pool, images[start : start + len(part)], n=self.n, seed=self.seed, engine=self._engine)
+            rows = []
+            for idx, drawn in zip(part, votes.tolist(), strict=True):
+                counts = {"estimate": dict(zip(self.pool.names, drawn, strict=True))}
+                rows.append(Row(idx, -1, -1, 0.0, 0.0, n_drawn=self.n * len(self.pool), seed=self.seed, counts=counts))
+            emit(Step(int(votes.sum()), tuple(rows)))
+
+
+def serve(work: Callable[[], Work], device: str | None, threads: int | None, receive: Callable[[], Task], emit: Emit) -> None:
+    """The life of a worker: open, then task after task, until `receive` raises EOFError.
+
+    Args:
+        work: gives the work (unpickles it), so that its errors are told too.
+        device: where its networks run.
+        threads: of torch; None leaves them.
+        receive: waits for the next task.
+        emit: tells the driver.
+    """
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)  # counts for the thread that calls it, so not before
+        mine = work()
+        mine.open(device)
+        emit(Ready(machine_facts(device)))
+        while True:
+            try:
+                task = receive()
+            except EOFError:
+                return
+            mine.run(task.images, task.ids, emit)
+            emit(Finished())
+    except BrokenPipeError:
+        return  # the driver is gone, and nobody reads on
+    except RSRouterError as error:
+        emit(Failed(error))
+    except Exception as error:
+        emit(Lost(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))
