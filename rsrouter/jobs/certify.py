@@ -17,7 +17,7 @@ from rsrouter.core.plans import Plan
 from rsrouter.jobs.run import Images, Running, make_executor, run_job, stored_threads
 from rsrouter.jobs.work import CertifyWork
 from rsrouter.results import Table
-from rsrouter.sampling.execution import default_batch
+from rsrouter.sampling.execution import KERNELS, default_batch
 from rsrouter.sampling.noise import CHUNK, SHARED
 from rsrouter.smooth import RoutedSmooth, Smooth
 
@@ -114,6 +114,7 @@ def job_metadata(
         "independent_noise": not smoothed.noise.endswith(SHARED),
         "stream": {"chunk": CHUNK},
         "execution": execution,
+        "kernels": dict(KERNELS),
         "data": data,
         "indices": describe_indices(order),
         "num_images": len(order),

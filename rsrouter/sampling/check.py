@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,26 @@ from rsrouter.sampling.execution import Execution, as_input
 
 #: Logits below this are rounding errors of larger numbers, as far as `check_network` can tell.
 _SMALL = 1e-3
+#: How far logits may move with a row's company, relative to the largest one, and still be rounding.
+_ROUNDING = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a network did when it was checked, to be asked again later.
+
+    Attributes:
+        packs: a row's logits have the same bits in any position and company. Otherwise they only agree to rounding, and
+            batches must not mix requests.
+        gap: by how much they moved, relative to the largest logit.
+        rows: `(batch, C, H, W)`, the input.
+        logits: the float32 logits of each head.
+    """
+
+    packs: bool
+    gap: float
+    rows: Tensor
+    logits: tuple[Tensor, ...]
 
 
 def heads(output: Any, widths: tuple[int, ...], name: str, rows: int) -> tuple[Tensor, ...]:
@@ -32,6 +53,19 @@ def heads(output: Any, widths: tuple[int, ...], name: str, rows: int) -> tuple[T
     return outputs
 
 
+def _logits(module: nn.Module, x: Tensor, execution: Execution, widths: tuple[int, ...], name: str) -> tuple[Tensor, ...]:
+    return tuple(h.float() for h in heads(module(as_input(x, execution)), widths, name, len(x)))
+
+
+def _differ(a: tuple[Tensor, ...], b: tuple[Tensor, ...], scales: list[float]) -> float:
+    """The largest relative difference; NaN equals NaN."""
+    gaps = [
+        torch.where((u == v) | (u.isnan() & v.isnan()), 0.0, (u - v).abs().nan_to_num(nan=torch.inf))
+        for u, v in zip(a, b, strict=True)
+    ]
+    return max(float(gap.max()) / scale for gap, scale in zip(gaps, scales, strict=True))
+
+
 @torch.inference_mode()
 def check_network(
     module: nn.Module,
@@ -41,15 +75,11 @@ def check_network(
     batch: int,
     execution: Execution,
     device: torch.device,
-) -> bool:
-    """Whether rows of a batch may be packed freely; refuses networks that cannot be certified.
+) -> Checked:
+    """Refuses networks that cannot be certified; says whether rows of a batch may be packed freely.
 
     Runs the network on a batch, again on the same batch, and on one that has half of its rows in other places
     among other neighbours.
-
-    Returns:
-        True if a row's logits have the same bits in any position and company; False if they only agree to
-        rounding, so that batches must not mix requests.
 
     Raises:
         NetworkError: wrong shape, different logits on the same input (dropout), or logits that depend on the
@@ -57,38 +87,47 @@ def check_network(
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.rand((batch, *shape), generator=generator).to(device)
-    first = [h.float() for h in heads(module(as_input(x, execution)), widths, name, batch)]
-    again = [h.float() for h in heads(module(as_input(x, execution)), widths, name, batch)]
+    first = _logits(module, x, execution, widths, name)
+    again = _logits(module, x, execution, widths, name)
     # each head by its own size: probabilities of a thousand classes are small, and still decide
     scales = [max(float(torch.where(torch.isfinite(h), h, 0.0).abs().max()), _SMALL) for h in first]
-
-    def differ(a: list[Tensor], b: list[Tensor]) -> float:
-        gaps = [
-            torch.where((u == v) | (u.isnan() & v.isnan()), 0.0, (u - v).abs().nan_to_num(nan=torch.inf))
-            for u, v in zip(a, b, strict=True)
-        ]
-        return max(float(gap.max()) / scale for gap, scale in zip(gaps, scales, strict=True))
-
-    if differ(first, again) > 0.0:
+    if (moved := _differ(first, again, scales)) > 0.0:
         raise NetworkError(
             f"Network {name!r} is random at test time",
             expected="the same logits for the same input",
-            received=f"logits that differ by {differ(first, again):.2g} (relative)",
+            received=f"logits that differ by {moved:.2g} (relative)",
             remedy="remove dropout and other randomness from the forward pass in eval mode",
         )
     order = torch.randperm(batch, generator=generator).to(device)
     kept = order[: (batch + 1) // 2]
-    other = torch.rand((batch, *shape), generator=generator).to(device) * 3.0 - 1.0
+    # other company: brighter and of more contrast, so that neither its mean nor its spread is that of the first batch
+    other = torch.rand((batch, *shape), generator=generator).to(device) * 3.0
     places = torch.randperm(batch, generator=generator).to(device)[: len(kept)]
     other[places] = x[kept]
-    moved = [h.float()[places] for h in heads(module(as_input(other, execution)), widths, name, batch)]
-    gap = differ([h[kept] for h in first], moved)
-    tolerance = 1e-3 if execution.dtype == "float32" else 5e-2
-    if gap > tolerance:
+    elsewhere = tuple(h[places] for h in _logits(module, other, execution, widths, name))
+    gap = _differ(tuple(h[kept] for h in first), elsewhere, scales)
+    if gap > _ROUNDING[execution.dtype]:
         raise NetworkError(
             f"The votes of network {name!r} depend on the rest of the batch",
             expected="logits of a row alone",
             received=f"logits that change by {gap:.2g} (relative) with their neighbours",
             remedy="use running statistics (track_running_stats=True) in normalisation layers",
         )
-    return gap == 0.0
+    return Checked(gap == 0.0, gap, x, first)
+
+
+@torch.inference_mode()
+def check_again(checked: Checked, module: nn.Module, name: str, widths: tuple[int, ...], execution: Execution) -> None:
+    """Refuses a network that no longer gives the bits it gave when it was checked.
+
+    Raises:
+        NetworkError: it keeps a state that votes change (a counter, running statistics, a cache).
+    """
+    now = _logits(module, checked.rows, execution, widths, name)
+    if (moved := _differ(checked.logits, now, [1.0] * len(now))) > 0.0:
+        raise NetworkError(
+            f"The logits of network {name!r} changed while it was voting",
+            expected="the bits it gave before the first vote, on the same input",
+            received=f"logits that moved by {moved:.2g}",
+            remedy="remove state from its forward pass, and start again: its votes so far belong to no fixed classifier",
+        )

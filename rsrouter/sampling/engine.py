@@ -7,6 +7,7 @@ noise on the device, counts votes on the device, and reads the host once per cal
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,20 +17,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rsrouter.core.errors import InputError
+from rsrouter.core.errors import InputError, NetworkError
 from rsrouter.core.policy import VoteRequest
 from rsrouter.experts.base import module_digest
+from rsrouter.sampling.check import Checked, check_again, check_network, heads
 from rsrouter.sampling.execution import (
+    KERNELS,
     Execution,
     as_input,
-    check_network,
     default_batch,
-    heads,
+    fixed_kernels,
+    keep_freed_memory,
     prepare,
     resolve_device,
-    warn_halved,
 )
 from rsrouter.sampling.noise import SHARED, NoiseStream, check_eight_bit, make_noise, stream_key
+
+#: After so many batches a network is asked again whether it still gives the bits it gave before the first vote.
+CHECK_EVERY = 64
 
 
 @dataclass(frozen=True)
@@ -69,27 +74,75 @@ class _Runner:
         self, model: VoteModel, shape: tuple[int, ...], execution: Execution, device: torch.device, module: nn.Module
     ) -> None:
         self.model, self.shape, self.device, self.module = model, shape, device, module
-        batch = execution.batch or default_batch(int(np.prod(shape)), device)
-        self.execution = replace(execution, batch=batch)
+        self._may_halve = execution.batch == 0
+        self._since_check = 0
+        self.execution = replace(execution, batch=execution.batch or default_batch(int(np.prod(shape)), device))
         while True:
             try:
-                self.packs = check_network(self.module, model.name, model.widths, shape, self.batch, self.execution, device)
+                self._checked = self._check(module, self.execution)
                 break
-            except torch.OutOfMemoryError:
-                if self.batch == 1:
-                    raise
-                self.halve()
+            except torch.OutOfMemoryError as error:
+                self.halve(error)
+        self.packs = self._checked.packs
+        if not self.packs and execution.dtype != "float32":
+            # rounding of few bits hides a small dependence on the batch; float32 does not
+            exact = replace(self.execution, dtype="float32", batch=min(self.batch, 64), compile=False)
+            self._check(prepare(model.module, exact, device, shape), exact)
+
+    def _check(self, module: nn.Module, execution: Execution) -> Checked:
+        with fixed_kernels():
+            return check_network(module, self.model.name, self.model.widths, self.shape, execution.batch, execution, self.device)
 
     @property
     def batch(self) -> int:
         return self.execution.batch
 
-    def halve(self) -> None:
-        """Halves the execution batch, which the caller has found too large for the memory."""
+    def halve(self, error: torch.OutOfMemoryError) -> None:
+        """Halves the execution batch, which the caller has found too large for the memory.
+
+        Raises:
+            NetworkError: the batch was asked for, votes were drawn with it already, or it is 1.
+        """
+        if self.batch == 1 or not self._may_halve:
+            raise NetworkError(
+                f"Network {self.model.name!r} ran out of memory",
+                expected=f"room for {self.batch} rows per forward pass, which this run is recorded with",
+                received=str(error).splitlines()[0],
+                remedy="free memory and run again, or start a new table with a smaller batch (Execution(batch=...), "
+                "--execution-batch)",
+            ) from error
         self.execution = replace(self.execution, batch=self.batch // 2)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        warn_halved(self.model.name, self.batch)
+        warnings.warn(
+            f"network {self.model.name!r} ran out of memory; its execution batch is now {self.batch} rows",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def draw(
+        self, images: Tensor, position: dict[int, int], requests: Sequence[VoteRequest], keys: Sequence[bytes], noise: NoiseStream
+    ) -> NDArray[np.int64]:
+        """`enqueue`, read to the host; counts are handed out only while the network is what it was."""
+        while True:
+            try:
+                with fixed_kernels():
+                    counts = self.enqueue(images, position, requests, keys, noise).cpu().numpy()
+                break
+            except torch.OutOfMemoryError as error:
+                self.halve(error)
+        self._may_halve = False
+        self._since_check += sum(-(-r.count // self.batch) for r in requests)
+        if self._since_check >= CHECK_EVERY:
+            self.check_again()
+        return counts
+
+    def check_again(self) -> None:
+        """Runs the check's batch once more, if votes were drawn since. NetworkError: other bits than the first time."""
+        if self._since_check:
+            self._since_check = 0
+            with fixed_kernels():
+                check_again(self._checked, self.module, self.model.name, self.model.widths, self.execution)
 
     def batches(self, requests: Sequence[VoteRequest]) -> list[list[_Segment]]:
         """Segments of each batch. Rows are packed freely, or, where bits depend on the position in the batch,
@@ -140,7 +193,9 @@ class _Runner:
             outputs = heads(self.module(as_input(x, self.execution)), widths, self.model.name, self.batch)
             offset = 0
             for logits, width in zip(outputs, widths, strict=True):
-                vote = torch.where(torch.isfinite(logits).all(1), logits.argmax(1), width)
+                # the first of tied logits, which bfloat16 often has, on every device
+                exact = logits.float()
+                vote = torch.where(torch.isfinite(exact).all(1), exact.argmax(1), width)
                 for begin, stop, marked in bad:
                     vote[begin:stop] = torch.where(marked, width, vote[begin:stop])
                 counts.scatter_add_(0, slot + vote + offset, ones)
@@ -160,7 +215,7 @@ class Engine:
         noise: `"gaussian"` or `"sound"`, with `-shared` where all images read one stream (`noise.SHARED`).
 
     Raises:
-        NetworkError: a network that cannot be certified (see `check_network`).
+        NetworkError: a network that cannot be certified (see `check_network`), or out of memory at a batch that was asked for.
         InputError: an unusable device or noise.
     """
 
@@ -177,6 +232,8 @@ class Engine:
         self.device = resolve_device(device)
         self.shape, self.seed, self.noise = tuple(shape), int(seed), noise
         self._stream = make_noise(noise, self.shape, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.execution = execution or Execution()
         self.models = {m.name: m for m in models}
         if len(self.models) != len(models):
@@ -219,6 +276,7 @@ class Engine:
             "numpy": np.__version__,
             "threads": torch.get_num_threads(),
             "noise": self.noise,
+            "kernels": dict(KERNELS),
             "execution": {name: {**r.execution.to_dict(), "packs": r.packs} for name, r in sorted(self._runners.items())},
         }
 
@@ -247,14 +305,7 @@ class Engine:
             chosen = [requests[i] for i in members]
             owner = [b"" if self.noise.endswith(SHARED) else identity[r.image] for r in chosen]
             keys = [stream_key(r.purpose, self.seed, who, model.digest, name) for r, who in zip(chosen, owner, strict=True)]
-            while True:
-                try:
-                    counts = runner.enqueue(on_device, position, chosen, keys, self._stream).cpu().numpy()
-                    break
-                except torch.OutOfMemoryError:
-                    if runner.batch == 1:
-                        raise
-                    runner.halve()
+            counts = runner.draw(on_device, position, chosen, keys, self._stream)
             for i, row in zip(members, counts, strict=True):
                 offset, votes = 0, {}
                 for stage, width in zip(model.stages, model.widths, strict=True):
@@ -262,6 +313,15 @@ class Engine:
                     offset += width + 1
                 results[i] = votes
         return [r for r in results if r is not None]
+
+    def check_again(self) -> None:
+        """Asks every network that voted since whether it still is what it was; for the end of a job.
+
+        Raises:
+            NetworkError: its logits changed.
+        """
+        for runner in self._runners.values():
+            runner.check_again()
 
 
 def image_identity(image: Tensor, name: object = None) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -111,22 +112,35 @@ def default_batch(numel: int, device: torch.device) -> int:
 KERNELS = {"float32": "ieee", "cudnn_benchmark": False, "cudnn_deterministic": True}
 
 
+_kernels_lock, _kernels_users = threading.Lock(), 0
+_kernels_before: list[Any] = []
+
+
 @contextmanager
 def fixed_kernels() -> Iterator[None]:
-    """Runs its body under `KERNELS`; the process's own settings (TF32, bf16 inside float32, cuDNN) are put back."""
+    """Runs its body under `KERNELS`; the process's own settings (TF32, bf16 inside float32, cuDNN) are put back.
+
+    They belong to the process: where several threads draw, the last one puts them back.
+    """
+    global _kernels_users
     b = torch.backends
-    precisions = [b.cuda.matmul, b.cudnn.conv, b.mkldnn.conv, b.mkldnn.matmul]
-    before = [p.fp32_precision for p in precisions]
-    tuned, fixed = b.cudnn.benchmark, b.cudnn.deterministic
+    precisions: list[Any] = [b.cuda.matmul, b.cudnn.conv, b.mkldnn.conv, b.mkldnn.matmul]  # type: ignore[attr-defined]
+    with _kernels_lock:
+        _kernels_users += 1
+        if _kernels_users == 1:
+            _kernels_before[:] = [b.cudnn.benchmark, b.cudnn.deterministic, *(p.fp32_precision for p in precisions)]
+            b.cudnn.benchmark, b.cudnn.deterministic = bool(KERNELS["cudnn_benchmark"]), bool(KERNELS["cudnn_deterministic"])
+            for p in precisions:
+                p.fp32_precision = str(KERNELS["float32"])
     try:
-        for p in precisions:
-            p.fp32_precision = KERNELS["float32"]
-        b.cudnn.benchmark, b.cudnn.deterministic = KERNELS["cudnn_benchmark"], KERNELS["cudnn_deterministic"]
         yield
     finally:
-        b.cudnn.benchmark, b.cudnn.deterministic = tuned, fixed
-        for p, value in zip(precisions, before, strict=True):
-            p.fp32_precision = value
+        with _kernels_lock:
+            _kernels_users -= 1
+            if _kernels_users == 0:
+                b.cudnn.benchmark, b.cudnn.deterministic, *values = _kernels_before
+                for p, value in zip(precisions, values, strict=True):
+                    p.fp32_precision = value
 
 
 @cache

@@ -1,0 +1,109 @@
+"""Which batch, and which dtype, this machine runs fastest: measured once, then recorded."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rsrouter.core.errors import InputError
+from rsrouter.sampling.check import check_network
+from rsrouter.sampling.engine import VoteModel
+from rsrouter.sampling.execution import (
+    Execution,
+    as_input,
+    default_batch,
+    fixed_kernels,
+    keep_freed_memory,
+    prepare,
+    resolve_device,
+)
+
+#: What `dtypes="fastest"` chooses from.
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Forward passes of all networks, one after the other.
+
+    Attributes:
+        execution: how they ran.
+        rows_per_second: rows that went through every network in a second.
+    """
+
+    execution: Execution
+    rows_per_second: float
+
+
+def calibrate(
+    models: Sequence[VoteModel],
+    shape: Sequence[int],
+    *,
+    device: str | torch.device | None = None,
+    base: Execution | None = None,
+    dtypes: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    repeats: int = 3,
+) -> tuple[Execution, tuple[Timing, ...]]:
+    """The fastest execution out of a few, by some seconds of forward passes, and everything that was measured.
+
+    The result decides bits, so it belongs into an `Execution` that is stored (`Execution.save`, or the router's
+    configuration), and must not be found anew, by another timing, in every run.
+
+    Args:
+        models: the networks; their times are added up.
+        shape: `(C, H, W)` of one image.
+        device: where; None is the CPU.
+        base: what does not change between the candidates.
+        dtypes: to choose from; None: the dtype of `base`.
+        batches: rows per forward pass to choose from; None: a quarter to four times the default.
+        repeats: timed rounds; their median counts.
+
+    Raises:
+        InputError: no batch that fits, an unknown dtype. NetworkError: a network that cannot be certified.
+    """
+    where, base = resolve_device(device), base or Execution()
+    shape, default = tuple(shape), default_batch(math.prod(shape), resolve_device(device))
+    rows = 2 * default
+    sizes = sorted(set(batches or (max(1, int(default * factor)) for factor in (0.25, 0.5, 1, 2, 4))))
+    if where.type == "cpu":
+        keep_freed_memory()
+    found: list[Timing] = []
+    for dtype in dtypes or (base.dtype,):
+        execution = replace(base, dtype=dtype)
+        modules = [prepare(m.module, execution, where, shape) for m in models]
+        for batch in sizes:
+            candidate = replace(execution, batch=batch)
+            x = as_input(torch.rand((batch, *shape), generator=torch.Generator().manual_seed(0)).to(where), candidate)
+            try:
+                with fixed_kernels(), torch.inference_mode():
+                    for module, m in zip(modules, models, strict=True):
+                        check_network(module, m.name, m.widths, shape, batch, candidate, where)
+                    times = []
+                    for _ in range(repeats):
+                        start, done = time.perf_counter(), 0
+                        while done < rows:
+                            outputs = [module(x) for module in modules]
+                            done += batch
+                        # reading a value waits for the device
+                        _ = [float(o[0].sum()) for o in outputs]
+                        times.append((time.perf_counter() - start) / done)
+            except torch.OutOfMemoryError:
+                break
+            found.append(Timing(candidate, 1.0 / statistics.median(times)))
+    if not found:
+        raise InputError(
+            "No batch fits into memory",
+            expected=f"room for {sizes[0]} rows",
+            received="out of memory",
+            remedy="pass smaller batches, or free memory",
+        )
+    return max(found, key=lambda t: t.rows_per_second).execution, tuple(found)
+
+
+__all__ = ["DTYPES", "Timing", "calibrate"]
