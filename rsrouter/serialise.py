@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +153,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def store_execution(folder: Path, execution: Execution) -> None:
+    """Writes how networks run into a saved router; its weights and digest stay. Tables drawn otherwise cannot be gone on with."""
+    config = {**read_config(folder), "execution": execution.to_dict()}
+    _replace(
+        folder / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    )
+
+
 def router_folder(folder: Path) -> Path:
     """The folder with `config.json`: `folder` itself, or `folder/router` of a whole run."""
     if not (folder / CONFIG).is_file() and (folder / "router" / CONFIG).is_file():
@@ -207,8 +214,7 @@ def load_folder(folder: Path) -> tuple[ExpertPool, Router, Execution, str]:
             received=f"digest {router.digest}",
             remedy="fetch or save it again; do not use its certificates",
         )
-    known = {f.name for f in fields(Execution)}
-    execution = Execution(**{k: v for k, v in config["execution"].items() if k in known})
+    execution = Execution.from_dict(config["execution"], f"{CONFIG} of {folder.name}")
     return pool, router, execution, str(config["noise"])
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from rsrouter.cli.execution import Dtype, ExecutionBatch, ExecutionFile, choose_execution
 from rsrouter.cli.options import DEFAULT_RADII, Alpha, Device, Format, OutputFormat, Radii, make_plan
 from rsrouter.core.errors import InputError
 
@@ -82,6 +83,9 @@ def certify(
     shard: Annotated[
         str | None, typer.Option("--shard", help="i/N: only this part (i from 0); `rsrouter merge` joins them.")
     ] = None,
+    execution: ExecutionFile = None,
+    dtype: Dtype = None,
+    execution_batch: ExecutionBatch = None,
     expert: ExpertName = None,
     revision: Revision = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run in reports.")] = None,
@@ -98,6 +102,7 @@ def certify(
     from rsrouter.report.text import print_summary
 
     smoothed, images = load_smoothed(source, expert, revision), load_data(data)
+    smoothed.execution = choose_execution(smoothed.execution, execution, dtype, execution_batch)
     last = len(images) if count is None else min(len(images), start + count)
     shown = tuple(r for r in parse_radii(radii) if r in (0.0, 0.5, 1.0)) or (0.0,)
     bar = tqdm(desc="certify", unit="vote", unit_scale=True, file=sys.stderr)
@@ -145,6 +150,9 @@ def predict(
     device: Device = "cpu",
     start: Annotated[int, typer.Option("--start", min=0, help="First image.")] = 0,
     count: Annotated[int | None, typer.Option("--count", help="How many images; default all.")] = None,
+    execution: ExecutionFile = None,
+    dtype: Dtype = None,
+    execution_batch: ExecutionBatch = None,
     expert: ExpertName = None,
     revision: Revision = None,
     format: OutputFormat = Format.text,
@@ -156,6 +164,7 @@ def predict(
     from rsrouter.data import load_data
 
     smoothed, images = load_smoothed(source, expert, revision), load_data(data)
+    smoothed.execution = choose_execution(smoothed.execution, execution, dtype, execution_batch)
     last = len(images) if count is None else min(len(images), start + count)
     answers: dict[int, int] = {}
     for first in range(start, last, 256):

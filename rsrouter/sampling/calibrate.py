@@ -69,33 +69,29 @@ def calibrate(
     """
     where, base = resolve_device(device), base or Execution()
     shape, default = tuple(shape), default_batch(math.prod(shape), resolve_device(device))
-    rows = 2 * default
     sizes = sorted(set(batches or (max(1, int(default * factor)) for factor in (0.25, 0.5, 1, 2, 4))))
     if where.type == "cpu":
         keep_freed_memory()
-    found: list[Timing] = []
-    for dtype in dtypes or (base.dtype,):
-        execution = replace(base, dtype=dtype)
-        modules = [prepare(m.module, execution, where, shape) for m in models]
-        for batch in sizes:
-            candidate = replace(execution, batch=batch)
-            x = as_input(torch.rand((batch, *shape), generator=torch.Generator().manual_seed(0)).to(where), candidate)
-            try:
-                with fixed_kernels(), torch.inference_mode():
-                    for module, m in zip(modules, models, strict=True):
-                        check_network(module, m.name, m.widths, shape, batch, candidate, where)
-                    times = []
-                    for _ in range(repeats):
-                        start, done = time.perf_counter(), 0
-                        while done < rows:
-                            outputs = [module(x) for module in modules]
-                            done += batch
-                        # reading a value waits for the device
-                        _ = [float(o[0].sum()) for o in outputs]
-                        times.append((time.perf_counter() - start) / done)
-            except torch.OutOfMemoryError:
-                break
-            found.append(Timing(candidate, 1.0 / statistics.median(times)))
+    times: dict[Execution, list[float]] = {}
+    prepared = {
+        dtype: [prepare(m.module, replace(base, dtype=dtype), where, shape) for m in models] for dtype in dtypes or (base.dtype,)
+    }
+    # one candidate after the other, round after round: what else the machine does meanwhile slows all of them
+    for attempt in range(repeats):
+        for dtype, modules in prepared.items():
+            for batch in sizes:
+                candidate = replace(base, dtype=dtype, batch=batch)
+                if attempt and candidate not in times:
+                    continue
+                try:
+                    if not attempt:
+                        with fixed_kernels():
+                            for module, m in zip(modules, models, strict=True):
+                                check_network(module, m.name, m.widths, shape, batch, candidate, where)
+                    times.setdefault(candidate, []).append(_seconds_per_row(modules, candidate, shape, where, 2 * default))
+                except torch.OutOfMemoryError:
+                    break
+    found = tuple(Timing(candidate, 1.0 / statistics.median(seconds)) for candidate, seconds in times.items())
     if not found:
         raise InputError(
             "No batch fits into memory",
@@ -103,7 +99,25 @@ def calibrate(
             received="out of memory",
             remedy="pass smaller batches, or free memory",
         )
-    return max(found, key=lambda t: t.rows_per_second).execution, tuple(found)
+    return max(found, key=lambda t: t.rows_per_second).execution, found
+
+
+@torch.inference_mode()
+def _seconds_per_row(
+    modules: Sequence[torch.nn.Module], execution: Execution, shape: tuple[int, ...], device: torch.device, rows: int
+) -> float:
+    """Of one row through every network, over `rows` rows at least, after one pass that does not count."""
+    x = torch.rand((execution.batch, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+    x, done = as_input(x, execution), -execution.batch
+    start = 0.0
+    with fixed_kernels():
+        while done < rows:
+            outputs = [module(x) for module in modules]
+            done += execution.batch
+            if done == 0 or done >= rows:  # reading a value waits for the device
+                _ = [float((o[0] if isinstance(o, tuple | list) else o).sum()) for o in outputs]
+                start = start if done else time.perf_counter()
+    return (time.perf_counter() - start) / done
 
 
 __all__ = ["DTYPES", "Timing", "calibrate"]

@@ -253,3 +253,48 @@ def test_calibration_stops_at_what_fits():
         calibrate([model(OutOfMemory(5))], SHAPE, base=Execution(fold=False), batches=(10,), repeats=1)
     with pytest.raises(NetworkError, match="rest of the batch"):
         calibrate([model(Leans())], SHAPE, base=Execution(fold=False), batches=(10,), repeats=1)
+
+
+def test_calibrate_stores_an_execution_that_certify_reads_and_a_table_keeps(tmp_path):
+    from typer.testing import CliRunner
+
+    from rsrouter import CascadeRouter, RoutedSmooth
+    from rsrouter.cli import app
+    from rsrouter.cli.execution import choose_execution
+    from rsrouter.core.errors import ResultsError
+    from rsrouter.demo import load_pool
+    from rsrouter.experts import ExpertPool
+
+    pool = ExpertPool([load_pool()[0], load_pool()[2]])
+    RoutedSmooth(pool, CascadeRouter((0.55,))).save_pretrained(tmp_path / "router")
+    digest = RoutedSmooth.from_pretrained(tmp_path / "router").digest
+
+    def rsrouter(*words):
+        return CliRunner().invoke(app, [str(w) for w in words])
+
+    out = tmp_path / "execution.json"
+    done = rsrouter("calibrate", tmp_path / "router", "--dtype", "bfloat16", "--out", out, "--save", "--repeats", 1)
+    assert done.exit_code == 0, done.output
+    chosen = Execution.load(out)
+    assert chosen.dtype == "bfloat16"
+    assert chosen.batch > 0
+    stored = RoutedSmooth.from_pretrained(tmp_path / "router")
+    assert (stored.execution, stored.digest) == (chosen, digest)
+    assert choose_execution(Execution(), out, None, 8) == Execution(**{**chosen.to_dict(), "batch": 8})
+    again = rsrouter("calibrate", tmp_path / "router", "--out", out)
+    assert isinstance(again.exception, InputError)
+
+    np.savez(tmp_path / "data.npz", images=np.zeros((2, 28, 28), np.uint8), labels=np.zeros(2, np.int64))
+    job = ["certify", tmp_path / "router", "--data", tmp_path / "data.npz", "--plan", "fixed", "--n", 100, "--radii", 0]
+    table = tmp_path / "run" / "certificates.tsv"
+    assert rsrouter(*job, "--out", table, "--execution-batch", 40).exit_code == 0
+    metadata = json.loads(table.with_suffix(".json").read_text())
+    assert (metadata["execution"]["dtype"], metadata["execution"]["batch"]) == ("bfloat16", 40)
+    assert metadata["kernels"] == KERNELS
+    other = rsrouter(*job, "--out", table, "--execution-batch", 40, "--dtype", "float32")
+    assert isinstance(other.exception, ResultsError)
+    assert "execution.dtype" in str(other.exception)
+    assert rsrouter(*job, "--out", table, "--execution", table.with_suffix(".json")).exit_code == 0
+    answers = rsrouter("predict", tmp_path / "router", "--data", tmp_path / "data.npz", "--n", 50, "--execution", out)
+    assert answers.exit_code == 0
+    assert isinstance(rsrouter("calibrate", tmp_path / "no.json", "--save").exception, InputError)

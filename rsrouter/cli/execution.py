@@ -1,0 +1,99 @@
+"""How networks run: options that several verbs share, and `rsrouter calibrate`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rsrouter.cli.options import Device, Format, OutputFormat
+from rsrouter.core.errors import InputError
+
+ExecutionFile = Annotated[
+    Path | None,
+    typer.Option("--execution", help="How networks run: a file of `rsrouter calibrate`, or a table's JSON to do as it did."),
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16, in the place of the router's own.")]
+ExecutionBatch = Annotated[
+    int | None, typer.Option("--execution-batch", min=1, help="Rows per forward pass; with the dtype it decides bits.")
+]
+#: `--dtype` of calibrate that measures all candidates
+FASTEST = "fastest"
+
+
+def choose_execution(base: Any, file: Path | None, dtype: str | None, batch: int | None) -> Any:
+    """The `Execution` that options ask for: a file's in the place of `base`, then single settings.
+
+    Raises:
+        InputError: a file that holds none, an unknown dtype.
+    """
+    from rsrouter import Execution
+
+    chosen = base if file is None else Execution.load(file)
+    changes = {"dtype": dtype, "batch": batch}
+    return replace(chosen, **{key: value for key, value in changes.items() if value is not None})
+
+
+def calibrate(
+    source: Annotated[str, typer.Argument(metavar="DIR_OR_POOL", help="A router's folder or Hub repository, or a pool.json.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write the execution; default: print it.")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Store it in the router's config.json: every verb then runs it.")] = False,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help=f"float32, bfloat16, float16, or {FASTEST} of the first two.")
+    ] = "float32",
+    device: Device = "cpu",
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds of each candidate.")] = 3,
+    format: OutputFormat = Format.text,
+) -> None:
+    """Measure which batch (and dtype) this machine runs fastest, and store it: it decides bits, so it is recorded.
+
+    Example: rsrouter calibrate demo-run/router --dtype fastest --out execution.json
+    """
+    from rsrouter import Execution, ExpertPool, RoutedSmooth
+    from rsrouter.router.base import vote_model
+    from rsrouter.sampling.calibrate import DTYPES
+    from rsrouter.sampling.calibrate import calibrate as measure
+    from rsrouter.serialise import router_folder, store_execution
+
+    pool_file = source.endswith((".json", ".toml", ".yaml", ".yml"))
+    folder = Path(source).expanduser()
+    if save and (pool_file or not folder.is_dir()):
+        raise InputError(
+            "--save needs a router's folder", expected="a folder with config.json", received=source, remedy="use --out FILE"
+        )
+    if out is not None and out.exists():
+        raise InputError("The file exists", expected="a new --out", received=str(out), remedy="nothing was overwritten")
+    if pool_file:
+        pool, base = ExpertPool.load(source), Execution()
+        models = [vote_model(e) for e in pool]
+    else:
+        routed = RoutedSmooth.from_pretrained(source)
+        pool, base = routed.pool, routed.execution
+        models = list(routed._routed.models)
+    dtypes = DTYPES if dtype == FASTEST else (dtype,)
+    chosen, timings = measure(models, pool.input_shape, device=device, base=base, dtypes=dtypes, repeats=repeats)
+    measured = [
+        {"dtype": t.execution.dtype, "batch": t.execution.batch, "rows_per_second": round(t.rows_per_second, 1)} for t in timings
+    ]
+    if out is not None:
+        chosen.save(out, device=device, networks=[m.name for m in models], measured=measured)
+    if save:
+        store_execution(router_folder(folder), chosen)
+    if format is Format.json:
+        from rsrouter.cli.options import echo_json
+
+        echo_json({"execution": chosen.to_dict(), "measured": measured})
+        return
+    for row in measured:
+        best = "  <- fastest" if (row["dtype"], row["batch"]) == (chosen.dtype, chosen.batch) else ""
+        typer.echo(
+            f"{row['dtype']:>9}  batch {row['batch']:>5}  {row['rows_per_second']:>10,.0f} rows/s through all networks{best}"
+        )
+    typer.echo(f"stored in {router_folder(folder) / 'config.json'}" if save else f"execution: {out or chosen.to_dict()}")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command()(calibrate)
