@@ -182,6 +182,7 @@ class _Smoothed:
             live = [i for i in live if not policy.done[i]]
             if progress is not None:
                 progress(Progress(votes, finished, len(x)))
+        engine.check_again()
         self.metadata["engine"] = engine.describe()
         return [c for c in done if c is not None]
 
@@ -223,6 +224,7 @@ class _Smoothed:
             while requests := policy.next_requests([i for i in part if not policy.done[i]]):
                 local = [VoteRequest(r.image - start, r.network, r.purpose, r.start, r.count) for r in requests]
                 policy.update(requests, engine.run(x[part.start : part.stop], [identity[i] for i in part], local))
+        engine.check_again()
         return np.array([policy.answer(i) for i in range(len(x))], dtype=np.int64)
 
 
