@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from rsrouter.cli.execution import Dtype, ExecutionBatch, ExecutionFile, choose_execution
 from rsrouter.cli.options import DEFAULT_RADII, Alpha, Device, Format, Out, OutputFormat, Radii, Seed, parse_radii
 from rsrouter.core.errors import InputError
 
@@ -56,13 +57,16 @@ def label(
     unseen: Annotated[bool | None, typer.Option("--unseen/--seen", help="Whether no expert was trained on these images.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    execution: ExecutionFile = None,
+    dtype: Dtype = None,
+    execution_batch: ExecutionBatch = None,
     format: OutputFormat = Format.text,
 ) -> None:
     """Draw every expert's votes on every image, for `rsrouter train --labels`; started again, it goes on.
 
     Example: rsrouter label pool.json --data train.npz --count 1000 --unseen --out labels.npz
     """
-    from rsrouter import ExpertPool
+    from rsrouter import Execution, ExpertPool
     from rsrouter.router.labels import target_radii
     from rsrouter.router.stored import load_votes, store_votes
 
@@ -70,7 +74,17 @@ def label(
     images, classes, name = _part(data, start, count)
     bar, step = _votes_bar("label", len(images) * len(experts) * n)
     metadata = store_votes(
-        experts, images, classes, out, n=n, seed=seed, unseen=unseen, source=name, device=device, progress=step
+        experts,
+        images,
+        classes,
+        out,
+        n=n,
+        seed=seed,
+        unseen=unseen,
+        source=name,
+        device=device,
+        execution=choose_execution(Execution(), execution, dtype, execution_batch),
+        progress=step,
     )
     bar.close()
     votes, target, _ = load_votes(out, experts)

@@ -18,6 +18,7 @@ from rsrouter.experts.base import ExpertPool
 from rsrouter.results import read_table
 from rsrouter.results.table import align
 from rsrouter.router.labels import LABEL, Labels, label_votes
+from rsrouter.sampling.execution import Execution
 from rsrouter.sampling.noise import stream_key
 
 
@@ -32,6 +33,7 @@ def store_votes(
     unseen: bool | None = None,
     source: str = "",
     device: str | None = None,
+    execution: Execution | None = None,
     block: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def store_votes(
             look better than they are on their own training images.
         source: where the images are from, for the metadata.
         device: where experts vote.
+        execution: how their networks run.
         block: images between two writes.
         progress: called with the number of votes drawn since the last call.
 
@@ -66,6 +69,7 @@ def store_votes(
         "n": int(n),
         "seed": int(seed),
         "purpose": LABEL,
+        "execution": (execution or Execution()).to_dict(),
         "unseen": unseen,
         "source": source,
         "images": len(images),
@@ -84,7 +88,8 @@ def store_votes(
             )
     for start in range(len(votes), len(images), block):
         part = images[start : start + block]
-        votes = np.concatenate([votes, label_votes(pool, part, n=n, seed=seed, device=device, progress=progress)])
+        drawn = label_votes(pool, part, n=n, seed=seed, device=device, execution=execution, progress=progress)
+        votes = np.concatenate([votes, drawn])
         temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
         np.savez_compressed(temporary, votes=votes, labels=labels.numpy(), metadata=np.array(json.dumps(metadata)))
         os.replace(temporary, path)
