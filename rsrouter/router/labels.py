@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from rsrouter.core.policy import VoteRequest
 from rsrouter.experts.base import ExpertPool
 from rsrouter.inputs import check_images, check_labels
 from rsrouter.router.base import vote_model
+from rsrouter.router.checkpoint import current, unit_key
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution
 
@@ -54,6 +56,8 @@ def label_votes(
 ) -> NDArray[np.int64]:
     """Votes of every expert on every image: `(N, K, classes + 1)`, invalid votes last.
 
+    Inside a training run that keeps a checkpoint, votes that it has drawn are read back.
+
     Args:
         pool: the experts.
         images: `(N, C, H, W)` pixels in [0,1].
@@ -66,12 +70,20 @@ def label_votes(
     x = check_images(images, pool.input_shape)
     engine = engine or label_engine(pool, seed=seed, device=device, execution=execution)
     votes = np.zeros((len(x), len(pool), pool.num_classes + 1), dtype=np.int64)
+    store = current()
+    job = (pool.names, pool.sigmas, [e.digest for e in pool], n, engine.seed, purpose, repr(engine.execution), str(engine.device))
     for start in range(0, len(x), block):
         part = x[start : start + block]
+        key = unit_key("votes", *job, part.cpu().contiguous().numpy().tobytes())
+        kept = store.get(key)
+        if kept is not None:
+            votes[start : start + len(part)] = kept.numpy()
+            continue
         requests = [VoteRequest(i, name, purpose, 0, n) for name in pool.names for i in range(len(part))]
         counts = engine.run(part, [image_identity(image) for image in part], requests)
         for request, count in zip(requests, counts, strict=True):
             votes[start + request.image, pool.names.index(request.network)] = count[request.network]
+        store.put(key, torch.from_numpy(votes[start : start + len(part)].copy()), small=True)
         if progress is not None:
             progress(len(requests) * n)
     return votes

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rsrouter.experts.base import Expert
+from rsrouter.router.checkpoint import current, unit_key
 from rsrouter.router.trunk import FusedTrunk
 from rsrouter.sampling.execution import Execution, as_input, default_batch, prepare, resolve_device
 from rsrouter.sampling.noise import stream_key
@@ -28,6 +29,7 @@ def noisy_features(
     """Features and logits of noisy copies: float16 `(N, copies, sum of F + classes)` on the CPU.
 
     The noise is a stream of its own, keyed by purpose, seed, expert, sigma and images: no certificate ever sees it.
+    Inside a training run that keeps a checkpoint, finished parts are read back instead of computed.
 
     Args:
         experts: what looks at each noisy copy; the modules must expose their features (`FusedTrunk`).
@@ -50,11 +52,33 @@ def noisy_features(
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
     batch = default_batch(images[0].numel(), where)
     rows = torch.arange(len(images)).repeat_interleave(copies)
-    parts = []
-    for part in torch.split(rows, batch):
+    store = current()
+    name = unit_key("features", key, copies, images.detach().cpu().contiguous().numpy().tobytes(), batch, str(where))
+    parts: list[Tensor] = []
+    done = saved = number = 0
+    while (found := store.get(f"{name}-{number}")) is not None:
+        parts.append(found["features"])
+        generator.set_state(found["generator"])
+        done, number = done + int(found["batches"]), number + 1
+        saved = len(parts)
+    batches = torch.split(rows, batch)
+    since = 0
+    store.due(f"{name}-{number}")
+    for part in batches[done:]:
         noise = torch.randn((len(part), *images.shape[1:]), generator=generator)
         everything, _ = trunk(as_input((images[part] + sigma * noise).to(where), execution))
         parts.append(everything.to("cpu", torch.float16))
+        since += 1
+        if store.due(f"{name}-{number}"):
+            whole = torch.cat(parts[saved:])
+            store.put(f"{name}-{number}", {"features": whole, "generator": generator.get_state(), "batches": since})
+            parts[saved:], since, number = [whole], 0, number + 1
+            saved = len(parts)
+            store.due(f"{name}-{number}")
         if progress is not None:
             progress(len(part) * len(experts))
+    if since and store.folder is not None:
+        store.put(
+            f"{name}-{number}", {"features": torch.cat(parts[saved:]), "generator": generator.get_state(), "batches": since}
+        )
     return torch.cat(parts).reshape(len(images), copies, -1)

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.base import ExpertPool, module_digest
+from rsrouter.router.checkpoint import current, unit_key
 from rsrouter.router.flat import FlatRouter
 from rsrouter.router.labels import Labels
 from rsrouter.router.trunk import Trunk
-from rsrouter.training.losses import consistency_loss, dual_rs_loss, good_sets, utility_loss
+from rsrouter.training.losses import consistency_loss, dual_rs_loss, envelope_weights, good_sets, utility_loss
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Recipe:
         consistency: weight of KL(mean prediction || each copy), Dual RS's lambda.
         entropy: weight of the entropy of the mean prediction, Dual RS's eta.
         redraw: epochs after which cached noisy features are drawn anew.
+        weighting: how much each radius counts for `utility`: `"even"`, or `"envelope"`, inversely to the share of images that the
+            best expert holds there, as coverage counts them.
         check, patience: epochs between looks at the validation images, and looks without a better one before training
             stops.
     """
@@ -54,13 +57,15 @@ class Recipe:
     consistency: float = 2.0
     entropy: float = 0.5
     redraw: int = 6
+    weighting: str = "even"
     check: int = 5
     patience: int = 6
 
 
-#: The paper's hyper-parameters on CIFAR-10 (section 5) under its own name, and ours.
+#: The paper's hyper-parameters on CIFAR-10 (section 5) under its own name, and ours: every radius alike, or as coverage counts.
 RECIPES: dict[str, Recipe] = {
     "utility": Recipe(),
+    "coverage": Recipe(weighting="envelope", consistency=20.0),
     "dual-rs": Recipe("dual-rs", epochs=90, lr=0.01, weight_decay=0.01, consistency=40.0, entropy=0.5),
 }
 
@@ -72,6 +77,7 @@ class _Inputs:
         self.images, self.sigma, self.generator, self.recipe = images, router.sigma, generator, recipe
         self.trunk = None if router.trunk is None else Trunk(pool[router.trunk]).eval()
         self._cache: list[Tensor] = []
+        self.drawn: Tensor | None = None  # the generator's state before the cached features were drawn
 
     def _noisy(self, rows: Tensor) -> Tensor:
         x = self.images[rows]
@@ -82,10 +88,17 @@ class _Inputs:
         if self.trunk is None or (self._cache and epoch % self.recipe.redraw):
             return
         self._cache = []
+        self.drawn = self.generator.get_state()
         with torch.no_grad():
             for _ in range(self.recipe.copies):
                 parts = [torch.cat(self.trunk(self._noisy(rows)), 1) for rows in torch.split(torch.arange(len(self.images)), 500)]
                 self._cache.append(torch.cat(parts))
+
+    def redraw(self, drawn: Tensor | None) -> None:
+        """The cached features that were drawn from generator state `drawn`."""
+        if drawn is not None:
+            self.generator.set_state(drawn)
+            self.start_epoch(0)
 
     def copies(self, rows: Tensor) -> list[Tensor]:
         """One input batch per noisy copy."""
@@ -106,8 +119,10 @@ class _Watch:
         radii: list[float],
         generator: torch.Generator,
         recipe: Recipe,
+        weights: Tensor | None,
     ) -> None:
         images, labels = validation
+        self.weights = weights
         radius = labels.radius[:, columns]
         self.good, self.soft, self.recipe = good_sets(radius, radii), torch.from_numpy(radius.astype(np.float32)), recipe
         source = _Inputs(router, pool, images, generator, recipe)
@@ -122,7 +137,7 @@ class _Watch:
         logits = [torch.cat([module(part) for part in torch.split(copy, 500)]) for copy in self.copies]
         module.train()
         task = [
-            dual_rs_loss(each, self.soft) if self.recipe.objective == "dual-rs" else utility_loss(each, self.good)
+            dual_rs_loss(each, self.soft) if self.recipe.objective == "dual-rs" else utility_loss(each, self.good, self.weights)
             for each in logits
         ]
         value = float((torch.stack(task).mean(0) + consistency_loss(logits, self.recipe.consistency, self.recipe.entropy)).mean())
@@ -143,11 +158,17 @@ def train_flat(
     recipe: Recipe,
     progress: Callable[[int, int, float], None] | None,
     validation: tuple[Tensor, Labels] | None = None,
+    *,
+    curve: Callable[[nn.Module], dict[str, Any]] | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains `router.module` in place and returns one record per epoch.
 
+    Inside a run with a checkpoint (`rsrouter.router.checkpoint`) it saves its state now and then, and goes on from it.
+
     With `validation` (images and their routing labels) the objective is also measured there every `recipe.check`
-    epochs, the best weights are kept, and training stops after `recipe.patience` checks without a better one.
+    epochs, the best weights are kept, and training stops after `recipe.patience` checks without a better one. `curve` adds
+    what it returns (simulated certified accuracy) to those records; `log` is called with every record.
 
     Raises:
         InputError: no training image tells the experts apart.
@@ -155,6 +176,14 @@ def train_flat(
     columns = [pool.names.index(name) for name in router.order(pool)]
     radius = labels.radius[:, columns]
     good = good_sets(radius, radii)
+    if recipe.weighting not in ("even", "envelope"):
+        raise InputError(
+            "Unknown weighting of radii",
+            expected="'even' or 'envelope'",
+            received=repr(recipe.weighting),
+            remedy="'envelope' weighs radii as coverage does",
+        )
+    weights = envelope_weights(good) if recipe.weighting == "envelope" else None
     if recipe.objective == "dual-rs":
         kept = np.flatnonzero(radius.max(1) > 0)
     else:
@@ -173,13 +202,31 @@ def train_flat(
     module: nn.Module = router.module
     generator = torch.Generator().manual_seed(seed)
     inputs = _Inputs(router, pool, x, generator, recipe)
-    watch = None if validation is None else _Watch(router, pool, validation, columns, radii, generator, recipe)
+    watch = None if validation is None else _Watch(router, pool, validation, columns, radii, generator, recipe, weights)
     module.requires_grad_(True).train()
     optimiser = torch.optim.AdamW(module.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     steps = -(-len(x) // recipe.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=steps * recipe.epochs)
-    history = []
-    for epoch in range(recipe.epochs):
+    history: list[dict[str, Any]] = []
+    store = current()
+    name = unit_key("flat", module_digest(module), router.sigma, router.trunk, router.order(pool), recipe, seed, tuple(radii))
+    state = store.get(name)
+    if state is not None:
+        module.load_state_dict(state["module"])
+        optimiser.load_state_dict(state["optimiser"])
+        schedule.load_state_dict(state["schedule"])
+        history = state["history"]
+        inputs.redraw(state["drawn"])
+        generator.set_state(state["generator"])
+        if watch is not None:
+            watch.least, watch.stale, watch.best = state["watch"]
+        if log is not None:
+            for line in history:
+                log(line)
+    store.due(name)
+    for epoch in range(len(history), recipe.epochs):
+        if watch is not None and watch.stale >= recipe.patience:
+            break
         inputs.start_epoch(epoch)
         total = 0.0
         for rows in torch.split(torch.randperm(len(x), generator=generator), recipe.batch):
@@ -188,7 +235,7 @@ def train_flat(
                 task = torch.stack([dual_rs_loss(each, soft[rows]) for each in logits]).mean(0)
                 weight = balance[rows]
             else:
-                task = torch.stack([utility_loss(each, good[rows]) for each in logits]).mean(0)
+                task = torch.stack([utility_loss(each, good[rows], weights) for each in logits]).mean(0)
                 weight = torch.ones(len(rows))
             loss = (weight * (task + consistency_loss(logits, recipe.consistency, recipe.entropy))).mean()
             optimiser.zero_grad(set_to_none=True)
@@ -199,10 +246,25 @@ def train_flat(
         history.append({"epoch": epoch + 1, "loss": total / len(x)})
         if watch is not None and (epoch + 1) % recipe.check == 0:
             history[-1]["validation_loss"] = watch.look(module)
+            if curve is not None:
+                history[-1].update(curve(module))
+        if log is not None:
+            log(history[-1])
+        if store.due(name):
+            store.put(
+                name,
+                {
+                    "module": module.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "history": history,
+                    "drawn": inputs.drawn,
+                    "generator": generator.get_state(),
+                    "watch": None if watch is None else (watch.least, watch.stale, watch.best),
+                },
+            )
         if progress is not None:
             progress(epoch + 1, recipe.epochs, total / len(x))
-        if watch is not None and watch.stale >= recipe.patience:
-            break
     if watch is not None and watch.best is not None:
         module.load_state_dict(watch.best)
     module.eval().requires_grad_(False)

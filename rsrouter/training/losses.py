@@ -17,11 +17,27 @@ def good_sets(radius: NDArray[np.float64], radii: Sequence[float]) -> Tensor:
     return torch.from_numpy((radius[:, None, :] >= edges[None, :, None]).astype(np.float32))
 
 
-def utility_loss(logits: Tensor, good: Tensor) -> Tensor:
-    """Per row, the mean over radii of -log P(vote names a good expert); `(B, K)` and `(B, R, K)` to `(B,)`."""
+def envelope_weights(good: Tensor) -> Tensor:
+    """`(R,)` weights of mean 1, inverse to the share of images that the best single expert holds at each radius.
+
+    Coverage divides by that envelope: an image lost at a radius that few images reach costs more. Where no expert holds anything
+    the weight is 0.
+    """
+    best = good.mean(0).max(1).values
+    weights = torch.where(best > 0, 1.0 / best.clamp(min=1e-6), torch.zeros_like(best))
+    return weights / weights.mean().clamp(min=1e-12)
+
+
+def utility_loss(logits: Tensor, good: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Per row, the mean over radii of -log P(vote names a good expert); `(B, K)` and `(B, R, K)` to `(B,)`.
+
+    `weights (R,)` says how much each radius counts; None: all the same.
+    """
     log_p = F.log_softmax(logits, 1)[:, None, :]
     decided = good.sum(2)
-    matters = (decided > 0) & (decided < good.shape[2])
+    matters: Tensor = ((decided > 0) & (decided < good.shape[2])).to(logits.dtype)
+    if weights is not None:
+        matters = matters * weights
     inside = torch.logsumexp(log_p.masked_fill(good == 0, -30.0), 2).clamp(max=0.0)
     return -(inside * matters).sum(1) / good.shape[1]
 

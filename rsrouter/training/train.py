@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.experts.base import ExpertPool
-from rsrouter.experts.registry import build_architecture
 from rsrouter.inputs import check_images, check_labels
 from rsrouter.router.base import Router
+from rsrouter.router.checkpoint import resuming
 from rsrouter.router.flat import FlatRouter
-from rsrouter.router.labels import Labels, label_votes, target_radii
-from rsrouter.router.trunk import Trunk, has_trunk
+from rsrouter.router.labels import Labels
 from rsrouter.smooth import RoutedSmooth
-from rsrouter.training.deferral import DEFERRAL_RECIPES, DeferralRecipe, train_deferral
-from rsrouter.training.flat import RECIPES, Recipe, train_flat
-from rsrouter.training.tune import tune_cascade
+from rsrouter.training.deferral import DEFERRAL_RECIPES, DeferralRecipe
+from rsrouter.training.flat import RECIPES, Recipe
+from rsrouter.training.heads import starting_from
+from rsrouter.training.parent import adapt_flat, parent_heads
+from rsrouter.training.runlog import RunLog, describe_job
+from rsrouter.training.work import Work, default_flat
 
-#: Kinds that can be asked for by name. `auto` lets the validation images choose between trained heads and plain experts.
+#: Kinds that can be asked for by name. `auto` lets the validation images choose between trained heads, plain experts in a row,
+#: and a flat router.
 KINDS = ("auto", "deferral", "cascade", "flat")
 
 
@@ -47,19 +48,22 @@ def train_router(
     progress: Callable[[int, int, float], None] | None = None,
     votes: Callable[[int], None] | None = None,
     notes: dict[str, Any] | None = None,
+    parent: RoutedSmooth | None = None,
 ) -> RoutedSmooth:
     """Trains the router's own parameters, makes its choices on validation images, and returns the routed classifier.
 
     Args:
         pool: frozen experts; unchanged to the bit.
         router: a kind out of `KINDS`, or a router: a `FlatRouter` is trained in place (on from where its weights
-            are), any other keeps what it has.
+            are), any other keeps what it has. `auto` trains heads and a flat router, and takes what reaches more of the experts'
+            envelope on the validation images (simulated votes).
         images: `(N, C, H, W)` pixels in [0,1], best ones that no expert was trained on: experts look better than
             they are on their own training images, and the router would learn to trust them.
         labels: `(N,)` class indices.
         radii: radii the user cares about.
         seed: of noise, initialisation and order.
-        out: folder to save to (`config.json`, `router.safetensors`, `training.jsonl`); must not hold another router.
+        out: folder to save to (`config.json`, `router.safetensors`, `training.jsonl`); must not hold another router. A run
+            that was killed leaves its log and a state there; the same call goes on from it and ends at the same bits.
         recipe: of a flat router a `Recipe` or a name in `RECIPES` (default `"utility"`), else a
             `DeferralRecipe` or a name in `DEFERRAL_RECIPES` (`"deferral"`, `"quick"`).
         routing_labels: of a flat router: labels made before; None: made here with `label_n` votes per expert and image.
@@ -70,10 +74,13 @@ def train_router(
         progress: called with (epoch, epochs, loss) of a flat router.
         votes: called with the number of forward passes of experts since the last call.
         notes: written into the first line of `training.jsonl` (a parent and its revision, the data's name).
+        parent: a router to go on from where the kind is given by name: heads of the same shape start from its weights, a flat
+            router keeps its weights and the logits of the experts that are still there, a cascade's thresholds are searched
+            further. Its pool may hold other experts.
 
     Raises:
         InputError: images, labels, radii, kind or recipe that do not fit.
-        ResultsError: `out` already holds a router.
+        ResultsError: `out` already holds a router, or an unfinished training of something else.
     """
     x = check_images(images, pool.input_shape)
     target = check_labels(labels, len(x), pool.num_classes)
@@ -101,87 +108,39 @@ def train_router(
     if validation is not None:
         xv = check_images(validation[0], pool.input_shape)
         validation = (xv, check_labels(validation[1], len(xv), pool.num_classes))
-    history: list[dict[str, Any]] = []
-    if isinstance(router, str) and router != "flat":
-        if validation is None:
-            raise InputError("No validation images", expected="images to choose on", received="none", remedy="pass validation=")
-        if router == "cascade":
-            router = tune_cascade(
-                pool, *validation, grid, plan_n=plan_n, alpha=alpha, seed=seed, device=device, progress=votes, log=history.append
-            )
+    job = describe_job(pool, router, x, target, validation, routing_labels, recipe, grid, seed, label_n, plan_n, alpha, parent)
+    with (
+        RunLog(folder, job) as log,
+        resuming(log.checkpoint),
+        starting_from({} if parent is None else parent_heads(parent.router)),
+    ):
+        work = Work(pool, x, target, validation, grid, seed, label_n, plan_n, alpha, device, votes, progress, log.add, parent)
+        if isinstance(router, str) and router != "flat":
+            router = work.choose(router, recipe if isinstance(recipe, DeferralRecipe) else None, routing_labels)
         else:
-            settings = recipe if isinstance(recipe, DeferralRecipe) else None
-            router = train_deferral(
-                pool,
-                x,
-                target,
-                validation,
-                grid,
-                recipe=settings,
-                plan_n=plan_n,
-                alpha=alpha,
-                seed=seed,
-                device=device,
-                progress=votes,
-                log=history.append,
-            )
-    elif isinstance(router, str):
-        router = default_flat(pool, seed)
-    if isinstance(router, FlatRouter) and isinstance(recipe, Recipe):
-        router.bind(pool)
-
-        def labelled(part: Tensor, classes: Tensor) -> Labels:
-            drawn = label_votes(pool, part, n=label_n, seed=seed, device=device, progress=votes)
-            return target_radii(drawn, classes.numpy(), pool.sigmas, plan_n=plan_n, alpha=alpha)
-
-        training_labels = labelled(x, target) if routing_labels is None else routing_labels
-        if training_labels.radius.shape != (len(x), len(pool)):
-            raise InputError(
-                "Routing labels do not fit",
-                expected=f"({len(x)}, {len(pool)})",
-                received=str(training_labels.radius.shape),
-                remedy="label the images that are trained on",
-            )
-        watched = None if validation is None else (validation[0], labelled(*validation))
-        history = train_flat(pool, router, x, training_labels, grid, seed, recipe, progress, watched)
-    routed = RoutedSmooth(pool, router)
-    if folder is not None:
-        routed.save_pretrained(folder)
-        head = {
-            **(notes or {}),
-            "kind": router.kind,
-            "recipe": None if recipe is None else asdict(recipe),
-            "radii": grid,
-            "seed": seed,
-            "images": len(x),
-            "validation": held_out,
-            "validation_images": 0 if validation is None else len(validation[0]),
-        }
-        (folder / "training.jsonl").write_text("\n".join(json.dumps(line) for line in [head, *history]) + "\n")
+            if isinstance(router, str):
+                adapted = None
+                if parent is not None and isinstance(parent.router, FlatRouter):
+                    adapted = adapt_flat(parent.router, parent.pool, pool, seed)
+                router = adapted or default_flat(pool, seed)
+            if isinstance(router, FlatRouter) and isinstance(recipe, Recipe):
+                router.bind(pool)
+                work.flat(router, recipe, x, target, routing_labels)
+        routed = RoutedSmooth(pool, router)
+        if folder is not None:
+            head = {
+                **(notes or {}),
+                "kind": router.kind,
+                "recipe": None if recipe is None else asdict(recipe),
+                "radii": grid,
+                "seed": seed,
+                "images": len(x),
+                "validation": held_out,
+                "validation_images": 0 if validation is None else len(validation[0]),
+            }
+            log.write([head, *log.lines])
+            routed.save_pretrained(folder)
     return routed
-
-
-def default_flat(pool: ExpertPool, seed: int) -> FlatRouter:
-    """A head of some kilobytes on the frozen expert of the largest sigma whose features can be read.
-
-    Raises:
-        InputError: no expert exposes its features.
-    """
-    readable = [e for e in pool if has_trunk(e.module)]
-    if not readable:
-        raise InputError(
-            "No expert exposes its features",
-            expected="an expert with timm's forward_features and forward_head",
-            received=str(pool.names),
-            remedy="pass a FlatRouter with a backbone of its own, or kind 'cascade'",
-        )
-    trunk = readable[-1]
-    with torch.no_grad():
-        width = sum(part.shape[1] for part in Trunk(trunk).eval()(torch.zeros(1, *pool.input_shape)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = build_architecture("mlp_head", len(pool), {"in_features": width})
-    return FlatRouter(head, sigma=trunk.sigma, trunk=trunk.name)
 
 
 def _check_grid(radii: Sequence[float]) -> list[float]:
