@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 
 import typer
 
 from rsrouter._version import __version__
+from rsrouter.cli.options import Format, asked, echo_json
 from rsrouter.core.errors import RSRouterError
+
+#: Exit codes, the same for every verb.
+DONE, FINDINGS, REFUSED, BROKEN = 0, 1, 2, 70
 
 app = typer.Typer(
     name="rsrouter",
@@ -18,10 +23,15 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Route between randomized-smoothing experts, and certify the result.\n\n"
     "The way through: wrap -> label -> train -> certify -> report -> publish. Start with: rsrouter demo --out DIR",
+    epilog="With --format json, stdout holds one JSON value (a result, or an object with the key error) and stderr what people "
+    "read.\n\n"
+    "Exit codes: 0 done; 1 done, and something was found (audit, doctor); 2 refused: wrong usage or input, nothing there, no "
+    "access; 70 a bug in rsrouter; 130 interrupted.\n\n"
+    "Shell completion: rsrouter --install-completion",
 )
 
 #: each has `register(app)`; in the order in which the verbs are shown
-_GROUPS = ("demo", "experts", "train", "certify", "report", "publish", "plan", "bench")
+_GROUPS = ("demo", "experts", "train", "certify", "report", "publish", "plan", "execution", "bench", "doctor")
 
 
 def _version(show: bool) -> None:
@@ -41,18 +51,42 @@ for _name in _GROUPS:
     importlib.import_module(f"rsrouter.cli.{_name}").register(app)
 
 
+def _explained(error: Exception) -> RSRouterError | None:
+    """What the machine refused, in the words of our own errors; None for anything else."""
+    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return RSRouterError(
+            "The memory does not suffice", received=reason, remedy="fewer images at once, a smaller model, or another --device"
+        )
+    if isinstance(error, OSError):
+        return RSRouterError(
+            "A file or folder cannot be used", received=reason, remedy="check path, rights and free space: rsrouter doctor"
+        )
+    return None
+
+
+def _refuse(error: RSRouterError) -> None:
+    texts = {"message": error.message, "expected": error.expected, "received": error.received, "remedy": error.remedy}
+    if asked.get("format") is Format.json:
+        echo_json({"error": {"kind": type(error).__name__, **texts}})
+    for title, text in zip(("error", "expected", "received", "do"), texts.values(), strict=True):
+        if text:
+            typer.secho(f"{title:>9}: ", nl=False, err=True, fg="red" if title == "error" else None, bold=True)
+            typer.echo(text, err=True)
+
+
 def main() -> None:
-    """Entry point: errors made for users are printed without a traceback, exit status 2."""
+    """Entry point: what a user can mend is told without a traceback, exit status 2; anything else is a bug, 70."""
+    asked.clear()
     try:
-        app()
+        app(prog_name="rsrouter")
     except RSRouterError as error:
-        for title, text in (
-            ("error", error.message),
-            ("expected", error.expected),
-            ("received", error.received),
-            ("do", error.remedy),
-        ):
-            if text:
-                typer.secho(f"{title:>9}: ", nl=False, err=True, fg="red" if title == "error" else None, bold=True)
-                typer.echo(text, err=True)
-        sys.exit(2)
+        _refuse(error)
+        sys.exit(REFUSED)
+    except Exception as error:
+        if (told := _explained(error)) is not None:
+            _refuse(told)
+            sys.exit(REFUSED)
+        traceback.print_exc()
+        typer.secho("This is a bug in rsrouter. Please report it with the lines above.", err=True, bold=True)
+        sys.exit(BROKEN)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rsrouter.cli.options import Device, Format, OutputFormat, Seed
+from rsrouter.cli.options import Device, Format, OutputFormat, Seed, echo_json
 
 
 def demo(
@@ -31,7 +30,7 @@ def demo(
     tables = {t.name: t for t in (*routed, *outcome.experts)}
     summary = summarise(tables, routed=[t.name for t in routed], experts=[t.name for t in outcome.experts], radii=RADII)
     if format is Format.json:
-        typer.echo(json.dumps({**summary.to_dict(), "seconds": outcome.seconds, "report": str(outcome.report)}))
+        echo_json({**summary.to_dict(), "seconds": outcome.seconds, "report": outcome.report})
         return
     print_summary(summary)
     typer.echo(

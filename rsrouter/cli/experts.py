@@ -2,75 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import DEFAULT_RADII, Format, OutputFormat, Radii, parse_radii
+from rsrouter.cli.options import (
+    DEFAULT_RADII,
+    Format,
+    OutputFormat,
+    Radii,
+    checkpoint_options,
+    echo_json,
+    parse_numbers,
+    parse_radii,
+)
 from rsrouter.core.errors import InputError
 
 Source = Annotated[list[str], typer.Argument(help="A spec (.toml, .yaml), or checkpoints: file, folder, hf-hub:org/name@rev.")]
-Architecture = Annotated[str | None, typer.Option(help="cifar_resnet110, resnet50, ...: a registered name or one of timm's.")]
 Sigma = Annotated[str | None, typer.Option(help="Noise level in [0,1] pixels; with several sources one each, such as 0.25,0.5.")]
-Normalisation = Annotated[str | None, typer.Option(help="cifar10, imagenet, none, ...; or give --mean and --std.")]
-Numbers = Annotated[str | None, typer.Option(help="One number per channel, such as 0.49,0.48,0.45.")]
-Classes = Annotated[int | None, typer.Option("--num-classes", help="Width of the logits, where the file does not tell.")]
-Shape = Annotated[str | None, typer.Option("--input-shape", help="C,H,W, such as 3,32,32.")]
-Filename = Annotated[str | None, typer.Option(help="Weight file, where a folder or repository has several.")]
-Licence = Annotated[str | None, typer.Option(help="Licence of the weights, as their publisher states it.")]
 
 
-def _numbers(text: str, what: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(
-            f"--{what} cannot be read", expected="numbers separated by commas", received=repr(text), remedy="such as 0.25,0.5"
-        ) from error
-
-
-def _settings(
-    filename: str | None,
-    architecture: str | None,
-    normalisation: str | None,
-    mean: str | None,
-    std: str | None,
-    num_classes: int | None,
-    input_shape: str | None,
-    licence: str | None,
-) -> dict[str, Any]:
-    """What was said on the command line; what was not said is asked for by `load_expert`."""
-    given: dict[str, Any] = {
-        "filename": filename,
-        "architecture": architecture,
-        "normalisation": normalisation,
-        "num_classes": num_classes,
-        "licence": licence,
-        "mean": None if mean is None else _numbers(mean, "mean"),
-        "std": None if std is None else _numbers(std, "std"),
-        "input_shape": None if input_shape is None else [int(v) for v in _numbers(input_shape, "input-shape")],
-    }
-    return {key: value for key, value in given.items() if value is not None}
-
-
+@checkpoint_options
 def wrap(
     source: Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="The pool file to write.")] = Path("pool.json"),
     sigma: Sigma = None,
-    filename: Filename = None,
-    architecture: Architecture = None,
-    normalisation: Normalisation = None,
-    mean: Numbers = None,
-    std: Numbers = None,
-    num_classes: Classes = None,
-    input_shape: Shape = None,
-    licence: Licence = None,
     data: Annotated[str | None, typer.Option(help="Labelled images on which to measure noisy accuracy.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the data.")] = None,
     images: Annotated[int, typer.Option("--images", help="How many images, spread evenly over the data.")] = 300,
     format: OutputFormat = Format.text,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Pins checkpoints into a pool: commit hashes, sha256, sigma, normalisation. Nothing is guessed.
 
@@ -82,12 +45,11 @@ def wrap(
     from rsrouter.data import load_data
     from rsrouter.experts import wrap as wrap_spec
 
-    settings = _settings(filename, architecture, normalisation, mean, std, num_classes, input_shape, licence)
     spec: Any = source[0]
     if len(source) > 1 or not source[0].endswith((".toml", ".yaml", ".yml")):
         sigmas: list[Any] = [None] * len(source)
         if sigma is not None:
-            sigmas = list(_numbers(sigma, "sigma"))
+            sigmas = list(parse_numbers(sigma, "sigma"))
             if len(source) == 1 and len(sigmas) > 1:
                 sigmas = [sigmas]
         if len(sigmas) != len(source):
@@ -121,23 +83,21 @@ def wrap(
     wrapped.pool.save(out)
     checks = {c.name: c for c in wrapped.checks}
     if format is Format.json:
-        typer.echo(
-            json.dumps(
-                {
-                    "pool": str(out),
-                    "digest": wrapped.pool.digest,
-                    "warnings": list(wrapped.warnings),
-                    "experts": [
-                        {
-                            "name": e.name,
-                            "sigma": e.sigma,
-                            "digest": e.digest,
-                            "noisy_accuracy": checks[e.name].accuracy if e.name in checks else None,
-                        }
-                        for e in wrapped.pool
-                    ],
-                }
-            )
+        echo_json(
+            {
+                "pool": out,
+                "digest": wrapped.pool.digest,
+                "warnings": wrapped.warnings,
+                "experts": [
+                    {
+                        "name": e.name,
+                        "sigma": e.sigma,
+                        "digest": e.digest,
+                        "noisy_accuracy": checks[e.name].accuracy if e.name in checks else None,
+                    }
+                    for e in wrapped.pool
+                ],
+            }
         )
         return
     for expert in wrapped.pool:
@@ -150,18 +110,14 @@ def wrap(
     typer.echo(f"Pool: {out}")
 
 
+@checkpoint_options
 def convert(
     source: Annotated[str, typer.Argument(help="A legacy checkpoint: .pth.tar, .pt, safetensors, a folder, or hf-hub:org/name.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder: model.safetensors, config.json, README.md.")],
     sigma: Annotated[float | None, typer.Option(help="Noise level in [0,1] pixels; a checkpoint does not carry it.")] = None,
-    filename: Filename = None,
-    architecture: Architecture = None,
-    normalisation: Normalisation = None,
-    mean: Numbers = None,
-    std: Numbers = None,
-    num_classes: Classes = None,
-    input_shape: Shape = None,
-    licence: Licence = None,
+    format: OutputFormat = Format.text,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Turns a checkpoint into a folder that can be put on the Hub: safetensors, config and a card.
 
@@ -170,10 +126,12 @@ def convert(
     """
     from rsrouter.experts import convert as convert_checkpoint
 
-    settings = _settings(filename, architecture, normalisation, mean, std, num_classes, input_shape, licence)
     if sigma is not None:
         settings["sigma"] = sigma
     folder = convert_checkpoint(source, out, **settings)
+    if format is Format.json:
+        echo_json({"folder": folder, "files": sorted(p.name for p in folder.iterdir())})
+        return
     typer.echo(f"Written: {folder}. Put it on the Hub with: hf upload ORG/NAME {folder}")
 
 
@@ -208,18 +166,16 @@ def select(
         columns.append([row[i] for i in common])
     found = select_experts(np.array(columns).T, k, parse_radii(radii), names=[t.name for t in loaded])
     if format is Format.json:
-        typer.echo(
-            json.dumps(
-                {
-                    "chosen": found.names,
-                    "values": found.values,
-                    "bound": found.bound,
-                    "radii": found.grid,
-                    "oracle": found.curve,
-                    "oracle_all": found.curve_all,
-                    "images": len(common),
-                }
-            )
+        echo_json(
+            {
+                "chosen": found.names,
+                "values": found.values,
+                "bound": found.bound,
+                "radii": found.grid,
+                "oracle": found.curve,
+                "oracle_all": found.curve_all,
+                "images": len(common),
+            }
         )
         return
     for name, value in zip(found.names, found.values, strict=True):

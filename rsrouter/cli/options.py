@@ -1,10 +1,19 @@
-"""Options that several verbs share, and how they become arguments."""
+"""Options that several verbs share, how they become arguments, and how results leave.
+
+One convention for every verb: with `--format json` stdout holds one JSON value and nothing else, a result or `{"error": ...}`;
+what people read (progress, warnings, errors) goes to stderr.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +30,14 @@ DEFAULT_RADII = "0:2:0.25"
 MOST_RADII = 10_000
 
 
+Data = Annotated[str, typer.Option("--data", help="npz, parquet, image folder, or hf-hub:org/name@revision.")]
+Start = Annotated[int, typer.Option("--start", min=0, help="First image.")]
+Count = Annotated[int | None, typer.Option("--count", min=1, help="How many images; default all.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
+Licence = Annotated[str, typer.Option("--licence", help="Licence of the router, as the Hub names it.")]
+Title = Annotated[str | None, typer.Option("--title", help="Heading of the card.")]
+
+
 class Format(StrEnum):
     """How a verb prints its result."""
 
@@ -28,7 +45,102 @@ class Format(StrEnum):
     json = "json"
 
 
-OutputFormat = Annotated[Format, typer.Option("--format", help="text for people, json for programs.")]
+#: What the running command was asked for; `rsrouter.cli.main` prints errors in the same form.
+asked: dict[str, Format] = {}
+
+
+def _remember(value: Format) -> Format:
+    asked["format"] = value
+    return value
+
+
+OutputFormat = Annotated[Format, typer.Option("--format", callback=_remember, help="text for people, json for programs.")]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that JSON has no word for (NaN, Infinity) as null; arrays, paths and mappings as what JSON knows."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "tolist"):  # numpy
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def echo_json(value: Any) -> None:
+    """One JSON value on stdout."""
+    typer.echo(json.dumps(_plain(value), allow_nan=False))
+
+
+def parse_numbers(text: str, what: str) -> list[float]:
+    """Numbers from `"0.25,0.5"`; InputError names the option `what`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"--{what} cannot be read", expected="numbers separated by commas", received=repr(text), remedy="such as 0.25,0.5"
+        ) from error
+
+
+def _shape(text: str) -> list[int]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise InputError("--input-shape cannot be read", expected="C,H,W", received=repr(text), remedy="such as 3,32,32")
+    return [int(part) for part in parts]
+
+
+_Numbers = Annotated[str | None, typer.Option(help="One number per channel, such as 0.49,0.48,0.45.")]
+
+
+def checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a verb the options that describe a checkpoint. It gets what was said as one argument `settings`; what was not
+    said is asked for by `load_expert`, never guessed."""
+
+    def options(
+        *,
+        filename: Annotated[str | None, typer.Option(help="Weight file, where a folder or repository has several.")] = None,
+        architecture: Annotated[
+            str | None, typer.Option(help="cifar_resnet110, resnet50, ...: a registered name or one of timm's.")
+        ] = None,
+        normalisation: Annotated[str | None, typer.Option(help="cifar10, imagenet, none, ...; or give --mean and --std.")] = None,
+        mean: _Numbers = None,
+        std: _Numbers = None,
+        num_classes: Annotated[
+            int | None, typer.Option("--num-classes", help="Width of the logits, where the file does not tell.")
+        ] = None,
+        input_shape: Annotated[str | None, typer.Option("--input-shape", help="C,H,W, such as 3,32,32.")] = None,
+        licence: Annotated[str | None, typer.Option(help="Licence of the weights, as their publisher states it.")] = None,
+    ) -> dict[str, Any]:
+        given: dict[str, Any] = {
+            "filename": filename,
+            "architecture": architecture,
+            "normalisation": normalisation,
+            "num_classes": num_classes,
+            "licence": licence,
+            "mean": None if mean is None else parse_numbers(mean, "mean"),
+            "std": None if std is None else parse_numbers(std, "std"),
+            "input_shape": None if input_shape is None else _shape(input_shape),
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+    more = inspect.signature(options, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+
+    @wraps(command)
+    def verb(**arguments: Any) -> None:
+        settings = options(**{name: arguments.pop(name) for name in more})
+        command(**arguments, settings=settings)
+
+    # typer reads both
+    last = ["format"] if "format" in own else []
+    kept = [p.replace(kind=p.KEYWORD_ONLY) for name, p in own.items() if name not in ("settings", *last)]
+    parameters = [*kept, *more.values(), *(own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in last)]
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {p.name: p.annotation for p in parameters}
+    return verb
 
 
 def parse_radii(text: str) -> tuple[float, ...]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from rsrouter.cli.options import Alpha, Format, OutputFormat, parse_radii
+from rsrouter.cli.options import Alpha, Format, OutputFormat, echo_json, parse_radii
 
 
 def plan(
@@ -33,7 +32,7 @@ def plan(
     wanted = () if radii is None else parse_radii(radii)
     found = budget_table(sigma, tuple(n or (100, 1_000, 10_000, 100_000)), alpha, radii=wanted, simulate=simulate)
     if format is Format.json:
-        typer.echo(json.dumps(asdict(found)))
+        echo_json(asdict(found))
         return
     table = Table(title=f"sigma {sigma:g}, alpha {alpha:g}", title_justify="left")
     for heading in (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import Device, Format, OutputFormat
+from rsrouter.cli.options import Device, Format, Licence, OutputFormat, Revision, Title, echo_json
 
 
 def publish(
@@ -21,8 +20,8 @@ def publish(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     pull_request: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show exactly what would go up; send nothing.")] = False,
-    licence: Annotated[str, typer.Option("--licence", help="Licence of the router, as the Hub names it.")] = "apache-2.0",
-    title: Annotated[str | None, typer.Option("--title", help="Heading of the card.")] = None,
+    licence: Licence = "apache-2.0",
+    title: Title = None,
     format: OutputFormat = Format.text,
 ) -> None:
     """Publish a router, its pinned experts, certificates and card to the Hub, in one commit.
@@ -42,7 +41,7 @@ def publish(
         title=title,
     )
     if format is Format.json:
-        typer.echo(json.dumps(done.to_dict()))
+        echo_json(done.to_dict())
         return
     typer.echo(f"{'Would publish' if done.dry_run else 'Published'} to {done.repo_id}:")
     for file in done.files:
@@ -60,8 +59,9 @@ def card(
     out: Annotated[Path, typer.Option("--out", help="A new or empty folder.")],
     name: Annotated[str, typer.Option("--name", help="Name that the card's snippet uses, ORG/NAME or a path.")],
     certificates: Annotated[Path | None, typer.Option("--certificates", help="Results table or folder of them.")] = None,
-    licence: Annotated[str, typer.Option("--licence", help="Licence of the router, as the Hub names it.")] = "apache-2.0",
-    title: Annotated[str | None, typer.Option("--title", help="Heading of the card.")] = None,
+    licence: Licence = "apache-2.0",
+    title: Title = None,
+    format: OutputFormat = Format.text,
 ) -> None:
     """Write what `publish` would send to a folder on this machine; experts need not be on the Hub.
 
@@ -69,7 +69,11 @@ def card(
     """
     from rsrouter.publish import write_card
 
-    typer.echo(f"Card: {write_card(folder, out, name, certificates=certificates, licence=licence, title=title)}")
+    path = write_card(folder, out, name, certificates=certificates, licence=licence, title=title)
+    if format is Format.json:
+        echo_json({"card": path, "files": sorted(p.relative_to(out) for p in Path(out).rglob("*") if p.is_file())})
+        return
+    typer.echo(f"Card: {path}")
 
 
 def audit(
@@ -83,7 +87,7 @@ def audit(
     attack_steps: Annotated[int, typer.Option("--attack-steps", help="Gradient steps per row; 0: no attack.")] = 20,
     level: Annotated[float, typer.Option("--level", help="Failure probability of each statistical check.")] = 1e-3,
     seed: Annotated[int | None, typer.Option("--seed", help="Repeats an audit; default: fresh entropy.")] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
+    revision: Revision = None,
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option("--out", help="Write the JSON report here.")] = None,
     format: OutputFormat = Format.text,
@@ -114,7 +118,10 @@ def audit(
     )
     if out is not None:
         out.write_text(report.to_json(), encoding="utf-8")
-    typer.echo(report.to_json() if format is Format.json else str(report))
+    if format is Format.json:
+        echo_json(report.to_dict())
+    else:
+        typer.echo(str(report))
     sys.exit(report.exit_status)  # an exit code survives every way of being called
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import Format, OutputFormat, parse_radii
+from rsrouter.cli.options import Format, OutputFormat, echo_json, parse_radii
 from rsrouter.core.errors import InputError
 
 
@@ -100,7 +99,7 @@ def report(
     page = write_report(loaded, out, title=title, images=images, classes=classes, **options)
     summary = summarise(loaded, **options)
     if format is Format.json:
-        typer.echo(json.dumps({"report": str(page), **summary.to_dict()}))
+        echo_json({"report": page, **summary.to_dict()})
         return
     from rsrouter.report.text import print_summary
 
@@ -122,7 +121,10 @@ def merge(
 
     path = merge_tables(tables, out, partial=partial)
     rows = len(read_table(path))
-    typer.echo(json.dumps({"table": str(path), "rows": rows}) if format is Format.json else f"Merged {rows} rows into {path}")
+    if format is Format.json:
+        echo_json({"table": path, "rows": rows})
+        return
+    typer.echo(f"Merged {rows} rows into {path}")
 
 
 def register(app: typer.Typer) -> None:

@@ -112,7 +112,7 @@ def _unpickle(data: bytes, filename: str) -> object:
             raise CheckpointError(
                 f"{filename} was refused: it is a pickle that needs more than tensors",
                 expected="a state dict of tensors (torch.load with weights_only=True)",
-                received=f"it wants {wanted.group(1)}" if wanted else text.splitlines()[-1][:200],
+                received=f"it wants {wanted.group(1)}" if wanted else _reason(text),
                 remedy="nothing in it was run. Where you trust it, save torch.save(model.state_dict(), ...) in the code "
                 "base that made it, and import that file",
             ) from error
@@ -126,6 +126,12 @@ def _unpickle(data: bytes, filename: str) -> object:
                 remedy="save torch.save(module.state_dict(), ...) where you trust it",
             ) from error
         raise _damaged(data, filename, error) from error
+
+
+def _reason(text: str) -> str:
+    """The one line of torch's advice that says what the unpickler met."""
+    found = re.search(r"WeightsUnpickler error:\s*([^\n]+)", text)
+    return (found.group(1) if found else text.strip().splitlines()[0])[:200]
 
 
 def _damaged(data: bytes, filename: str, error: Exception) -> CheckpointError:

@@ -150,6 +150,13 @@ def write_card(
             remedy="choose another; nothing is overwritten",
         )
     source = router_folder(given)
+    if not (source / "config.json").is_file():
+        raise InputError(
+            "No router there",
+            expected="a router's folder, or a run with router/ in it",
+            received=str(given),
+            remedy="check the path, or train a router first",
+        )
     tables = _tables(given, source, certificates)
     with tempfile.TemporaryDirectory(prefix="rsrouter-card-") as scratch:
         fresh = Path(scratch) / "card"
