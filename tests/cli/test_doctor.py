@@ -104,7 +104,7 @@ def test_few_threads_and_a_busy_machine_are_slow(quiet, monkeypatch):
 def test_speed_is_measured_and_what_would_be_slow_is_told(quiet, monkeypatch):
     clock = {"float32": 0.01, "bfloat16": 0.04}
     monkeypatch.setattr(doctor, "_forward", lambda module, shape, batch, dtype, where: (dtype, batch))
-    monkeypatch.setattr(doctor, "_timed", lambda work, where: clock[work[0]])
+    monkeypatch.setattr(doctor, "_timed", lambda works, where, rounds=3: {name: clock[w[0]] for name, w in works.items()})
     monkeypatch.setattr(doctor, "build_architecture", lambda name, classes: None)
     monkeypatch.setattr(doctor, "measure_speed", lambda smooth, **_: Speed(0.5, 0.001, 1))
     report = doctor.examine(network=False)
@@ -122,7 +122,7 @@ def test_forward_passes_of_the_field_run():
     where = doctor.resolve_device("cpu")
     module = doctor.build_architecture("cifar_resnet20", 10)
     for dtype in ("float32", "bfloat16"):
-        assert doctor._timed(doctor._forward(module, (3, 32, 32), 2, dtype, where), where) > 0
+        assert doctor._timed({dtype: doctor._forward(module, (3, 32, 32), 2, dtype, where)}, where)[dtype] > 0
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.002, "2 ms"), (1.0, "1.0 seconds"), (95.0, "1.6 minutes"),
