@@ -347,9 +347,12 @@ def denoised(
 def at_sigmas(expert: Expert, sigmas: Sequence[float]) -> list[Expert]:
     """One model as an expert at each of several sigmas; the weights are held once.
 
+    They are called `<name>_at_<sigma>`, or `sigma_<sigma>` where the model has no name of its own.
+
     Raises:
         InputError: a denoised expert, whose network depends on its sigma.
     """
+    unnamed = expert.name == f"sigma_{expert.sigma:g}"
     if isinstance(expert.module, DiffusionDenoised):
         raise InputError(
             f"Expert {expert.name!r} is denoised for one sigma",
@@ -365,7 +368,7 @@ def at_sigmas(expert: Expert, sigmas: Sequence[float]) -> list[Expert]:
             input_shape=expert.input_shape,
             mean=expert.mean,
             std=expert.std,
-            name=f"{expert.name}_at_{s:g}",
+            name=f"sigma_{s:g}" if unnamed else f"{expert.name}_at_{s:g}",
             provenance=expert.provenance,
         )
         for s in sigmas
