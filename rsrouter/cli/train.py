@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,8 +49,11 @@ def _part(source: str, start: int, count: int | None) -> tuple[Any, Any, str]:
 
 def label(
     pool: Pool,
-    data: Data,
     out: Out,
+    data: Annotated[str, typer.Option("--data", help="npz, parquet, image folder, or hf-hub:org/name@revision.")] = "",
+    tables: Annotated[
+        list[Path] | None, typer.Option("--tables", help="Instead of --data: each expert's own certification table, by sigma.")
+    ] = None,
     n: Annotated[int, typer.Option("--n", help="Votes per expert and image.")] = 100,
     start: Start = 0,
     count: Count = None,
@@ -68,9 +71,20 @@ def label(
     """
     from rsrouter import Execution, ExpertPool
     from rsrouter.router.labels import target_radii
-    from rsrouter.router.stored import load_votes, store_votes
+    from rsrouter.router.stored import load_votes, store_tables, store_votes
 
     experts = ExpertPool.load(pool)
+    if bool(data) == bool(tables):
+        raise InputError(
+            "Labels come from images or from tables",
+            expected="--data, or --tables once per expert",
+            received="both" if data else "neither",
+            remedy="--tables needs no images and no votes",
+        )
+    if tables:
+        metadata, mean = store_tables(experts, tables, out, unseen=unseen)
+        _told(experts.names, mean, metadata, out, unseen, format)
+        return
     images, classes, name = _part(data, start, count)
     bar, step = _votes_bar("label", len(images) * len(experts) * n)
     metadata = store_votes(
@@ -89,12 +103,17 @@ def label(
     bar.close()
     votes, target, _ = load_votes(out, experts)
     mean = target_radii(votes, target, experts.sigmas).radius.mean(0)
+    _told(experts.names, mean, metadata, out, unseen, format)
+
+
+def _told(names: Sequence[str], mean: Any, metadata: dict[str, Any], out: Path, unseen: bool | None, format: Format) -> None:
+    """Prints what was labelled."""
     if unseen is None:
         typer.echo("note: say --unseen or --seen; experts look better than they are on images they were trained on", err=True)
     if format is Format.json:
-        typer.echo(json.dumps({**metadata, "mean_radius": dict(zip(experts.names, mean.tolist(), strict=True)), "out": str(out)}))
+        typer.echo(json.dumps({**metadata, "mean_radius": dict(zip(names, mean.tolist(), strict=True)), "out": str(out)}))
         return
-    for who, value in zip(experts.names, mean, strict=True):
+    for who, value in zip(names, mean, strict=True):
         typer.echo(f"{who}: mean radius {value:.3f}")
     typer.echo(f"labels: {out}")
 
@@ -110,9 +129,13 @@ def train(
         str | None, typer.Option("--validation", help="Images that choices are made on; default: the last fifth.")
     ] = None,
     radii: Radii = DEFAULT_RADII,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Flat: utility, dual-rs; others: deferral, quick.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Flat: utility, coverage, dual-rs; others: deferral, quick.")
+    ] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help="Of a flat router: what `rsrouter label` wrote.")] = None,
-    parent: Annotated[str | None, typer.Option("--from", help="Folder or Hub repository of a router to go on from.")] = None,
+    parent: Annotated[
+        str | None, typer.Option("--from", help="Folder or Hub repository of a router to go on from, over other experts too.")
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of --from.")] = None,
     start: Start = 0,
     count: Count = None,
@@ -122,13 +145,13 @@ def train(
     device: Device = "cpu",
     format: OutputFormat = Format.text,
 ) -> None:
-    """Train a router over frozen experts: heads and thresholds for the radii you care about.
+    """Train a router over frozen experts for the radii you care about; a killed run goes on when started again.
 
     Example: rsrouter train pool.json --data train.npz --validation validation.npz --radii 0:2:0.25 --out router
     """
     from rsrouter import ExpertPool, FlatRouter, RoutedSmooth
-    from rsrouter.router.labels import target_radii
-    from rsrouter.router.stored import load_votes
+    from rsrouter.router.stored import load_labels
+    from rsrouter.serialise import resolve_source
     from rsrouter.training import train_router
 
     if not data:
@@ -138,19 +161,19 @@ def train(
             received="none",
             remedy="npz, parquet, a folder of images or a Hub data set",
         )
-    router: Any = kind
+    router, old = kind, None
     notes: dict[str, Any] = {}
     if parent is not None:
-        old = RoutedSmooth.from_pretrained(parent, revision=revision)
+        folder, reference = resolve_source(parent, revision)
+        old = RoutedSmooth.from_pretrained(*((parent,) if reference is None else (reference.repo_id, reference.revision)))
         experts = old.pool if pool is None else ExpertPool.load(pool)
-        notes["parent"] = {"name": parent, "revision": revision, "digest": old.router.digest}
-        # a flat router goes on from its weights where the experts are the same; anything else is chosen anew
-        if (
-            isinstance(old.router, FlatRouter)
-            and set(old.router.order(old.pool)) <= set(experts.names)
-            and len(experts) == len(old.pool)
-        ):
-            router = old.router
+        notes["parent"] = {
+            "name": folder.resolve().name if reference is None else reference.repo_id,
+            "revision": None if reference is None else reference.revision,
+            "digest": old.router.digest,
+        }
+        if kind == "auto" and isinstance(old.router, FlatRouter):
+            router = "flat"
     elif pool is None:
         raise InputError(
             "Training needs experts", expected="POOL, or --from", received="neither", remedy="rsrouter wrap writes pool.json"
@@ -165,7 +188,7 @@ def train(
         chosen = (held, held_classes)
     routing = None
     if labels is not None:
-        votes, target, metadata = load_votes(labels, experts)
+        routing, target, metadata = load_labels(labels, experts, range(start, start + len(images)), plan_n=n, alpha=alpha)
         if target.tolist() != classes.tolist():
             raise InputError(
                 "Labels and images do not fit",
@@ -173,8 +196,7 @@ def train(
                 received=name,
                 remedy="train on the images that were labelled",
             )
-        routing = target_radii(votes, target, experts.sigmas, plan_n=n, alpha=alpha)
-        notes["labels"] = {k: metadata[k] for k in ("n", "seed", "unseen", "source")}
+        notes["labels"] = {k: metadata[k] for k in ("kind", "n", "seed", "unseen", "source", "tables") if k in metadata}
     bar, step = _votes_bar("experts' votes")
     routed = train_router(
         experts,
@@ -192,6 +214,7 @@ def train(
         device=device,
         votes=step,
         notes=notes,
+        parent=old,
     )
     bar.close()
     lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
@@ -199,7 +222,11 @@ def train(
         typer.echo(json.dumps({"out": str(out), "kind": routed.router.kind, "digest": routed.router.digest, "last": lines[-1]}))
         return
     last = lines[-1]
-    if "coverage" in last:
+    for line in lines:
+        if "chosen" in line:
+            scores = ", ".join(f"{who} {score:.3f}" for who, score in line["candidates"].items())
+            typer.echo(f"chosen: {line['chosen']} (scores on {line['on']}: {scores})")
+    if "chain" in last:
         typer.echo("chain: " + " -> ".join(who if tau is None else f"{who} ({tau:g})" for who, tau in last["chain"]))
         typer.echo(f"coverage of the experts' envelope on {last['images']} validation images (simulated): {last['coverage']:.3f}")
     typer.echo(f"{routed.router.kind} router: {out}")

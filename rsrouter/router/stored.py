@@ -17,9 +17,12 @@ from rsrouter.core.types import ABSTAIN
 from rsrouter.experts.base import ExpertPool
 from rsrouter.results import read_table
 from rsrouter.results.table import align
-from rsrouter.router.labels import LABEL, Labels, label_votes
+from rsrouter.router.labels import LABEL, Labels, label_votes, target_radii
 from rsrouter.sampling.execution import Execution
 from rsrouter.sampling.noise import stream_key
+
+#: The kind of a file that holds tables' radii instead of votes.
+TABLES = "routing-labels-tables"
 
 
 def store_votes(
@@ -101,12 +104,26 @@ def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.int64], NDArray[np.int
         with np.load(path, allow_pickle=False) as file:
             return json.loads(str(file["metadata"])), file["votes"].astype(np.int64), file["labels"].astype(np.int64)
     except (OSError, KeyError, ValueError) as error:
+        raise _not_labels(path, error) from error
+
+
+def _not_labels(path: Path, error: Exception) -> ResultsError:
+    return ResultsError(
+        "Not a file of routing labels",
+        expected="an npz that `rsrouter label` wrote",
+        received=f"{path}: {error}",
+        remedy="label again, into a new file",
+    )
+
+
+def _check_experts(metadata: dict[str, Any], pool: ExpertPool) -> None:
+    if metadata.get("digests") != [e.digest for e in pool]:
         raise ResultsError(
-            "Not a file of routing labels",
-            expected="an npz that `rsrouter label` wrote",
-            received=f"{path}: {error}",
-            remedy="label again, into a new file",
-        ) from error
+            "The labels were made with other experts",
+            expected=str(list(pool.names)),
+            received=str(metadata.get("experts")),
+            remedy="label again with this pool",
+        )
 
 
 def load_votes(path: str | Path, pool: ExpertPool) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[str, Any]]:
@@ -116,13 +133,7 @@ def load_votes(path: str | Path, pool: ExpertPool) -> tuple[NDArray[np.int64], N
         ResultsError: not such a file, unfinished, or made with other experts.
     """
     metadata, votes, labels = _read(Path(path))
-    if metadata.get("digests") != [e.digest for e in pool]:
-        raise ResultsError(
-            "The labels were made with other experts",
-            expected=str(list(pool.names)),
-            received=str(metadata.get("experts")),
-            remedy="label again with this pool",
-        )
+    _check_experts(metadata, pool)
     if len(votes) != metadata["images"]:
         raise ResultsError(
             "The labels are unfinished",
@@ -156,3 +167,91 @@ def labels_from_tables(paths: Sequence[str | Path]) -> tuple[NDArray[np.int64], 
     right = np.stack([(t.correct == 1) & (t.predict != ABSTAIN) for t in tables], axis=1)
     radius = np.where(right, np.stack([t.radius for t in tables], axis=1), 0.0)
     return tables[0].idx, tables[0].label, Labels(radius, np.stack([t.predict for t in tables], axis=1))
+
+
+def store_tables(
+    pool: ExpertPool, paths: Sequence[str | Path], out: str | Path, *, unseen: bool | None = None
+) -> tuple[dict[str, Any], NDArray[np.float64]]:
+    """Writes the routing labels that certification tables hold into an npz file, for `load_labels`.
+
+    Args:
+        pool: the experts, in the order of the tables.
+        paths: see `labels_from_tables`.
+        out: the file; it must not exist.
+        unseen: as in `store_votes`.
+
+    Returns:
+        The metadata, and every expert's mean radius `(K,)`.
+
+    Raises:
+        InputError: not one table for each expert, or tables without labels.
+        ResultsError: `out` exists, or a table cannot be read.
+    """
+    path = Path(out)
+    if len(paths) != len(pool):
+        raise InputError(
+            "Routing labels need one table for each expert",
+            expected=f"{len(pool)} tables, for {', '.join(pool.names)}",
+            received=str(len(paths)),
+            remedy="--tables once per expert, in the order of their sigmas",
+        )
+    if path.exists():
+        raise ResultsError("The file exists", expected="a new file", received=str(path), remedy="choose another --out")
+    idx, target, labels = labels_from_tables(paths)
+    metadata = {
+        "kind": TABLES,
+        "experts": list(pool.names),
+        "sigmas": list(pool.sigmas),
+        "digests": [e.digest for e in pool],
+        "tables": [Path(p).name for p in paths],
+        "unseen": unseen,
+        "source": f"certification tables, rows {int(idx.min())} to {int(idx.max())}",
+        "images": len(idx),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    np.savez_compressed(
+        temporary, idx=idx, labels=target, radius=labels.radius, predict=labels.predict, metadata=np.array(json.dumps(metadata))
+    )
+    os.replace(temporary, path)
+    return metadata, labels.radius.mean(0)
+
+
+def load_labels(
+    path: str | Path, pool: ExpertPool, rows: range | None = None, *, plan_n: int = 10_000, alpha: float = 1e-3
+) -> tuple[Labels, NDArray[np.int64], dict[str, Any]]:
+    """Routing labels, true classes `(N,)` and metadata of a file that `store_votes` or `store_tables` wrote.
+
+    Args:
+        path: the file.
+        pool: the experts it was made with.
+        rows: of tables: the images that are wanted, by their index in the tables; None: all.
+        plan_n, alpha: of votes: the certification that the targets are for (`target_radii`).
+
+    Raises:
+        ResultsError: not such a file, unfinished, made with other experts, or tables that lack some of `rows`.
+    """
+    try:
+        with np.load(Path(path), allow_pickle=False) as file:
+            metadata = json.loads(str(file["metadata"]))
+            if metadata.get("kind") == TABLES:
+                idx, target, radius, predict = (file[name] for name in ("idx", "labels", "radius", "predict"))
+    except (OSError, KeyError, ValueError) as error:
+        raise _not_labels(Path(path), error) from error
+    if metadata.get("kind") != TABLES:
+        votes, target, metadata = load_votes(path, pool)
+        return target_radii(votes, target, pool.sigmas, plan_n=plan_n, alpha=alpha), target, metadata
+    _check_experts(metadata, pool)
+    if rows is not None:
+        where = {int(i): position for position, i in enumerate(idx)}
+        missing = [i for i in rows if i not in where]
+        if missing:
+            raise ResultsError(
+                "The tables lack some of the images",
+                expected=f"rows {rows.start} to {rows.stop - 1}",
+                received=f"{len(missing)} of them missing, the first {missing[0]}",
+                remedy="train on the images that the tables hold (--start, --count)",
+            )
+        chosen = np.array([where[i] for i in rows], dtype=np.int64)
+        target, radius, predict = target[chosen], radius[chosen], predict[chosen]
+    return Labels(radius, predict), target.astype(np.int64), metadata

@@ -104,6 +104,8 @@ def train_router(
                 remedy="pass validation=(images, labels)",
             )
         cut = len(x) - len(x) // 5
+        if routing_labels is not None:
+            routing_labels = Labels(routing_labels.radius[:cut], routing_labels.predict[:cut])
         validation, x, target, held_out = (x[cut:], target[cut:]), x[:cut], target[:cut], "the last fifth of the images"
     if validation is not None:
         xv = check_images(validation[0], pool.input_shape)

@@ -21,6 +21,7 @@ from rsrouter.core.tree import expert_stage, flat_tree
 from rsrouter.experts import build_architecture
 from rsrouter.router import DeferralRouter, Labels, Voter, label_votes
 from rsrouter.router.checkpoint import Checkpoint, resuming
+from rsrouter.router.stored import load_labels, store_tables
 from rsrouter.training import DeferralRecipe, good_sets, runlog, utility_loss
 from rsrouter.training.features import noisy_features
 from rsrouter.training.heads import HeadRecipe, starting_from, train_head
@@ -327,3 +328,41 @@ def test_weights_of_radii_follow_the_envelope() -> None:
     labels = Labels(np.ones((60, 3)) * [0.2, 0.4, 0.6], np.zeros((60, 3), dtype=np.int64))
     with pytest.raises(InputError, match="weighting"):
         train_router(pool(), "flat", *images(), radii=RADII, recipe=Recipe(weighting="odd"), routing_labels=labels)
+
+
+def test_labels_from_tables_train_without_a_vote(tmp_path: Path) -> None:
+    experts = pool()
+    rng = np.random.default_rng(0)
+    tables = []
+    for k, name in enumerate(experts.names):
+        lines = ["idx\tlabel\tpredict\tradius\tcorrect\ttime"]
+        for i in reversed(range(70)):  # tables need not be sorted
+            right = int(rng.random() < 0.7)
+            lines.append(f"{i}\t{i % CLASSES}\t{i % CLASSES if right else (i + 1) % CLASSES}\t{0.1 * (k + 1)}\t{right}\t0:00:01")
+        tables.append(tmp_path / f"{name}.tsv")
+        tables[-1].write_text("\n".join(lines) + "\n")
+    metadata, mean = store_tables(experts, tables, tmp_path / "labels.npz", unseen=True)
+    assert metadata["images"] == 70
+    assert mean.argmax() == 2
+    routing, target, metadata = load_labels(tmp_path / "labels.npz", experts, range(5, 65))
+    assert target.tolist() == [i % CLASSES for i in range(5, 65)]
+    assert set(np.unique(routing.radius[:, 1])) == {0.0, 0.2}
+    x, _ = images()
+    drawn: list[int] = []
+    train_router(
+        experts, "flat", x, torch.from_numpy(target), radii=RADII, recipe=SHORT, routing_labels=routing, votes=drawn.append
+    )
+    assert drawn == []
+    with pytest.raises(ResultsError, match="lack some"):
+        load_labels(tmp_path / "labels.npz", experts, range(20, 80))
+    with pytest.raises(ResultsError, match="other experts"):
+        load_labels(tmp_path / "labels.npz", ExpertPool([experts[0], experts[1]]))
+    with pytest.raises(InputError, match="one table for each"):
+        store_tables(experts, tables[:2], tmp_path / "two.npz")
+    with pytest.raises(ResultsError, match="exists"):
+        store_tables(experts, tables, tmp_path / "labels.npz")
+    # auto's flat candidate learns from them too, from those of the images that are left to train on
+    routed = train_router(
+        experts, "auto", x, torch.from_numpy(target), radii=RADII, recipe=QUICK, routing_labels=routing, plan_n=1000
+    )
+    assert routed.router.kind in ("flat", "cascade", "deferral")

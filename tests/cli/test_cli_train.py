@@ -1,0 +1,84 @@
+"""`label --tables`, `train --labels` and `train --from` on the bundled experts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rsrouter import CascadeRouter, ExpertPool, FlatRouter, RoutedSmooth
+from rsrouter.cli import main
+from rsrouter.demo import load_pool, load_slice
+from rsrouter.experts import build_architecture
+from rsrouter.training import work
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    images, labels = load_slice("train").batch(range(24))
+    np.savez(folder / "train.npz", images=(images * 255).round().to(torch.uint8).numpy(), labels=labels.numpy())
+    pool = ExpertPool([load_pool()["sigma_0.5"], load_pool()["sigma_1"]])
+    pool.save(folder / "pool.json")
+    torch.manual_seed(0)
+    head = build_architecture("mlp_head", 2, {"in_features": 74, "hidden": 8})
+    RoutedSmooth(pool, FlatRouter(head, sigma=1.0, trunk="sigma_1")).save_pretrained(folder / "flat")
+    RoutedSmooth(pool, CascadeRouter((0.7,))).save_pretrained(folder / "cascade")
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(pool.names):
+        rows = [f"{i}\t{label}\t{label}\t{rng.uniform(0.1, 1 + k):.3f}\t1\t0:00:01" for i, label in enumerate(labels.tolist())]
+        (folder / f"{name}.tsv").write_text("\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *rows]) + "\n")
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*words: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rsrouter", *map(str, words)])
+        capsys.readouterr()
+        status: Any = 0
+        try:
+            main()
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_tables_become_labels_and_a_parent_is_trained_on(call: Any, files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labels.npz"
+    tables = [word for name in ("sigma_0.5", "sigma_1") for word in ("--tables", files / f"{name}.tsv")]
+    status, text, _ = call("label", files / "pool.json", *tables, "--unseen", "--out", out, "--format", "json")
+    assert status == 0
+    assert json.loads(text)["tables"] == ["sigma_0.5.tsv", "sigma_1.tsv"]
+    status, _, err = call("label", files / "pool.json", "--out", tmp_path / "none.npz")
+    assert status == 2
+    assert "--tables" in err
+    words = ("--from", files / "flat", "--data", files / "train.npz", "--start", 4, "--count", 20, "--labels", out)
+    status, text, err = call("train", *words, "--out", tmp_path / "router")
+    assert status == 0, err
+    assert "flat router" in text
+    head = json.loads((tmp_path / "router" / "training.jsonl").read_text().splitlines()[0])
+    old = RoutedSmooth.from_pretrained(files / "flat")
+    assert head["parent"] == {"name": "flat", "revision": None, "digest": old.router.digest}
+    assert head["labels"]["kind"] == "routing-labels-tables"
+    assert head["labels"]["unseen"] is True
+    assert RoutedSmooth.from_pretrained(tmp_path / "router").router.digest != old.router.digest
+
+
+def test_a_cascade_goes_on_from_its_parent(call: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "TUNE_VOTES", 40)
+    words = ("--from", files / "cascade", "--kind", "cascade", "--data", files / "train.npz", "--validation", files / "train.npz")
+    status, text, err = call("train", *words, "--radii", "0,0.5", "--n", 1000, "--out", tmp_path / "router")
+    assert status == 0, err
+    assert "coverage of the experts' envelope" in text
+    lines = [json.loads(line) for line in (tmp_path / "router" / "training.jsonl").read_text().splitlines()]
+    start = next(line for line in lines if line.get("start") == "parent")
+    assert lines[-1]["score"] >= start["score"]
