@@ -1,0 +1,252 @@
+"""What both routing studies share: certifying every method on the same votes, and the tables and figures.
+
+Each method is certified by the package's own `certify_table`, in shards of consecutive work that may run in several
+processes and resume where they stopped; the networks' votes are drawn once per image and shared by all methods
+(`VoteMemo`), each of which spends its own total alpha. Everything printed comes from the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rsrouter import AdaptivePlan, RoutedSmooth, Smooth
+from rsrouter.jobs import certify_table
+from rsrouter.report import write_report
+from rsrouter.report.curves import average_certified_radius, certified_correct
+from rsrouter.results import Table, merge_tables, read_table
+from rsrouter.sampling import VoteMemo
+
+RADII = np.arange(0.0, 2.51, 0.25)
+COVERED = RADII <= 2.0
+ALPHA, N0, N = 1e-3, 100, 10_000
+PLAN = AdaptivePlan(N, tuple(RADII), n0=N0)
+#: Shards of a study; any number of processes may work on them.
+SHARDS = 8
+RESAMPLES = 1000
+
+Method = tuple[Smooth | RoutedSmooth, str]
+
+
+def certify_all(
+    methods: Mapping[str, Method],
+    images: Any,
+    out: Path,
+    *,
+    seed: int,
+    count: int,
+    part: tuple[int, int] = (0, 1),
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Certifies the first `count` images with every method, into `out/NAME.I.tsv` for each shard I of this part.
+
+    Args:
+        methods: by name: classifier and rule.
+        images: the data set.
+        out: folder of the tables.
+        seed: of every method's votes, the same for all so that they share them.
+        count: how many images.
+        part: `(i, n)`: this process takes the shards i, i + n, ...
+        data: for the metadata.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for shard in range(part[0], SHARDS, part[1]):
+        memo, start = VoteMemo(), time.time()
+        for name, (smoothed, rule) in methods.items():
+            smoothed.memo = memo
+            certify_table(
+                smoothed,
+                images,
+                out / f"{name}.{shard}.tsv",
+                plan=PLAN,
+                alpha=ALPHA,
+                seed=seed,
+                rule=rule,
+                indices=range(count),
+                shard=(shard, SHARDS),
+                name=name,
+                data=data,
+            )
+            print(f"shard {shard} {name}: {time.time() - start:.0f} s, votes drawn {memo.drawn:,} of {memo.asked:,}", flush=True)
+
+
+def merged(methods: Sequence[str], out: Path) -> dict[str, Table]:
+    """One table per method, over the shards that every method has finished."""
+    ready = [i for i in range(SHARDS) if all((out / f"{name}.{i}.tsv").exists() for name in methods)]
+    sizes = {i: {len(read_table(out / f"{name}.{i}.tsv")) for name in methods} for i in ready}
+    ready = [i for i in ready if len(sizes[i]) == 1]
+    tables = {}
+    for name in methods:
+        target = out / f"{name}.tsv"
+        for old in (target, target.with_suffix(".json")):
+            old.unlink(missing_ok=True)
+        merge_tables([out / f"{name}.{i}.tsv" for i in ready], target, partial=len(ready) < SHARDS)
+        tables[name] = read_table(target)
+    return tables
+
+
+def summarise(
+    tables: Mapping[str, Table], experts: Sequence[str], reference: str, best: str, *, seed: int = 0
+) -> tuple[list[str], dict[str, Any]]:
+    """Markdown lines and a JSON-able summary.
+
+    Args:
+        tables: every method's table over the same images.
+        experts: which of them are single experts (they make the envelope and the oracle).
+        reference: the method others are compared with, paired over images (the paper's).
+        best: the method chosen on validation images.
+        seed: of the bootstrap.
+    """
+    hits = {name: certified_correct(table, RADII) for name, table in tables.items()}
+    stack = np.stack([hits[name] for name in experts])
+    hits["oracle"] = stack.any(0)
+    n = stack.shape[1]
+    draws = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
+    means = {name: np.stack([h[rows].mean(0) for rows in draws]) for name, h in hits.items()}
+    best_at = np.max([h.mean(0) for h in stack], axis=0)
+    best_resampled = np.max([means[name] for name in experts], axis=0)
+
+    def coverage(reached: np.ndarray, envelope: np.ndarray) -> np.ndarray:
+        ratio = np.where(envelope > 0, reached / np.where(envelope > 0, envelope, 1.0), np.nan)
+        return np.nanmean(ratio[..., COVERED], axis=-1)
+
+    def row(name: str, cells: Sequence[str]) -> str:
+        return f"| {name} | " + " | ".join(cells) + " |"
+
+    lines = [
+        row("method", [f"{r:g}" for r in RADII] + ["abstains", "coverage 0 to 2", "least ratio", "ACR", "votes"]),
+        "|---" * (len(RADII) + 6) + "|",
+    ]
+    summary: dict[str, Any] = {"images": n, "radii": RADII.tolist(), "envelope": best_at.tolist(), "methods": {}}
+    order = [*experts, "envelope", "oracle", *[name for name in tables if name not in experts]]
+    for name in order:
+        if name == "envelope":
+            lines.append(row("best expert at each radius (envelope)", [f"{100 * a:.1f}" for a in best_at] + ["", "1", "1", "", ""]))
+            continue
+        reached = hits[name].mean(0)
+        ratio = reached[COVERED & (best_at > 0)] / best_at[COVERED & (best_at > 0)]
+        spread = np.percentile(coverage(means[name], best_resampled), [2.5, 97.5])
+        low, high = np.percentile(means[name], [2.5, 97.5], axis=0)
+        entry: dict[str, Any] = {
+            "accuracy": reached.tolist(),
+            "low": low.tolist(),
+            "high": high.tolist(),
+            "coverage": float(coverage(reached, best_at)),
+            "coverage_interval": spread.tolist(),
+            "least_ratio": float(ratio.min()),
+        }
+        table = tables.get(name)
+        if table is not None:
+            entry["abstains"] = float(table.abstained.mean())
+            entry["acr"] = average_certified_radius(table)
+            entry["votes"] = float(table.n_drawn.mean())
+        summary["methods"][name] = entry
+        lines.append(
+            row(
+                f"**{name}**" if name == best else name,
+                [f"{100 * a:.1f}" for a in reached]
+                + [
+                    "" if table is None else f"{100 * entry['abstains']:.1f}",
+                    f"{entry['coverage']:.3f} [{spread[0]:.3f}, {spread[1]:.3f}]",
+                    f"{entry['least_ratio']:.3f}",
+                    "" if table is None else f"{entry['acr']:.3f}",
+                    "" if table is None else f"{entry['votes']:,.0f}",
+                ],
+            )
+        )
+    gap = coverage(means[best], best_resampled) - coverage(means[reference], best_resampled)
+    low, high = np.percentile(gap, [2.5, 97.5])
+    at = hits[best].astype(float) - hits[reference].astype(float)
+    spread_at = np.percentile(means[best] - means[reference], [2.5, 97.5], axis=0)
+    total = summary["methods"][best]["coverage"] - summary["methods"][reference]["coverage"]
+    summary["paired"] = {
+        "best": best,
+        "reference": reference,
+        "coverage": [total, low, high],
+        "accuracy": at.mean(0).tolist(),
+        "low": spread_at[0].tolist(),
+        "high": spread_at[1].tolist(),
+    }
+    lines += [
+        "",
+        f"Coverage of {best} less that of {reference}: {total:+.3f} [{low:+.3f}, {high:+.3f}] (paired over images). Certified accuracy at "
+        "each radius, in points: "
+        + ", ".join(
+            f"{100 * d:+.1f} [{100 * a:+.1f}, {100 * b:+.1f}] at {r:g}"
+            for r, d, a, b in zip(RADII, at.mean(0), *spread_at, strict=True)
+            if r <= 2.0
+        )
+        + ".",
+    ]
+    return lines, summary
+
+
+def figure(path: Path, summary: Mapping[str, Any], experts: Sequence[str], title: str) -> None:
+    """Certified accuracy over radius, and its share of the envelope, of every method."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "rsrouter"
+    from matplotlib import pyplot as plt
+
+    canvas, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    envelope = np.array(summary["envelope"])
+    left.plot(RADII, 100 * envelope, color="0.3", lw=2.5, label="best expert at each radius")
+    right.axhline(1.0, color="0.3", lw=2.5)
+    shown = COVERED & (envelope > 0)
+    for name, entry in summary["methods"].items():
+        reached = np.array(entry["accuracy"])
+        if name in experts:
+            left.plot(RADII, 100 * reached, color="0.6", lw=1, ls=":")
+            continue
+        line = left.plot(RADII, 100 * reached, marker="o", ms=3, lw=1.2, label=name)[0]
+        right.plot(RADII[shown], reached[shown] / envelope[shown], marker="o", ms=3, lw=1.2, color=line.get_color())
+    left.set(xlabel="L2 radius", ylabel="certified accuracy, %", title=title)
+    right.set(xlabel="L2 radius", ylabel="share of the envelope", title="routed / best expert")
+    left.legend(fontsize=7)
+    canvas.tight_layout()
+    canvas.savefig(path, metadata={"Date": None})
+
+
+def write_study(
+    tables: Mapping[str, Table],
+    experts: Sequence[str],
+    reference: str,
+    best: str,
+    out: Path,
+    title: str,
+    said: str,
+    report: Path | None = None,
+) -> None:
+    """`table.md`, `table.json` and `curves.svg` in `out`, and the report page in `report`."""
+    lines, summary = summarise(tables, experts, reference, best)
+    head = (
+        f"{summary['images']:,} test images, at most N = {N:,} votes per stage and n0 = {N0} for selection (adaptive, radii 0.25 apart), "
+        f"alpha = {ALPHA} in total for each method, votes shared. Certified accuracy in %; brackets: 95% bootstrap intervals over images "
+        f"({RESAMPLES:,} resamples). {said}"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text("\n".join([head, "", *lines]) + "\n")
+    (out / "table.json").write_text(json.dumps(summary, indent=1) + "\n")
+    figure(out / "curves.svg", summary, experts, title)
+    if report is not None:
+        write_report(
+            {name: table for name, table in tables.items() if name in (*experts, reference, best)},
+            report,
+            routed=[best, reference],
+            experts=experts,
+            title=title,
+            radii=RADII,
+        )
+    print(head, "", *lines, sep="\n")
+
+
+def use_threads(count: int) -> None:
+    """Threads of this process: two processes on two cores want one each."""
+    torch.set_num_threads(count)
