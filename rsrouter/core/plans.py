@@ -184,6 +184,13 @@ class FixedPlan(Plan):
 
     The reference that published tables use (Cohen et al. 2019, algorithm CERTIFY). A stage is drawn whole or
     not at all.
+
+    Args:
+        n0: selection votes per stage.
+        n: estimation votes of every stage that is sampled.
+
+    Raises:
+        PlanError: a number that is not whole, or below 1.
     """
 
     n0: int = 100

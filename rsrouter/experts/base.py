@@ -331,18 +331,22 @@ class ExpertPool(Sequence[Expert]):
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the K experts, in the pool's order."""
         return tuple(e.name for e in self.experts)
 
     @property
     def sigmas(self) -> tuple[float, ...]:
+        """Noise levels of the K experts, ascending, in [0,1]-pixel units."""
         return tuple(e.sigma for e in self.experts)
 
     @property
     def num_classes(self) -> int:
+        """Width of every expert's logits."""
         return self.experts[0].num_classes
 
     @property
     def input_shape(self) -> tuple[int, ...]:
+        """`(C, H, W)` of one image."""
         return self.experts[0].input_shape
 
     @cached_property

@@ -104,6 +104,14 @@ def known_architecture(name: str) -> bool:
 def build_architecture(name: str, num_classes: int, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """A freshly initialised module of a registered architecture or of timm.
 
+    Args:
+        name: registered here, or one of timm's models.
+        num_classes: width of the logits.
+        kwargs: passed to the architecture; arguments that would make timm read other files are refused.
+
+    Returns:
+        A module from images `(B, C, H, W)` to logits `(B, num_classes)` (a denoiser: to images).
+
     Raises:
         CheckpointError: unknown name, or keyword arguments that do not fit.
     """

@@ -24,6 +24,10 @@ class CascadeRouter(Router):
         thresholds: one tau in (1/2, 1) per expert but the last.
         experts: names in the order in which they are asked; None: largest sigma first. A name may come again
             later (not at once): the expert's votes are then drawn once and read twice.
+
+    Raises:
+        InputError: a threshold outside (1/2, 1); where it is bound to a pool: names or a number of thresholds that
+            do not fit.
     """
 
     kind: ClassVar[str] = "cascade"

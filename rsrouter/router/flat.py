@@ -29,6 +29,10 @@ class FlatRouter(Router):
         experts: names of the experts that logits 0 .. K - 1 stand for; None: the pool's order.
         trunk: name of the frozen expert whose features the head reads. Where that expert has the router's
             sigma, one forward pass casts both votes.
+
+    Raises:
+        InputError: something that is no module, or a sigma that is not positive and finite; where it is bound to a
+            pool: experts, a trunk or a number of logits that do not fit.
     """
 
     kind: ClassVar[str] = "flat"
