@@ -8,20 +8,28 @@ processes and resume where they stopped; the networks' votes are drawn once per 
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from rsrouter import AdaptivePlan, RoutedSmooth, Smooth
+from rsrouter import AdaptivePlan, CascadeRouter, Expert, ExpertPool, RoutedSmooth, Smooth
 from rsrouter.jobs import certify_table
 from rsrouter.report import write_report
 from rsrouter.report.curves import average_certified_radius, certified_correct
 from rsrouter.results import Table, merge_tables, read_table
-from rsrouter.sampling import VoteMemo
+from rsrouter.router import label_votes
+from rsrouter.router.checkpoint import Checkpoint, resuming
+from rsrouter.router.labels import target_radii
+from rsrouter.sampling import Execution, VoteMemo
+from rsrouter.training import train_router
+from rsrouter.training.deferral import DeferralRecipe, train_deferral
+from rsrouter.training.train import default_flat
+from rsrouter.training.tune import tune_cascade
 
 RADII = np.arange(0.0, 2.51, 0.25)
 COVERED = RADII <= 2.0
@@ -31,7 +39,91 @@ PLAN = AdaptivePlan(N, tuple(RADII), n0=N0)
 SHARDS = 8
 RESAMPLES = 1000
 
+#: The paper's method, and ours.
+REFERENCE, BEST = "flat, min rule (Dual RS)", "deferral"
+
 Method = tuple[Smooth | RoutedSmooth, str]
+Labelled = tuple[Tensor, Tensor]
+
+
+def train_all(
+    pool: ExpertPool,
+    work: Path,
+    unseen: Labelled,
+    heads: Labelled,
+    validation: Labelled,
+    recipe: DeferralRecipe,
+    execution: Execution,
+) -> None:
+    """Trains every router into `work/NAME`, each once, resumable; every choice is made on `validation`.
+
+    Args:
+        pool: the experts.
+        work: folder of routers and logs.
+        unseen: images that no expert was trained on, for the flat router.
+        heads: images that heads are trained on.
+        validation: what nothing is trained on.
+        recipe: of the deferral router; the tuned cascade draws as many votes.
+        execution: how the experts run.
+    """
+    radii = tuple(RADII[COVERED])
+
+    def make(name: str, build: Callable[[Callable[[dict[str, Any]], None]], RoutedSmooth]) -> None:
+        if (work / name / "config.json").exists():
+            return
+        start, lines = time.time(), []
+        with resuming(Checkpoint(work / f"{name}.state")):
+            routed = build(lines.append)
+        routed.save_pretrained(work / name)
+        lines.append({"seconds": round(time.time() - start)})
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        print(name, json.dumps(lines[-2:]), flush=True)
+
+    def flat(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
+        labels = target_radii(label_votes(pool, unseen[0], n=100, execution=execution), unseen[1].numpy(), pool.sigmas)
+        return train_router(pool, default_flat(pool, 0), *unseen, radii=radii, recipe="dual-rs", routing_labels=labels)
+
+    def cascade(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
+        return RoutedSmooth(pool, tune_cascade(pool, *validation, radii, n=recipe.tune_copies, execution=execution, log=log))
+
+    def deferral(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
+        return RoutedSmooth(pool, train_deferral(pool, *heads, validation, radii, recipe=recipe, execution=execution, log=log))
+
+    make("flat", flat)
+    make("cascade", cascade)
+    make("deferral", deferral)
+
+
+def methods(pool: ExpertPool, work: Path, execution: Execution, again: float = 0.75) -> dict[str, Method]:
+    """By name, in the order of the table: experts first, then the largest smoothed at `again`, then what routes."""
+    found: dict[str, Method] = {e.name: (Smooth(e, execution=execution), "tree") for e in pool}
+    largest = pool[len(pool) - 1]
+    other = Expert(
+        largest.module,
+        sigma=again,
+        num_classes=largest.num_classes,
+        input_shape=largest.input_shape,
+        mean=largest.mean,
+        std=largest.std,
+        name=f"{largest.name} smoothed at {again:g}",
+    )
+    found[other.name] = (Smooth(other, execution=execution), "tree")
+
+    def routed(name: str) -> RoutedSmooth:
+        return RoutedSmooth(pool, RoutedSmooth.from_pretrained(work / name).router, execution=execution)
+
+    found[REFERENCE] = (routed("flat"), "min")
+    found["flat, agreement (tree)"] = (routed("flat"), "tree")
+    plain = CascadeRouter([0.55] * (len(pool) - 1))
+    found["Multiscale-like cascade (.55)"] = (RoutedSmooth(pool, plain, execution=execution), "tree")
+    found["cascade, tuned"] = (routed("cascade"), "tree")
+    found[BEST] = (routed("deferral"), "tree")
+    return found
+
+
+def file_name(method: str) -> str:
+    """A method's name as part of a file name."""
+    return re.sub(r"[^a-z0-9.]+", "-", method.lower()).strip("-.")
 
 
 def certify_all(
@@ -63,7 +155,7 @@ def certify_all(
             certify_table(
                 smoothed,
                 images,
-                out / f"{name}.{shard}.tsv",
+                out / f"{file_name(name)}.{shard}.tsv",
                 plan=PLAN,
                 alpha=ALPHA,
                 seed=seed,
@@ -78,16 +170,16 @@ def certify_all(
 
 def merged(methods: Sequence[str], out: Path) -> dict[str, Table]:
     """One table per method, over the shards that every method has finished."""
-    ready = [i for i in range(SHARDS) if all((out / f"{name}.{i}.tsv").exists() for name in methods)]
-    sizes = {i: {len(read_table(out / f"{name}.{i}.tsv")) for name in methods} for i in ready}
+    ready = [i for i in range(SHARDS) if all((out / f"{file_name(name)}.{i}.tsv").exists() for name in methods)]
+    sizes = {i: {len(read_table(out / f"{file_name(name)}.{i}.tsv")) for name in methods} for i in ready}
     ready = [i for i in ready if len(sizes[i]) == 1]
     tables = {}
     for name in methods:
-        target = out / f"{name}.tsv"
+        target = out / f"{file_name(name)}.tsv"
         for old in (target, target.with_suffix(".json")):
             old.unlink(missing_ok=True)
-        merge_tables([out / f"{name}.{i}.tsv" for i in ready], target, partial=len(ready) < SHARDS)
-        tables[name] = read_table(target)
+        merge_tables([out / f"{file_name(name)}.{i}.tsv" for i in ready], target, partial=len(ready) < SHARDS)
+        tables[name] = read_table(target, name=name)
     return tables
 
 
@@ -127,7 +219,8 @@ def summarise(
     order = [*experts, "envelope", "oracle", *[name for name in tables if name not in experts]]
     for name in order:
         if name == "envelope":
-            lines.append(row("best expert at each radius (envelope)", [f"{100 * a:.1f}" for a in best_at] + ["", "1", "1", "", ""]))
+            cells = [f"{100 * a:.1f}" for a in best_at]
+            lines.append(row("best expert at each radius (envelope)", [*cells, "", "1", "1", "", ""]))
             continue
         reached = hits[name].mean(0)
         ratio = reached[COVERED & (best_at > 0)] / best_at[COVERED & (best_at > 0)]
@@ -175,8 +268,8 @@ def summarise(
     }
     lines += [
         "",
-        f"Coverage of {best} less that of {reference}: {total:+.3f} [{low:+.3f}, {high:+.3f}] (paired over images). Certified accuracy at "
-        "each radius, in points: "
+        f"Coverage of {best} less that of {reference}: {total:+.3f} [{low:+.3f}, {high:+.3f}] (paired over images). "
+        "Certified accuracy at each radius, in points: "
         + ", ".join(
             f"{100 * d:+.1f} [{100 * a:+.1f}, {100 * b:+.1f}] at {r:g}"
             for r, d, a, b in zip(RADII, at.mean(0), *spread_at, strict=True)
@@ -221,15 +314,14 @@ def write_study(
     best: str,
     out: Path,
     title: str,
-    said: str,
     report: Path | None = None,
 ) -> None:
     """`table.md`, `table.json` and `curves.svg` in `out`, and the report page in `report`."""
     lines, summary = summarise(tables, experts, reference, best)
     head = (
-        f"{summary['images']:,} test images, at most N = {N:,} votes per stage and n0 = {N0} for selection (adaptive, radii 0.25 apart), "
-        f"alpha = {ALPHA} in total for each method, votes shared. Certified accuracy in %; brackets: 95% bootstrap intervals over images "
-        f"({RESAMPLES:,} resamples). {said}"
+        f"{summary['images']:,} test images, at most N = {N:,} votes per stage and n0 = {N0} for selection (adaptive, radii 0.25 "
+        f"apart), alpha = {ALPHA} in total for each method, votes shared. Certified accuracy in %; brackets: 95% bootstrap "
+        f"intervals over images ({RESAMPLES:,} resamples). In bold what was chosen on validation images."
     )
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text("\n".join([head, "", *lines]) + "\n")
@@ -245,8 +337,3 @@ def write_study(
             radii=RADII,
         )
     print(head, "", *lines, sep="\n")
-
-
-def use_threads(count: int) -> None:
-    """Threads of this process: two processes on two cores want one each."""
-    torch.set_num_threads(count)

@@ -1,0 +1,101 @@
+"""Study 2: routing between three small CIFAR-10 experts of one's own (`train_cifar_experts.py`).
+
+    python examples/study_cifar10.py train --work WORK --experts EXPERTS --data DATA
+    python examples/study_cifar10.py certify --work WORK --experts EXPERTS --data DATA --images 500 [--part 0/2]
+    python examples/study_cifar10.py table --work WORK --experts EXPERTS --out model_cards/cifar10-study
+
+EXPERTS is what `train_cifar_experts.py --out` wrote, DATA as there. Heads are trained on training rows 0 to 47,999 (the experts'
+own 42,000 and 6,000 that they have not seen), the flat router on those 6,000, every choice is made on rows 48,000 to
+49,999, and test images are only certified. `certify` is resumable and may run in several processes (`--part`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from routing_study import BEST, REFERENCE, certify_all, merged, methods, train_all, write_study
+from torch import Tensor
+from train_cifar_experts import read_cifar
+
+from rsrouter import ExpertPool, load_expert
+from rsrouter.data import from_arrays
+from rsrouter.sampling import Execution
+from rsrouter.training.deferral import DeferralRecipe
+from rsrouter.training.heads import HeadRecipe
+
+SEED = 20261123
+SIGMAS = (0.25, 0.5, 1.0)
+RECIPE = DeferralRecipe(
+    copies=6,
+    tune_copies=500,
+    levels=(1.07, 1.23),
+    consistency=(2.0, 5.0, 10.0),
+    head=HeadRecipe(steps=2000),
+    floor=0.0,
+)
+
+
+def load_pool(folder: Path) -> ExpertPool:
+    return ExpertPool([load_expert(folder / f"sigma_{sigma:.2f}", name=f"sigma_{sigma:g}") for sigma in SIGMAS])
+
+
+def part_of(data: str, *names: str) -> tuple[Tensor, Tensor]:
+    parts = [read_cifar(data, name) for name in names]
+    images = np.ascontiguousarray(np.concatenate([p[0] for p in parts]))
+    return torch.from_numpy(images).float().div_(255), torch.from_numpy(np.concatenate([p[1] for p in parts]))
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    data = [part_of(args.data, *names) for names in (("train",), ("experts", "train"), ("validation",))]
+    train_all(load_pool(args.experts), args.work, data[0], data[1], data[2], RECIPE, Execution(dtype=args.dtype))
+
+
+def certify(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    images, labels = read_cifar(args.data, "test")
+    part = tuple(int(v) for v in args.part.split("/"))
+    certify_all(
+        methods(load_pool(args.experts), args.work, Execution(dtype=args.dtype)),
+        from_arrays(np.ascontiguousarray(images[: args.images]), labels[: args.images], name="CIFAR-10 test set"),
+        args.work / "tables",
+        seed=SEED,
+        count=args.images,
+        part=(part[0], part[1]),
+    )
+
+
+def table(args: argparse.Namespace) -> None:
+    pool = load_pool(args.experts)
+    tables = merged(list(methods(pool, args.work, Execution())), args.work / "tables")
+    write_study(tables, pool.names, REFERENCE, BEST, args.out, "CIFAR-10", args.report)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    for name, run in (("train", train), ("certify", certify), ("table", table)):
+        verb = verbs.add_parser(name)
+        verb.add_argument("--work", type=Path, required=True, help="routers and tables")
+        verb.add_argument("--experts", type=Path, required=True)
+        verb.set_defaults(run=run)
+        if name in ("train", "certify"):
+            verb.add_argument("--data", required=True)
+            verb.add_argument("--dtype", default="float32")
+            verb.add_argument("--threads", type=int, default=1)
+        if name == "certify":
+            verb.add_argument("--images", type=int, default=500)
+            verb.add_argument("--part", default="0/1")
+        if name == "table":
+            verb.add_argument("--out", type=Path, required=True)
+            verb.add_argument("--report", type=Path, default=None)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
