@@ -19,6 +19,7 @@ from rsrouter.core.estimates import stage_bounds
 from rsrouter.core.tree import Stage, Tree, expert_stage
 from rsrouter.core.types import ABSTAIN
 from rsrouter.report import curves
+from rsrouter.report.losses import by_stage, losses, losses_files
 from rsrouter.results import Table, align, read_table
 
 RADII = np.arange(0.0, 2.51, 0.25)
@@ -241,12 +242,34 @@ def report(experts: Sequence[Table], routed: Sequence[Table]) -> tuple[str, dict
     return "\n".join(lines) + "\n", numbers
 
 
+def costs(experts: Sequence[Table], routed: Sequence[Table]) -> tuple[str, dict]:
+    """What drives it: mean radius lost by choosing another expert and by holding the choice, by the stage that limits it."""
+    lines = [
+        "Mean radius lost against each image's best expert (0 where wrong): routing regret (another expert was better) and loss "
+        "of the routed radius against the chosen expert's own; by the stage that limits the radius.",
+        "",
+        "| | limited by | images, % | mean radius | routing regret | loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    numbers: dict = {}
+    for t in routed:
+        rows = by_stage(losses(t, experts))
+        numbers[t.name] = [vars(row) for row in rows]
+        lines += [
+            f"| {t.name} | {row.stage} | {100 * row.share:.1f} | {row.routed:.3f} | {row.regret:.3f} | {row.loss:+.3f} |"
+            for row in rows
+        ]
+    return "\n".join(lines) + "\n", numbers
+
+
 def write(out: Path, experts: Sequence[Table], routed: Sequence[Table]) -> str:
-    """`table.md`, `table.json`, `curve.csv`, `curve.svg` and `curve.png` into `out`; returns the Markdown."""
+    """`table.md`, `table.json`, `curve.csv`, and curves and losses as SVG and PNG into `out`; returns the Markdown."""
     from rsrouter.report.figures import curve_csv, curve_figure, save_figure
     from rsrouter.report.summary import summarise
 
     text, numbers = report(experts, routed)
+    more, numbers["costs"] = costs(experts, routed)
+    text += "\n" + more
     shown = [routed[0], routed[1], routed[-1]]
     summary = summarise([*shown, *experts], routed=[t.name for t in shown], experts=[t.name for t in experts], radii=COVERED)
     figure = curve_figure(summary, "Routing between published CIFAR-10 experts: estimates, no certificates")
@@ -256,5 +279,8 @@ def write(out: Path, experts: Sequence[Table], routed: Sequence[Table]) -> str:
     (out / "table.json").write_text(json.dumps(numbers, indent=1) + "\n")
     (out / "curve.csv").write_bytes(curve_csv(summary))
     for name, content in save_figure(figure, "curve").items():
+        (out / name).write_bytes(content)
+    best = max(routed, key=lambda t: curves.coverage(t, experts, COVERED))
+    for name, content in losses_files(losses(best, experts), f"{best.name}: estimates, no certificates").items():
         (out / name).write_bytes(content)
     return text
