@@ -61,15 +61,11 @@ def command_line() -> str:
             raise PluginError(f"rsrouter {words} --help leaves with {result.exit_code}")
         return result.output
 
-    lines = [
-        "# Command line",
-        "",
-        "`rsrouter VERB --help` prints the same. Every verb leaves with status 0, or with 2 after an error that says what was",
-        "expected, what came and what to do; `audit` leaves with 1 where it found something. `rsrouter --install-completion`",
-        "completes verbs and options in your shell.",
-        "",
-    ]
-    for line in help_of().partition("Commands:")[2].splitlines():
+    verbs, *notes = help_of().partition("Commands:\n")[2].split("\n\n")
+    lines = ["# Command line", "", "`rsrouter VERB --help` prints the same.", ""]
+    for note in notes:
+        lines += [" ".join(note.split()), ""]
+    for line in verbs.splitlines():
         if found := re.match(r"  (\w\S*)  ", line):
             lines += _verb(found[1], help_of(found[1]))
     return "\n".join(lines) + "\n"
