@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import Device, Format, OutputFormat
+from rsrouter.cli.options import Device, Format, OutputFormat, echo_json
 
 
 def bench(
@@ -17,57 +18,78 @@ def bench(
         str | None, typer.Option("--router", help="A router's folder; default: the demo's pool and a cascade.")
     ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Images for it; default: the demo's test slice.")] = None,
-    repeats: Annotated[int, typer.Option("--repeats", help="Timed rounds of each pair.")] = 5,
-    n_max: Annotated[int, typer.Option("--n-max", help="Votes of the fixed plan, and the adaptive plan's most.")] = 100_000,
-    images: Annotated[int, typer.Option("--images", help="Images certified adaptively.")] = 50,
-    most: Annotated[int, typer.Option("--most", help="Largest n times images in the table of cost against work.")] = 1_000_000,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute: few votes, once; figures mean little.")] = False,
+    repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Timed rounds of each pair; default 5.")] = None,
+    n_max: Annotated[
+        int | None, typer.Option("--n-max", min=1, help="Votes of the fixed plan, and the adaptive plan's most; default 100,000.")
+    ] = None,
+    images: Annotated[int | None, typer.Option("--images", min=1, help="Images certified adaptively; default 50.")] = None,
+    most: Annotated[
+        int | None, typer.Option("--most", min=1, help="Largest n times images in the cost table; default 1,000,000.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the JSON here.")] = None,
     format: OutputFormat = Format.text,
 ) -> None:
     """Speed as ratios measured in one run: against pure forward passes, and against the papers' own loop.
 
+    Ten minutes on two cores that do nothing else.
+
     Example: rsrouter bench --device cuda
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from rsrouter import RoutedSmooth
     from rsrouter.bench import run_bench
+    from rsrouter.bench.run import QUICK
     from rsrouter.data import load_data
     from rsrouter.demo import load_pool, load_slice
 
     routed = None if router is None else RoutedSmooth.from_pretrained(router)
+    given = {"repeats": repeats, "n_max": n_max, "certificates": images, "most": most}
+    settings = {**(QUICK if quick else {}), **{key: value for key, value in given.items() if value is not None}}
+    slices = load_slice("test") if data is None else load_data(data)
+    x = slices.batch(range(min(len(slices), max(50, settings.get("certificates", 50)))))[0]
     pool = load_pool() if routed is None else routed.pool
-    x = (load_slice("test") if data is None else load_data(data)).batch(range(images))[0]
-    result = run_bench(
-        pool,
-        x,
-        router=None if routed is None else routed.router,
-        device=device,
-        repeats=repeats,
-        n_max=n_max,
-        certificates=images,
-        most=most,
-    )
+    result = run_bench(pool, x, router=None if routed is None else routed.router, device=device, **settings)
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if format is Format.json:
-        typer.echo(json.dumps(result))
-        return
-    console = Console()
-    table = Table(
-        "figure", "median", "lowest", "highest", title=f"{result['device']}, {result['threads']} threads", title_justify="left"
-    )
+        echo_json(result)
+    else:
+        show(result)
+
+
+def show(result: dict[str, Any]) -> None:
+    """The tables of a bench."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    title = f"{result['device']}, {result['threads']} threads, torch {result['torch']}, {result['seconds']:.0f} s in all"
+    table = Table("figure", "median", "lowest", "highest", "meant to be", title=title, title_justify="left")
     for figure in result["figures"]:
-        digits = "{:,.0f}" if figure["unit"].startswith("votes") else "{:.3f}"
+        unit = figure["unit"]
+        digits = "{:,.0f}" if unit.startswith("votes") else "{:.3f}" if unit in ("s", "") else "{:.2f}"
+        meant = (
+            "" if figure["met"] is None else (f">= {figure['least']:g}" if figure["most"] is None else f"<= {figure['most']:g}")
+        )
         table.add_row(
             figure["name"],
-            *(digits.format(figure[key]) + (f" {figure['unit']}" if figure["unit"] else "") for key in ("value", "low", "high")),
+            *(digits.format(figure[key]) + (f" {unit}" if unit else "") for key in ("value", "low", "high")),
+            meant if figure["met"] is not False else f"{meant} (missed)",
         )
     console.print(table)
-    scaling = Table("n", "images", "seconds", "us per vote", "memory growth, MB", title="cost against work", title_justify="left")
+    scaling = Table(
+        "network",
+        "n",
+        "images",
+        "seconds",
+        "us per vote",
+        "peak memory, MB more",
+        title="cost against work",
+        title_justify="left",
+    )
     for row in result["scaling"]:
         scaling.add_row(
+            row["network"],
             f"{row['n']:,}",
             f"{row['images']:,}",
             f"{row['seconds']:.2f}",

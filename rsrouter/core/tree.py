@@ -19,6 +19,9 @@ Target = int | str
 #: Stands in `Stage.answers` for an outcome that leads to another stage.
 STAGE_TARGET = -2
 
+#: A tree with more chains of stages is refused: each of them is checked against alpha.
+MOST_PATHS = 10_000
+
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -200,7 +203,21 @@ class Tree:
 
     @cached_property
     def paths(self) -> tuple[tuple[str, ...], ...]:
-        """Every maximal chain of stages from the root down (the longest that an input can walk)."""
+        """Every maximal chain of stages from the root down (the longest that an input can walk).
+
+        Raises:
+            PlanError: more than `MOST_PATHS`; where every stage can lead to every later one, their number doubles with each.
+        """
+        ways: dict[str, int] = {}
+        for name in self.order:
+            ways[name] = sum(ways[child] for child in self.stages[name].children) or 1
+        if ways[self.root] > MOST_PATHS:
+            raise PlanError(
+                "The stages have too many paths to divide alpha over",
+                expected=f"at most {MOST_PATHS:,} chains from the root to a leaf",
+                received=f"{ways[self.root]:,} over {len(self.stages)} stages",
+                remedy="let fewer outcomes lead to stages that others lead to as well",
+            )
 
         def walk(name: str) -> list[tuple[str, ...]]:
             below = [(name, *rest) for child in self.stages[name].children for rest in walk(child)]

@@ -1,0 +1,198 @@
+"""Votes a second: the engine against pure forward passes and against the papers' loop; what noise costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rsrouter.bench.timing import Figure, figure, in_turn, ratios, seconds
+from rsrouter.core.policy import VoteRequest
+from rsrouter.experts import Expert
+from rsrouter.router.base import vote_model
+from rsrouter.sampling.engine import Engine, image_identity
+from rsrouter.sampling.execution import Execution, as_input, fixed_kernels, prepare
+from rsrouter.sampling.noise import CHUNK, make_noise
+
+BATCHES = (50, 100, 250, 500, 1000)
+
+
+def reference_loop(module: nn.Module, image: Tensor, sigma: float, n: int, classes: int, batch: int = 1000) -> np.ndarray:
+    """Vote counts `(classes,)` as the papers' core draws them (Cohen et al. 2019, `core.py`): one image, a fixed n, the
+    batch repeated and noised, predictions read to the host after every batch and counted in Python."""
+    counts = np.zeros(classes, dtype=int)
+    with torch.no_grad():
+        left = n
+        while left > 0:
+            size = min(batch, left)
+            left -= size
+            copies = image.repeat((size, 1, 1, 1))
+            predictions = module(copies + torch.randn_like(copies) * sigma).argmax(1).cpu().numpy()
+            for p in predictions:
+                counts[p] += 1
+    return counts
+
+
+class Drawing:
+    """Pieces of work that draw `n` votes of one expert on one image."""
+
+    def __init__(self, expert: Expert, image: Tensor, n: int, device: torch.device) -> None:
+        self.expert, self.image, self.n, self.device = expert, image, n, device
+        self.on_device = image.to(device)
+        self._prepared: dict[str, nn.Module] = {}
+
+    def _module(self, execution: Execution) -> nn.Module:
+        if execution.dtype not in self._prepared:
+            module = prepare(self.expert.network(), execution, self.device, self.expert.input_shape)
+            self._prepared[execution.dtype] = module
+        return self._prepared[execution.dtype]
+
+    def forward(self, execution: Execution, noise: bool = False) -> Callable[[], None]:
+        """Pure forward passes of the prepared network on a batch that exists already; or with noise made for each."""
+        module = self._module(execution)
+        shape, batch = self.expert.input_shape, execution.batch
+        noisy = as_input(self.on_device + self.expert.sigma * torch.randn((batch, *shape), device=self.device), execution)
+        stream, out = make_noise("gaussian", shape, self.device), torch.empty((batch, *shape), device=self.device)
+
+        @torch.inference_mode()
+        def work() -> None:
+            with fixed_kernels():
+                for i in range(-(-self.n // batch)):
+                    if noise:
+                        stream.add(self.on_device, self.expert.sigma, b"bench", i * batch, out)
+                        module(as_input(out, execution))
+                    else:
+                        module(noisy)
+
+        return work
+
+    def engine(self, execution: Execution, noise: str = "gaussian") -> Callable[[], object]:
+        """The votes of the engine."""
+        engine = Engine(
+            [vote_model(self.expert)],
+            self.expert.input_shape,
+            seed=0,
+            device=str(self.device),
+            execution=execution,
+            noise=noise,
+        )
+        requests, identity = [VoteRequest(0, self.expert.name, "bench", 0, self.n)], [image_identity(self.image)]
+        return lambda: engine.run(self.image[None], identity, requests)
+
+    def reference(self) -> Callable[[], object]:
+        """The papers' loop: float32, the module as its authors wrote it."""
+        plain = self.expert.network().eval().to(self.device)
+        return lambda: reference_loop(plain, self.on_device, self.expert.sigma, self.n, self.expert.num_classes)
+
+    def best(self, dtype: str) -> Execution:
+        """The batch with most pure forward passes a second."""
+        works = {b: self.forward(Execution(b, dtype)) for b in BATCHES if b <= self.n}
+        for work in works.values():
+            seconds(work, self.device)
+        fastest = min(works, key=lambda b: min(seconds(works[b], self.device) for _ in range(3)))
+        return Execution(fastest, dtype)
+
+
+def throughput(
+    expert: Expert, image: Tensor, n: int, repeats: int, device: torch.device, label: str, dtypes: Sequence[str], bars: bool
+) -> list[Figure]:
+    """Engine, pure forward passes and the reference loop at `n` votes of one network, per dtype.
+
+    `bars`: whether the demo's bars apply.
+    """
+    drawing = Drawing(expert, image, n, device)
+    best = {dtype: drawing.best(dtype) for dtype in dtypes}
+    works: dict[str, Callable[[], object]] = {"reference": drawing.reference()}
+    for dtype, execution in best.items():
+        works[f"forward {dtype}"] = drawing.forward(execution)
+        works[f"both {dtype}"] = drawing.forward(execution, noise=True)
+        works[f"engine {dtype}"] = drawing.engine(execution)
+    works["engine default"] = drawing.engine(Execution())
+    times = in_turn(works, repeats, device)
+
+    def rate(name: str) -> list[float]:
+        return [n / t for t in times[name]]
+
+    found = [figure(f"{label}: votes a second, reference loop (float32, as the papers write it)", rate("reference"), "votes/s")]
+    for dtype, execution in best.items():
+        name = f"{label}, {dtype}"
+        found += [
+            figure(
+                f"{name}: votes a second, pure forward passes (folded, batch {execution.batch})",
+                rate(f"forward {dtype}"),
+                "votes/s",
+            ),
+            figure(f"{name}: votes a second, engine (batch {execution.batch})", rate(f"engine {dtype}"), "votes/s"),
+            figure(
+                f"{name}: engine / pure forward",
+                ratios(times, f"forward {dtype}", f"engine {dtype}"),
+                least=0.9 if bars else None,
+            ),
+            figure(
+                f"{name}: engine / (forward and noise)",
+                ratios(times, f"both {dtype}", f"engine {dtype}"),
+                least=None if bars else 0.9,
+            ),
+            figure(
+                f"{name}: engine / reference loop", ratios(times, "reference", f"engine {dtype}"), least=3.0 if bars else None
+            ),
+        ]
+    found.append(
+        figure(
+            f"{label}: engine as installed (float32, default batch) / reference loop",
+            ratios(times, "reference", "engine default"),
+        )
+    )
+    return found
+
+
+def moved_votes(expert: Expert, images: Tensor, n: int, device: torch.device) -> Figure:
+    """Share of votes that bfloat16 casts for another class than float32 does, of the same noise (at least)."""
+    requests = [VoteRequest(i, expert.name, "bench", 0, n) for i in range(len(images))]
+    identity = [image_identity(image) for image in images]
+    counts = []
+    for dtype in ("float32", "bfloat16"):
+        engine = Engine([vote_model(expert)], expert.input_shape, seed=0, device=str(device), execution=Execution(dtype=dtype))
+        counts.append([drawn[expert.name] for drawn in engine.run(images, identity, requests)])
+    shares = [float(np.abs(a - b).sum()) / 2 / n * 100 for a, b in zip(*counts, strict=True)]
+    return Figure(
+        f"votes that bfloat16 moves, mean over {len(images)} images", float(np.mean(shares)), min(shares), max(shares), "%"
+    )
+
+
+def noise_costs(expert: Expert, images: Tensor, n: int, repeats: int, device: torch.device) -> list[Figure]:
+    """What exact arithmetic costs, and what a stream shared by all images saves: the noise alone, and whole votes."""
+    images = torch.round(images * 255.0) / 255.0
+    on_device = images[0].to(device)
+    out = torch.empty((CHUNK, *expert.input_shape), device=device)
+    streams = {name: make_noise(name, expert.input_shape, device) for name in ("gaussian", "sound")}
+    rounds = -(-min(n, 2000) // CHUNK)
+
+    def noise(name: str) -> Callable[[], object]:
+        return lambda: [streams[name].add(on_device, expert.sigma, b"bench", i * CHUNK, out) for i in range(rounds)]
+
+    each = max(CHUNK, n // len(images))
+    requests = [VoteRequest(i, expert.name, "bench", 0, each) for i in range(len(images))]
+    identity = [image_identity(image) for image in images]
+
+    def votes(name: str) -> Callable[[], object]:
+        engine = Engine([vote_model(expert)], expert.input_shape, seed=0, device=str(device), noise=name)
+        return lambda: engine.run(images, identity, requests)
+
+    works = {
+        **{name: noise(name) for name in streams},
+        **{f"{k} votes": votes(k) for k in ("gaussian", "sound", "gaussian-shared")},
+    }
+    times = in_turn(works, repeats, device)
+    each_us = [1e6 * t / (rounds * CHUNK) for t in times["gaussian"]]
+    return [
+        figure("Gaussian noise of one vote", each_us, "us"),
+        figure("sound noise / Gaussian noise, time of the noise alone", ratios(times, "sound", "gaussian")),
+        figure("sound noise / Gaussian noise, time of whole votes", ratios(times, "sound votes", "gaussian votes")),
+        figure(
+            f"one stream shared by {len(images)} images / a stream each, time of whole votes",
+            ratios(times, "gaussian-shared votes", "gaussian votes"),
+        ),
+    ]
