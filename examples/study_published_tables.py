@@ -24,7 +24,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +71,9 @@ KWARGS = {"in_channels": 3, "width": 24, "blocks": [[48, 2], [64, 2], [96, 2]]}
 TRAIN, VALIDATION, EVALUATION = tuple(range(6)), (6,), (7, 8, 9)
 BLOCK = 10
 GO_ON = "finer"
-CONSISTENCY, BIAS = (5.0, 20.0, 60.0), (-0.5, 0.0, 0.5, 1.0, 2.0, 3.0)
+#: Recipe and consistency weight of candidate heads; shares of images that prefer another expert than the largest.
+CANDIDATES = (("utility", 0.5), ("utility", 2.0), ("coverage", 0.5), ("coverage", 2.0))
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -158,18 +160,25 @@ def train_head(
             whole[:, pool.names.index(name)] = radius[:, k]
         return Labels(whole, np.zeros(whole.shape, dtype=np.int64))
 
-    made = replace(RECIPES[recipe], **settings)
+    made = replace(RECIPES[recipe], redraw=12, **settings)
     train_flat(pool, router, train[0], labels(train[1]), COVERED.tolist(), 0, made, None, (validation[0], labels(validation[1])))
     return router.module
 
 
-def shifted(head: nn.Module, bias: Mapping[int, float]) -> nn.Module:
-    """The head with its last bias moved: the operating point that validation images choose."""
+@torch.inference_mode()
+def shifted(head: nn.Module, largest: int, features: Tensor, share: float) -> nn.Module:
+    """The head with one bias moved, so that `share` of the held-out images prefer another expert than the `largest`.
+
+    Cross-entropy weighs images alike, coverage does not: the operating point is chosen on validation images.
+    """
+    logits = torch.stack([head(each.float()).mean(0) for each in features])
+    others = logits.clone()
+    others[:, largest] = -torch.inf
+    margin = logits[:, largest] - others.max(1).values
     moved = build_architecture("mlp_head", head.layers[-1].out_features, {"in_features": head.layers[0].in_features})
     moved.load_state_dict(head.state_dict())
     with torch.no_grad():
-        for k, value in bias.items():
-            moved.layers[-1].bias[k] += value
+        moved.layers[-1].bias[largest] -= margin.quantile(share)
     return moved.eval().requires_grad_(False)
 
 
@@ -237,32 +246,33 @@ def choose(
     log: dict[str, object] = {}
     paper = make(COARSE, names, radius, "dual-rs")
     log["flat-dual-rs"] = {"coverage": score(flat_of(names), {"router": simulated(COARSE, paper)})}
-    best: dict[str, tuple[float, nn.Module]] = {"flat-coverage": (-1.0, paper)}
-    pools: dict[str, list[tuple[tuple[float, float], nn.Module, SimulatedVotes]]] = {"coarse": [], "fine": []}
-    for consistency in CONSISTENCY:
-        head = make(COARSE, names, radius, "coverage", consistency=consistency)
-        for bias in BIAS:
-            moved = shifted(head, {len(names) - 1: bias})
-            value = score(flat_of(names), {"router": simulated(COARSE, moved)})
-            if value > best["flat-coverage"][0]:
-                best["flat-coverage"] = (value, moved)
-                log["flat-coverage"] = {"coverage": value, "consistency": consistency, "bias": bias}
-        for stage, sigma, over, labels in (
-            ("coarse", COARSE, [names[-1], GO_ON], two),
-            ("fine", FINE, fine, {p: r[:, :-1] for p, r in radius.items()}),
-        ):
-            head = make(sigma, over, labels, "coverage", consistency=consistency)
-            for bias in BIAS:
-                moved = shifted(head, {0 if stage == "coarse" else len(over) - 1: bias})
-                pools[stage].append(((consistency, bias), moved, simulated(sigma, moved)))
-    tree, top = two_level(names), -1.0
-    for setting, coarse, first in pools["coarse"]:
-        for below, finer, second in pools["fine"]:
-            value = score(tree, {"coarse": first, "fine": second})
-            if value > top:
-                top, pair = value, (coarse, finer)
-                log["two-level"] = {"coverage": value, "coarse": setting, "fine": below}
-    return {"flat-dual-rs": paper, "flat-coverage": best["flat-coverage"][1], "coarse": pair[0], "fine": pair[1]}, log
+    jobs = {
+        "flat": (COARSE, list(names), radius, len(names) - 1),
+        "coarse": (COARSE, [names[-1], GO_ON], two, 0),
+        "fine": (FINE, fine, {p: r[:, :-1] for p, r in radius.items()}, len(fine) - 1),
+    }
+    pools: dict[str, list[tuple[dict[str, object], nn.Module, SimulatedVotes]]] = {stage: [] for stage in jobs}
+    for recipe, consistency in CANDIDATES:
+        for stage, (sigma, over, labels, largest) in jobs.items():
+            head = make(sigma, over, labels, recipe, consistency=consistency)
+            for share in SHARES:
+                moved = shifted(head, largest, features[sigma], share)
+                setting = {"recipe": recipe, "consistency": consistency, "not the largest": share}
+                pools[stage].append((setting, moved, simulated(sigma, moved)))
+
+    def best(stage: str, value: Callable[[SimulatedVotes], float]) -> tuple[float, dict[str, object], nn.Module, SimulatedVotes]:
+        scored = [(value(votes), setting, head, votes) for setting, head, votes in pools[stage]]
+        return max(scored, key=lambda entry: entry[0])
+
+    coverage, setting, flat, _ = best("flat", lambda votes: score(flat_of(names), {"router": votes}))
+    log["flat-coverage"] = {"coverage": coverage, **setting}
+    # one stage after the other, twice: every pair would be as many evaluations squared
+    tree, second = two_level(names), pools["fine"][0][2]
+    for _ in range(2):
+        _, upper, coarse, first = best("coarse", lambda votes: score(tree, {"coarse": votes, "fine": second}))  # noqa: B023
+        coverage, lower, finer, second = best("fine", lambda votes: score(tree, {"coarse": first, "fine": votes}))  # noqa: B023
+    log["two-level"] = {"coverage": coverage, "coarse": upper, "fine": lower}
+    return {"flat-dual-rs": paper, "flat-coverage": flat, "coarse": coarse, "fine": finer}, log
 
 
 def save_heads(work: Path, chosen: Mapping[str, nn.Module]) -> None:
@@ -378,7 +388,7 @@ def main() -> None:
         if "e" in options:
             one.add_argument("--epochs", type=int, default=6)
         if "c" in options:
-            one.add_argument("--copies", type=int, default=200, help="noisy copies of each validation image")
+            one.add_argument("--copies", type=int, default=100, help="noisy copies of each validation image")
         if "i" in options:
             one.add_argument("--images", type=int, default=1000)
         if "o" in options:
