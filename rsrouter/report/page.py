@@ -14,7 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from rsrouter.core.errors import ResultsError
 from rsrouter.report import charts, curves
 from rsrouter.report.losses import page_rows
+from rsrouter.report.overview import numbers_csv, report_json, runs, shares_csv, whole_table
 from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Source, Summary, load_tables, plan_radii, summarise
+from rsrouter.report.svg import standalone
 from rsrouter.report.thumbnails import by_id, gallery
 from rsrouter.results import Table
 from rsrouter.results.metadata import flatten, is_leftover, write_atomically
@@ -22,10 +24,9 @@ from rsrouter.results.metadata import flatten, is_leftover, write_atomically
 #: Marks a folder as ours, so that a report may be made again over an earlier one.
 GENERATOR = "rsrouter report"
 
-FILES = ("index.html", "curve.svg", "curve.png", "curve.csv")
-
-#: Failure probability of the statement about a whole table.
-DELTA = 1e-3
+#: The page first: it marks the folder as ours. Charts that a report does not have are not there.
+CHARTS = ("who.svg", "bound.svg", "votes.svg")
+FILES = ("index.html", "curve.svg", "curve.png", "curve.csv", "numbers.csv", "shares.csv", "report.json", *CHARTS)
 
 
 def write_report(
@@ -41,7 +42,8 @@ def write_report(
     confidence: float = 0.95,
     common: bool = False,
 ) -> Path:
-    """Writes `out/index.html`, one self-contained page, with `curve.svg`, `curve.png` and `curve.csv` beside it.
+    """Writes `out/index.html`, one self-contained page, and beside it the curve (`curve.svg`, `.png`, `.csv`), the other charts
+    (`who.svg`, `bound.svg`, `votes.svg`) and every number (`numbers.csv`, `shares.csv`, `report.json`).
 
     Args:
         tables: results, as `{name: Table or path}`, a list, or one; ours or the field's TSV.
@@ -79,11 +81,18 @@ def write_report(
         "index.html": render(summary, title, pictures).encode(),
         **figure_files(summary, title),
         "curve.csv": curve_csv(summary),
+        "numbers.csv": numbers_csv(summary),
+        "shares.csv": shares_csv(summary),
+        "report.json": report_json(summary),
+        **_chart_files(summary),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:  # the page first: it marks the folder as ours
-            write_atomically(folder / name, files[name])
+        for name in FILES:
+            if name in files:
+                write_atomically(folder / name, files[name])
+            else:
+                (folder / name).unlink(missing_ok=True)  # of an earlier report
     except OSError as error:
         raise ResultsError(
             f"Cannot write the report to {folder}",
@@ -139,6 +148,8 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f}"
+    # a bound is cut, not rounded up
+    environment.filters["floored"] = lambda value: f"{np.floor(1000 * value + 1e-9) / 10:.1f}"
     environment.filters["signed"] = lambda value: f"{100 * value:+.1f}".replace("-", "\u2212")
     main = summary.main
     colour = charts.colours(summary)
@@ -162,12 +173,31 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
         losses=page_rows(summary),
         grid=plan_radii(main),
         made=[(t.name, summary.roles[t.name], _made(t)) for t in summary.tables],
-        sure=_whole_table(summary),
+        sure=whole_table(main, summary.radii),
+        every_run=runs(summary),
+        only=_only_expert(main),
         printed=[t.name for t in summary.tables if not t.ours],
-        delta=DELTA,
         zip=zip,
         digits=1 if len(main) >= 2000 else 0,
     )
+
+
+def _chart_files(summary: Summary) -> dict[str, bytes]:
+    """The page's smaller charts as SVG files with the light colours; those that the main table has."""
+    main = summary.main
+    found = {"who.svg": _who(main, summary), "bound.svg": _bound(main, summary), "votes.svg": _votes(main)}
+    style = str(jinja2.PackageLoader("rsrouter.report", "templates").get_source(jinja2.Environment(), "report.css")[0])
+    return {
+        name: standalone(part["chart"], style, [(who, colour) for who, _, colour in part.get("rows", ())]).encode()
+        for name, part in found.items()
+        if part and part["chart"]
+    }
+
+
+def _only_expert(table: Table) -> str:
+    """The expert that got every image; "" where several did, or none is named."""
+    names = {str(e) for e in table.expert if e}
+    return names.pop() if len(names) == 1 and any(table.rule) else ""
 
 
 def _best(summary: Summary) -> list[float]:
@@ -317,24 +347,6 @@ def _differences(summary: Summary) -> Any:
     if not others or not summary.labelled:
         return None
     return [(t.name, *curves.accuracy_difference(summary.main, t, summary.radii, confidence=summary.confidence)) for t in others]
-
-
-def _whole_table(summary: Summary) -> Any:
-    """The statement about all certificates of the main table at once; None without alpha or labels."""
-    table = summary.main
-    alpha = table.metadata.get("alpha")
-    if isinstance(alpha, Mapping):
-        alpha = alpha.get("total")
-    if not isinstance(alpha, float) or not 0.0 < alpha < 1.0 or not summary.labelled:
-        return None
-    independent = bool(table.metadata.get("independent_noise", True))
-    lower = curves.certified_lower(table, summary.radii, alpha=alpha, delta=DELTA, independent=independent)
-    return {
-        "alpha": alpha,
-        "independent": independent,
-        "lower": lower,
-        "q": curves.wrong_certificates(len(table), alpha, delta=DELTA, independent=independent),
-    }
 
 
 def _made(table: Table) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from report_tables import make_table
 
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.report import summarise, write_report
+from rsrouter.report.page import FILES
 from rsrouter.report.thumbnails import gallery
 from rsrouter.results import Table
 
@@ -96,10 +97,11 @@ def test_a_whole_report(tmp_path: Path) -> None:
     images = np.random.default_rng(0).uniform(size=(N, 3, 8, 8))
     page_path = write_report(tables(), tmp_path / "report", images=images, classes=["cat", "dog"])
     assert page_path == tmp_path / "report" / "index.html"
-    assert sorted(p.name for p in page_path.parent.iterdir()) == ["curve.csv", "curve.png", "curve.svg", "index.html"]
+    beside = ["bound.svg", "curve.csv", "curve.png", "curve.svg", "index.html", "numbers.csv", "report.json", "shares.csv"]
+    assert sorted(p.name for p in page_path.parent.iterdir()) == [*beside, "votes.svg", "who.svg"]
     page = Page(page_path.read_text())
     headings = (
-        "Certified accuracy by radius, In numbers, Who answers, What limits the radius, Votes drawn, Images, "
+        "Certified accuracy by radius, In numbers, What it took, Who answers, What limits the radius, Votes drawn, Images, "
         "Largest certified radius, Smallest certified radius, Abstained, What the numbers mean, How it was made"
     )
     for heading in headings.split(", "):
@@ -140,7 +142,7 @@ def test_files_beside_the_page(tmp_path: Path) -> None:
 def test_the_same_tables_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_report(tables(), tmp_path / name)
-    for file in ("index.html", "curve.svg", "curve.png", "curve.csv"):
+    for file in FILES:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
@@ -221,6 +223,8 @@ def test_several_runs_are_compared_in_pairs(tmp_path: Path) -> None:
 def test_the_whole_tables_statement(tmp_path: Path) -> None:
     text = Page(write_report(tables(), tmp_path).read_text()).text
     assert "at most 2 of 60 rows are wrong" in text  # P(Binomial(60, 0.001) > 2) is 3e-5 < 0.001 < P(> 1)
+    claimed = round(60 * summarise(tables()).series[0].at[0])
+    assert f"routed, at least {int(1000 * (claimed - 2) / 60) / 10:.1f}" in text  # cut, not rounded up
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:

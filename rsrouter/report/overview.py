@@ -1,0 +1,172 @@
+"""What stands behind the curves: the statement about a whole table, what each run drew and took, and all of it as files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rsrouter.report import curves
+from rsrouter.report.summary import Summary
+from rsrouter.results import Table
+
+Array = NDArray[np.float64]
+
+#: Failure probability of the statement about a whole table.
+DELTA = 1e-3
+
+
+@dataclass(frozen=True)
+class WholeTable:
+    """With probability at least `1 - delta` over all of a table's noise, at most `wrong` of its rows are wrong.
+
+    Attributes:
+        alpha: failure probability of each row.
+        delta: of the statement.
+        independent: whether each image had its own noise; else Markov's inequality, which says much less.
+        wrong: the number of rows.
+        lower: `(R,)` lower bound on the true certified accuracy on these images, for all radii at once.
+    """
+
+    alpha: float
+    delta: float
+    independent: bool
+    wrong: int
+    lower: list[float]
+
+
+def whole_table(table: Table, radii: ArrayLike, delta: float = DELTA) -> WholeTable | None:
+    """The statement about all rows at once (`curves.certified_lower`); None without a recorded alpha, or without labels."""
+    alpha = table.metadata.get("alpha")
+    if isinstance(alpha, Mapping):
+        alpha = alpha.get("total")
+    if not isinstance(alpha, float) or not 0.0 < alpha < 1.0 or not table.labelled:
+        return None
+    independent = bool(table.metadata.get("independent_noise", True))
+    lower = curves.certified_lower(table, radii, alpha=alpha, delta=delta, independent=independent)
+    wrong = curves.wrong_certificates(len(table), alpha, delta=delta, independent=independent)
+    return WholeTable(alpha, delta, independent, wrong, lower.tolist())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One table in numbers and settings; None (or "") where it does not say.
+
+    Attributes:
+        name, role: of the table.
+        coverage: mean over the headline radii of accuracy / envelope; of routed tables.
+        votes: drawn per image, mean.
+        saved: share of the votes a fixed plan on the same stages would have drawn.
+        seconds: per image, mean, where it ran.
+        plan, alpha, rule, noise: settings.
+    """
+
+    name: str
+    role: str
+    coverage: float | None
+    votes: float | None
+    saved: float | None
+    seconds: float | None
+    plan: str
+    alpha: float | None
+    rule: str
+    noise: str
+
+
+def run_of(table: Table, summary: Summary) -> Run:
+    """What a table's rows and metadata say about its run."""
+    drawn = table.n_drawn[table.n_drawn > 0]
+    fixed = curves.fixed_plan_votes(table)
+    seconds = table.time[np.isfinite(table.time) & (table.time > 0)]
+    plan = table.metadata.get("plan")
+    told = ""
+    if isinstance(plan, Mapping):
+        most = plan.get("n_max") or plan.get("n")
+        told = f"{plan.get('kind', 'fixed')}, {most:,}" if isinstance(most, int) else str(plan.get("kind", ""))
+    sure = whole_table(table, [0.0])
+    rules = sorted({str(r) for r in table.rule if r})
+    return Run(
+        table.name,
+        summary.roles[table.name],
+        summary.coverage[table.name][0] if table.name in summary.coverage else None,
+        float(drawn.mean()) if len(drawn) else None,
+        None if fixed is None or not fixed.sum() else 1.0 - float(table.n_drawn.sum()) / float(fixed.sum()),
+        float(seconds.mean()) if len(seconds) else None,
+        told,
+        None if sure is None else sure.alpha,
+        ", ".join(rules),
+        str(table.metadata.get("noise") or ""),
+    )
+
+
+def runs(summary: Summary) -> list[Run]:
+    """Every table's run, in drawing order; [] where none says more than its curve does."""
+    found = [run_of(table, summary) for table in summary.tables]
+    return found if any(r.votes is not None or r.plan for r in found) else []
+
+
+def _csv(rows: Iterable[Sequence[object]]) -> bytes:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue().encode()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.6g}"
+
+
+def numbers_csv(summary: Summary) -> bytes:
+    """The headline table, one row per series and radius: `series role radius accuracy low high surely abstained acr`.
+
+    `surely` is `WholeTable.lower`, cut (never rounded up) to six digits.
+    """
+    rows: list[Sequence[object]] = [("series", "role", "radius", "accuracy", "low", "high", "surely", "abstained", "acr")]
+    tables = {t.name: t for t in summary.tables}
+    for s in summary.series:
+        sure = whole_table(tables[s.name], summary.radii) if s.name in tables else None
+        for i, r in enumerate(summary.radii):
+            rows.append(
+                (
+                    s.name,
+                    s.role,
+                    _number(float(r)),
+                    _number(float(s.at[i])),
+                    "" if s.at_low is None else _number(float(s.at_low[i])),
+                    "" if s.at_high is None else _number(float(s.at_high[i])),
+                    "" if sure is None else _number(np.floor(sure.lower[i] * 1e6) / 1e6),
+                    _number(s.abstention),
+                    _number(s.acr),
+                )
+            )
+    return _csv(rows)
+
+
+def shares_csv(summary: Summary) -> bytes:
+    """Who answers and what limits the radius, of every table: `table kind name radius share` (of all its images)."""
+    rows: list[Sequence[object]] = [("table", "kind", "name", "radius", "share")]
+    for table in summary.tables:
+        for kind, column in (("expert", table.expert), ("bound_by", table.bound_by)):
+            if not any(column):
+                continue
+            for name, share in curves.shares_by_radius(column, table, summary.radii).items():
+                rows += [(table.name, kind, name, _number(float(r)), _number(float(v))) for r, v in zip(summary.radii, share)]
+    return _csv(rows)
+
+
+def report_json(summary: Summary) -> bytes:
+    """Every number of the page for programs: the summary, each table's run, and its whole-table statement."""
+    sure = {t.name: whole_table(t, summary.radii) for t in summary.tables}
+    content: dict[str, Any] = {
+        **summary.to_dict(),
+        "runs": [asdict(r) for r in (run_of(t, summary) for t in summary.tables)],
+        "whole_tables": {name: None if s is None else asdict(s) for name, s in sure.items()},
+    }
+    # JSON has no word for NaN (the coverage of nothing)
+    text = json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None), indent=1, allow_nan=False)
+    return (text + "\n").encode()
