@@ -64,7 +64,7 @@ def test_files_hold_every_number_of_the_page(tmp_path: Path) -> None:
         assert bound - 2e-6 < float(row["surely"]) <= bound
     shares = read_csv(folder / "shares.csv")
     for kind, column in (("expert", main.expert), ("bound_by", main.bound_by)):
-        total = {name: share for name, share in curves.shares_by_radius(column, main, [0.0]).items()}
+        total = curves.shares_by_radius(column, main, [0.0])
         found = {r["name"]: float(r["share"]) for r in shares
                  if (r["table"], r["kind"], float(r["radius"])) == (main.name, kind, 0.0)}  # fmt: skip
         assert found == {name: pytest.approx(float(v[0]), abs=1e-6) for name, v in total.items()}
