@@ -461,9 +461,9 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if sha256:
             headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
-        status, wanted = 200, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        status, wanted = 200, re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted:
-            start = int(wanted.group(1))
-            status, headers["Content-Range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
-            data = data[start:]
+            start, last = int(wanted.group(1)), min(int(wanted.group(2) or len(data)), len(data) - 1)
+            status, headers["Content-Range"] = 206, f"bytes {start}-{last}/{len(data)}"
+            data = data[start : last + 1]
         self._send(status, data, headers)

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from rsrouter.cli.execution import Dtype, ExecutionBatch, ExecutionFile, choose_execution
+from rsrouter.cli.jobs import (
+    Display,
+    Estimate,
+    RayAddress,
+    Shard,
+    Size,
+    Split,
+    Stream,
+    Threads,
+    UseRay,
+    Workers,
+    parse_shard,
+    parse_workers,
+    say_estimate,
+)
+from rsrouter.cli.jobs import ray_address as address_of
 from rsrouter.cli.options import DEFAULT_RADII, Alpha, Device, Format, OutputFormat, Radii, make_plan
 from rsrouter.core.errors import InputError
 
@@ -39,32 +53,12 @@ def load_smoothed(source: str, expert: str | None, revision: str | None) -> Any:
     return routed if expert is None else Smooth(routed.pool[expert], execution=routed.execution, noise=routed.noise)
 
 
-def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """`"i/N"` as numbers, i from 0.
-
-    Raises:
-        InputError: anything else.
-    """
-    if text is None:
-        return None
-    try:
-        index, count = (int(part) for part in text.split("/"))
-        if not 0 <= index < count:
-            raise ValueError
-    except ValueError as error:
-        raise InputError(
-            "The shard cannot be read",
-            expected="i/N with 0 <= i < N",
-            received=repr(text),
-            remedy="four parts are 0/4, 1/4, 2/4 and 3/4",
-        ) from error
-    return index, count
-
-
 def certify(
     source: Source,
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="The table; its JSON stands beside it. An unfinished one is gone on with.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The table; its JSON stands beside it. An unfinished one is gone on with.")
+    ] = None,
     plan: Annotated[
         str, typer.Option("--plan", help="adaptive (stops when the radius is settled) or fixed (Cohen's CERTIFY).")
     ] = "adaptive",
@@ -80,9 +74,15 @@ def certify(
     start: Annotated[int, typer.Option("--start", min=0, help="First image.")] = 0,
     count: Annotated[int | None, typer.Option("--count", help="How many images; default all.")] = None,
     every: Annotated[int, typer.Option("--every", min=1, help="Take every k-th image, as the field's --skip.")] = 1,
-    shard: Annotated[
-        str | None, typer.Option("--shard", help="i/N: only this part (i from 0); `rsrouter merge` joins them.")
-    ] = None,
+    shard: Shard = None,
+    workers: Workers = None,
+    ray: UseRay = False,
+    ray_address: RayAddress = None,
+    threads: Threads = None,
+    estimate: Estimate = False,
+    size: Size = None,
+    split: Split = None,
+    stream: Stream = False,
     execution: ExecutionFile = None,
     dtype: Dtype = None,
     execution_batch: ExecutionBatch = None,
@@ -97,42 +97,38 @@ def certify(
     """
     from rsrouter.cli.options import parse_radii
     from rsrouter.data import load_data
-    from rsrouter.jobs import Running, certify_table
+    from rsrouter.jobs import certify_table, estimate_table
     from rsrouter.report import summarise
     from rsrouter.report.text import print_summary
 
-    smoothed, images = load_smoothed(source, expert, revision), load_data(data)
+    smoothed = load_smoothed(source, expert, revision)
+    images = load_data(data, size=size, split=split, stream=stream)
     smoothed.execution = choose_execution(smoothed.execution, execution, dtype, execution_batch)
     last = len(images) if count is None else min(len(images), start + count)
+    job: dict[str, Any] = {
+        "plan": make_plan(plan, n, n0, radii),
+        "alpha": alpha,
+        "rule": rule,
+        "sides": sides,
+        "device": device,
+        "batch_size": batch_size,
+        "indices": range(start, last, every),
+        "shard": parse_shard(shard),
+        "workers": parse_workers(workers),
+        "ray": address_of(ray, ray_address),
+        "threads": threads,
+    }
+    if estimate:
+        say_estimate(estimate_table(smoothed, images, grid=parse_radii(radii), **job), format)
+        return
+    if out is None:
+        raise InputError("Certificates need a place", expected="--out", received="none", remedy="--out run/certificates.tsv")
     shown = tuple(r for r in parse_radii(radii) if r in (0.0, 0.5, 1.0)) or (0.0,)
-    bar = tqdm(desc="certify", unit="vote", unit_scale=True, file=sys.stderr)
-
-    def step(r: Running) -> None:
-        if r.finished:
-            bar.total = max(r.votes, int(r.votes * r.total / r.finished))
-        accuracy = " ".join(f"{radius:g}:{100 * a:.1f}%" for radius, a in zip(shown, r.accuracy, strict=True) if a == a)
-        bar.set_postfix_str(f"{r.finished}/{r.total} images {accuracy}", refresh=False)
-        bar.update(r.votes - bar.n)
-
+    display = Display("certify", shown)
     table = certify_table(
-        smoothed,
-        images,
-        out,
-        plan=make_plan(plan, n, n0, radii),
-        alpha=alpha,
-        seed=seed,
-        rule=rule,
-        sides=sides,
-        device=device,
-        batch_size=batch_size,
-        indices=range(start, last, every),
-        shard=parse_shard(shard),
-        name=name,
-        data={"name": images.name},
-        radii=shown,
-        progress=step,
+        smoothed, images, out, seed=seed, name=name, data={"name": images.name}, radii=shown, progress=display, **job
     )
-    bar.close()
+    display.close()
     summary = summarise(table, radii=parse_radii(radii))
     if format is Format.json:
         typer.echo(json.dumps({**summary.to_dict(), "table": str(out), "rows": len(table)}))

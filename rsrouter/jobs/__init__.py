@@ -1,6 +1,7 @@
 """Jobs over whole data sets: certify or label into a crash-safe table, on one process, several, or a Ray cluster."""
 
 from rsrouter.jobs.certify import certify_table
+from rsrouter.jobs.estimate import Estimate, PlanCost, estimate_table
 from rsrouter.jobs.run import Images, Running
 
-__all__ = ["Images", "Running", "certify_table"]
+__all__ = ["Estimate", "Images", "PlanCost", "Running", "certify_table", "estimate_table"]

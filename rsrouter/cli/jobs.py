@@ -1,0 +1,132 @@
+"""Options and progress of verbs that run over whole data sets: workers, clusters, and how images are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from rsrouter.cli.options import Format
+from rsrouter.core.errors import InputError
+
+Workers = Annotated[
+    str | None, typer.Option("--workers", help="Processes, one per GPU, or so many sharing the CPU; auto takes them all.")
+]
+UseRay = Annotated[bool, typer.Option("--ray", help="Workers are actors of a Ray cluster: this machine's, else a new one.")]
+RayAddress = Annotated[
+    str | None, typer.Option("--ray-address", metavar="ADDRESS", help="host:port, ray://host:port or local; implies --ray.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads of each worker; a table keeps those it was begun with.")
+]
+Shard = Annotated[str | None, typer.Option("--shard", help="i/N: only this part (i from 0); `rsrouter merge` joins them.")]
+Estimate = Annotated[
+    bool, typer.Option("--estimate", help="Write nothing: measure some votes and say what the whole job will take.")
+]
+Size = Annotated[
+    int | None, typer.Option("--size", min=1, help="Resize the short side to SIZE * 256 / 224 and crop the centre to SIZE.")
+]
+Split = Annotated[str | None, typer.Option("--split", help="Of a data set in parquet files: test, validation, ...")]
+Stream = Annotated[bool, typer.Option("--stream", help="Read images of a Hub data set as they are needed; keep no copy.")]
+
+
+def parse_workers(text: str | None) -> int | str | None:
+    """`--workers` as a number, "auto" or None; what cannot be a number is refused where it is used."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def ray_address(use: bool, address: str | None) -> str | None:
+    """What `certify_table(ray=...)` takes."""
+    return address if address is not None else ("auto" if use else None)
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """`"i/N"` as numbers, i from 0.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None:
+        return None
+    try:
+        index, count = (int(part) for part in text.split("/"))
+        if not 0 <= index < count:
+            raise ValueError
+    except ValueError as error:
+        raise InputError(
+            "The shard cannot be read",
+            expected="i/N with 0 <= i < N",
+            received=repr(text),
+            remedy="four parts are 0/4, 1/4, 2/4 and 3/4",
+        ) from error
+    return index, count
+
+
+def duration(seconds: float) -> str:
+    """`3 s`, `12 min`, `5.2 h`, `3.4 days`; "?" for NaN."""
+    if seconds != seconds:
+        return "?"
+    for unit, size, digits in (("days", 2 * 86400.0, 1), ("h", 2 * 3600.0, 1), ("min", 120.0, 0)):
+        if seconds >= size:
+            return f"{seconds / {'days': 86400.0, 'h': 3600.0, 'min': 60.0}[unit]:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+class Display:
+    """Live progress of a job on stderr: a bar on a terminal, a line every half minute elsewhere.
+
+    Takes its times from the job, which counts on a clock that never jumps.
+    """
+
+    def __init__(self, title: str, shown: tuple[float, ...] = ()) -> None:
+        self._title, self._shown = title, shown
+        self._live = sys.stderr.isatty()
+        self._bar: Any = tqdm(
+            total=1, file=sys.stderr, mininterval=0, disable=not self._live, bar_format="{desc}|{bar}|{postfix}"
+        )
+        self._last = -1e9 if self._live else time.monotonic()
+
+    def __call__(self, running: Any) -> None:
+        """Takes a `rsrouter.jobs.Running`."""
+        now = time.monotonic()
+        if now - self._last < (0.2 if self._live else 30.0):
+            return
+        self._last = now
+        rate = running.votes / running.seconds if running.seconds > 0 else 0.0
+        accuracy = [f"{r:g}:{100 * a:.1f}%" for r, a in zip(self._shown, running.accuracy, strict=False) if a == a]
+        text = ", ".join(
+            [
+                f"{running.finished}/{running.total} images",
+                f"{running.votes:,} votes",
+                f"{rate:,.0f}/s",
+                f"{duration(running.remaining)} to go",
+                *([" ".join(accuracy)] if accuracy else []),
+            ]
+        )
+        if not self._live:
+            typer.echo(f"{self._title}: {text}", err=True)
+            return
+        self._bar.total, self._bar.n = running.total, running.finished
+        self._bar.set_description_str(f"{self._title} ", refresh=False)
+        self._bar.set_postfix_str(text, refresh=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def say_estimate(estimate: Any, format: Format) -> None:
+    """Prints a `rsrouter.jobs.Estimate`."""
+    if format is Format.json:
+        typer.echo(json.dumps(estimate.to_dict()))
+        return
+    speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in estimate.votes_per_second.items())
+    typer.echo(f"{estimate.images} images, {estimate.workers} workers, {estimate.device}; votes a second on each: {speeds}")
+    typer.echo(f"{'plan':<10}{'votes/image':>20}{'time':>12}{'device hours':>15}")
+    for cost in estimate.costs:
+        votes = f"{cost.votes_per_image:,.0f} ± {cost.standard_error:,.0f}"
+        typer.echo(f"{cost.plan['kind']:<10}{votes:>20}{duration(cost.seconds):>12}{cost.device_hours:>15.2f}")
+    typer.echo(f"from {estimate.sampled} images in {duration(estimate.measured_seconds)}; nothing was written")
