@@ -66,6 +66,23 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     return index, count
 
 
+def part_of(total: int, start: int, count: int | None, source: str) -> range:
+    """`--start` and `--count` of a data set of `total` images.
+
+    Raises:
+        InputError: none are left.
+    """
+    last = total if count is None else min(total, start + count)
+    if not 0 <= start < last:
+        raise InputError(
+            "No images are left",
+            expected=f"--start below {total}, the images in {source}",
+            received=str(start),
+            remedy="check --start and --count",
+        )
+    return range(start, last)
+
+
 def duration(seconds: float) -> str:
     """`3 s`, `12 min`, `5.2 h`, `3.4 days`; "?" for NaN."""
     if seconds != seconds:

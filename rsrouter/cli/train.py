@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,22 +13,48 @@ import typer
 from tqdm import tqdm
 
 from rsrouter.cli.execution import Dtype, ExecutionBatch, ExecutionFile, choose_execution
-from rsrouter.cli.options import DEFAULT_RADII, Alpha, Device, Format, Out, OutputFormat, Radii, Seed, parse_radii
+from rsrouter.cli.jobs import (
+    Display,
+    RayAddress,
+    Size,
+    Split,
+    Stream,
+    Threads,
+    UseRay,
+    Workers,
+    parse_workers,
+    part_of,
+)
+from rsrouter.cli.jobs import ray_address as address_of
+from rsrouter.cli.options import (
+    DEFAULT_RADII,
+    Alpha,
+    Count,
+    Data,
+    Device,
+    Format,
+    Out,
+    OutputFormat,
+    Radii,
+    Seed,
+    Start,
+    echo_json,
+    parse_radii,
+)
 from rsrouter.core.errors import InputError
 
 Pool = Annotated[str, typer.Argument(metavar="POOL", help="pool.json or a spec file, as `rsrouter wrap` writes it.")]
-Data = Annotated[str, typer.Option("--data", help="npz, parquet, image folder, or hf-hub:org/name@revision.")]
-Start = Annotated[int, typer.Option("--start", help="First image.")]
-Count = Annotated[int | None, typer.Option("--count", help="How many images; default all.")]
 
 
-def _votes_bar(title: str, total: int | None = None) -> tuple[tqdm[Any], Callable[[int], None]]:
-    bar = tqdm(desc=title, total=total, unit="vote", unit_scale=True, file=sys.stderr)
+@contextmanager
+def _votes_bar(title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A progress bar over votes; it ends its line before an error is told."""
+    with tqdm(desc=title, total=total, unit="vote", unit_scale=True, file=sys.stderr) as bar:
 
-    def step(count: int) -> None:
-        bar.update(count)
+        def step(count: int) -> None:
+            bar.update(count)
 
-    return bar, step
+        yield step
 
 
 def _part(source: str, start: int, count: int | None) -> tuple[Any, Any, str]:
@@ -37,20 +64,20 @@ def _part(source: str, start: int, count: int | None) -> tuple[Any, Any, str]:
     from rsrouter.data import load_data
 
     data = load_data(source)
-    last = len(data) if count is None else min(len(data), start + count)
-    images, labels = data.batch(range(start, last))
+    rows = part_of(len(data), start, count, source)
+    images, labels = data.batch(rows)
     classes = torch.as_tensor(labels)
     if len(classes) and int(classes.min()) < 0:
         raise InputError(
             "Training needs labels", expected="a class for every image", received=source, remedy="use a labelled data set"
         )
-    return images, classes, f"{data.name}, images {start} to {last - 1}"
+    return images, classes, f"{data.name}, images {rows.start} to {rows.stop - 1}"
 
 
 def label(
     pool: Pool,
     out: Out,
-    data: Annotated[str, typer.Option("--data", help="npz, parquet, image folder, or hf-hub:org/name@revision.")] = "",
+    data: Data = "",
     tables: Annotated[
         list[Path] | None, typer.Option("--tables", help="Instead of --data: each expert's own certification table, by sigma.")
     ] = None,
@@ -60,6 +87,13 @@ def label(
     unseen: Annotated[bool | None, typer.Option("--unseen/--seen", help="Whether no expert was trained on these images.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    workers: Workers = None,
+    ray: UseRay = False,
+    ray_address: RayAddress = None,
+    threads: Threads = None,
+    size: Size = None,
+    split: Split = None,
+    stream: Stream = False,
     execution: ExecutionFile = None,
     dtype: Dtype = None,
     execution_batch: ExecutionBatch = None,
@@ -70,8 +104,10 @@ def label(
     Example: rsrouter label pool.json --data train.npz --count 1000 --unseen --out labels.npz
     """
     from rsrouter import Execution, ExpertPool
+    from rsrouter.data import load_data
+    from rsrouter.jobs import label_table
     from rsrouter.router.labels import target_radii
-    from rsrouter.router.stored import load_votes, store_tables, store_votes
+    from rsrouter.router.stored import load_votes, store_tables
 
     experts = ExpertPool.load(pool)
     if bool(data) == bool(tables):
@@ -85,22 +121,26 @@ def label(
         metadata, mean = store_tables(experts, tables, out, unseen=unseen)
         _told(experts.names, mean, metadata, out, unseen, format)
         return
-    images, classes, name = _part(data, start, count)
-    bar, step = _votes_bar("label", len(images) * len(experts) * n)
-    metadata = store_votes(
+    images = load_data(data, size=size, split=split, stream=stream)
+    rows = part_of(len(images), start, count, data)
+    display = Display("label")
+    metadata = label_table(
         experts,
         images,
-        classes,
         out,
         n=n,
         seed=seed,
         unseen=unseen,
-        source=name,
+        source=f"{images.name}, images {rows.start} to {rows.stop - 1}",
         device=device,
         execution=choose_execution(Execution(), execution, dtype, execution_batch),
-        progress=step,
+        indices=rows,
+        progress=display,
+        workers=parse_workers(workers),
+        ray=address_of(ray, ray_address),
+        threads=threads,
     )
-    bar.close()
+    display.close()
     votes, target, _ = load_votes(out, experts)
     mean = target_radii(votes, target, experts.sigmas).radius.mean(0)
     _told(experts.names, mean, metadata, out, unseen, format)
@@ -111,7 +151,7 @@ def _told(names: Sequence[str], mean: Any, metadata: dict[str, Any], out: Path, 
     if unseen is None:
         typer.echo("note: say --unseen or --seen; experts look better than they are on images they were trained on", err=True)
     if format is Format.json:
-        typer.echo(json.dumps({**metadata, "mean_radius": dict(zip(names, mean.tolist(), strict=True)), "out": str(out)}))
+        echo_json({**metadata, "mean_radius": dict(zip(names, mean.tolist(), strict=True)), "out": out})
         return
     for who, value in zip(names, mean, strict=True):
         typer.echo(f"{who}: mean radius {value:.3f}")
@@ -197,29 +237,28 @@ def train(
                 remedy="train on the images that were labelled",
             )
         notes["labels"] = {k: metadata[k] for k in ("kind", "n", "seed", "unseen", "source", "tables") if k in metadata}
-    bar, step = _votes_bar("experts' votes")
-    routed = train_router(
-        experts,
-        router,
-        images,
-        classes,
-        radii=parse_radii(radii),
-        seed=seed,
-        out=out,
-        recipe=recipe,
-        routing_labels=routing,
-        validation=chosen,
-        plan_n=n,
-        alpha=alpha,
-        device=device,
-        votes=step,
-        notes=notes,
-        parent=old,
-    )
-    bar.close()
+    with _votes_bar("experts' votes") as step:
+        routed = train_router(
+            experts,
+            router,
+            images,
+            classes,
+            radii=parse_radii(radii),
+            seed=seed,
+            out=out,
+            recipe=recipe,
+            routing_labels=routing,
+            validation=chosen,
+            plan_n=n,
+            alpha=alpha,
+            device=device,
+            votes=step,
+            notes=notes,
+            parent=old,
+        )
     lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
     if format is Format.json:
-        typer.echo(json.dumps({"out": str(out), "kind": routed.router.kind, "digest": routed.router.digest, "last": lines[-1]}))
+        echo_json({"out": out, "kind": routed.router.kind, "digest": routed.router.digest, "last": lines[-1]})
         return
     last = lines[-1]
     for line in lines:

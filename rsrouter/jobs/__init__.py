@@ -2,6 +2,7 @@
 
 from rsrouter.jobs.certify import certify_table
 from rsrouter.jobs.estimate import Estimate, PlanCost, estimate_table
+from rsrouter.jobs.label import label_table
 from rsrouter.jobs.run import Images, Running
 
-__all__ = ["Estimate", "Images", "PlanCost", "Running", "certify_table", "estimate_table"]
+__all__ = ["Estimate", "Images", "PlanCost", "Running", "certify_table", "estimate_table", "label_table"]

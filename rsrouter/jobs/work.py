@@ -23,7 +23,7 @@ from rsrouter.experts.base import ExpertPool
 from rsrouter.results import Row
 from rsrouter.router.labels import label_engine, label_votes
 from rsrouter.sampling.engine import Engine
-from rsrouter.sampling.execution import resolve_device
+from rsrouter.sampling.execution import Execution, resolve_device
 from rsrouter.smooth import Progress, RoutedSmooth, Smooth
 
 
@@ -163,12 +163,13 @@ class LabelWork:
     pool: ExpertPool
     n: int
     seed: int
+    execution: Execution
     device: str | None = None
     _engine: Engine | None = field(default=None, init=False, repr=False)
 
     def open(self, device: str | None) -> None:
         self.device = device
-        self._engine = label_engine(self.pool, seed=self.seed, device=device)
+        self._engine = label_engine(self.pool, seed=self.seed, device=device, execution=self.execution)
 
     def run(self, images: Tensor, ids: Sequence[int], emit: Emit) -> None:
         for start in range(0, len(ids), LABEL_BLOCK):

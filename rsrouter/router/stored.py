@@ -2,101 +2,65 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.core.types import ABSTAIN
 from rsrouter.experts.base import ExpertPool
 from rsrouter.results import read_table
+from rsrouter.results.metadata import write_atomically
 from rsrouter.results.table import align
-from rsrouter.router.labels import LABEL, Labels, label_votes, target_radii
-from rsrouter.sampling.execution import Execution
-from rsrouter.sampling.noise import stream_key
+from rsrouter.router.labels import Labels, target_radii
 
 #: The kind of a file that holds tables' radii instead of votes.
 TABLES = "routing-labels-tables"
 
 
-def store_votes(
-    pool: ExpertPool,
-    images: Tensor,
-    labels: Tensor,
-    out: str | Path,
-    *,
-    n: int = 100,
-    seed: int = 0,
-    unseen: bool | None = None,
-    source: str = "",
-    device: str | None = None,
-    execution: Execution | None = None,
-    block: int = 64,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """Draws every expert's votes on every image into an npz file; started again, it goes on where it stopped.
-
-    Args:
-        pool: the experts.
-        images: `(N, C, H, W)` pixels in [0,1].
-        labels: `(N,)` class indices.
-        out: the file: `votes (N, K, classes + 1)`, `labels (N,)` and `metadata` (JSON text).
-        n, seed: votes per expert and image, and the key of their noise.
-        unseen: whether no expert was trained on these images; None: not known. Kept in the file, because experts
-            look better than they are on their own training images.
-        source: where the images are from, for the metadata.
-        device: where experts vote.
-        execution: how their networks run.
-        block: images between two writes.
-        progress: called with the number of votes drawn since the last call.
-
-    Returns:
-        The metadata.
+def has_votes(path: Path, metadata: dict[str, Any]) -> bool:
+    """Whether `path` holds the routing labels that `metadata` describe.
 
     Raises:
-        ResultsError: the file holds labels of something else; it is not touched.
+        ResultsError: it holds something else.
     """
-    path = Path(out)
-    pixels = images.detach().cpu().contiguous().numpy().tobytes()
-    metadata = {
-        "kind": "routing-labels",
-        "experts": list(pool.names),
-        "sigmas": list(pool.sigmas),
-        "digests": [e.digest for e in pool],
-        "n": int(n),
-        "seed": int(seed),
-        "purpose": LABEL,
-        "execution": (execution or Execution()).to_dict(),
-        "unseen": unseen,
-        "source": source,
-        "images": len(images),
-        "fingerprint": stream_key(pixels, labels.numpy().tobytes()).hex(),
-    }
-    votes = np.zeros((0, len(pool), pool.num_classes + 1), dtype=np.int64)
-    if path.exists():
-        found, votes, _ = _read(path)
-        if found != metadata:
-            different = sorted(k for k in {*found, *metadata} if found.get(k) != metadata.get(k))
-            raise ResultsError(
-                "The file holds other labels",
-                expected="a new file, or the same job to go on with",
-                received=f"{path}: other {', '.join(different)}",
-                remedy="choose another --out; nothing was overwritten",
-            )
-    for start in range(len(votes), len(images), block):
-        part = images[start : start + block]
-        drawn = label_votes(pool, part, n=n, seed=seed, device=device, execution=execution, progress=progress)
-        votes = np.concatenate([votes, drawn])
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        np.savez_compressed(temporary, votes=votes, labels=labels.numpy(), metadata=np.array(json.dumps(metadata)))
-        os.replace(temporary, path)
-    return metadata
+    if not path.exists():
+        return False
+    found, _, _ = _read(path)
+    if found != metadata:
+        different = sorted(k for k in {*found, *metadata} if found.get(k) != metadata.get(k))
+        raise ResultsError(
+            "The file holds other labels",
+            expected="a new file, or the same job to go on with",
+            received=f"{path}: other {', '.join(different)}",
+            remedy="choose another --out; nothing was overwritten",
+        )
+    return True
+
+
+def save_votes(path: Path, votes: NDArray[np.int64], labels: NDArray[np.int64], metadata: dict[str, Any]) -> None:
+    """Writes `votes (N, K, classes + 1)`, `labels (N,)` and their metadata, whole or not at all.
+
+    Raises:
+        ResultsError: the disk refuses.
+    """
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, votes=votes, labels=labels, metadata=np.array(json.dumps(metadata)))
+    try:
+        write_atomically(path, buffer.getvalue())
+    except OSError as error:
+        raise ResultsError(
+            f"Cannot write {path}",
+            expected="room on the disk and permission to write",
+            received=str(error),
+            remedy="make room and run the same command again: no vote is drawn twice",
+        ) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.int64], NDArray[np.int64]]:
@@ -127,7 +91,7 @@ def _check_experts(metadata: dict[str, Any], pool: ExpertPool) -> None:
 
 
 def load_votes(path: str | Path, pool: ExpertPool) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[str, Any]]:
-    """Votes `(N, K, classes + 1)`, true classes `(N,)` and metadata of a finished `store_votes` file.
+    """Votes `(N, K, classes + 1)`, true classes `(N,)` and metadata of a file that `rsrouter.jobs.label_table` wrote.
 
     Raises:
         ResultsError: not such a file, unfinished, or made with other experts.
@@ -178,7 +142,7 @@ def store_tables(
         pool: the experts, in the order of the tables.
         paths: see `labels_from_tables`.
         out: the file; it must not exist.
-        unseen: as in `store_votes`.
+        unseen: as in `rsrouter.jobs.label_table`.
 
     Returns:
         The metadata, and every expert's mean radius `(K,)`.

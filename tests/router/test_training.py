@@ -24,11 +24,13 @@ from rsrouter import (
 )
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.policy import CertifyPolicy
+from rsrouter.data import from_arrays
 from rsrouter.experts import build_architecture, register_architecture
 from rsrouter.experts.base import module_digest
+from rsrouter.jobs import Running, label_table
 from rsrouter.router import DeferralRouter, ResidualHead, Voter, label_votes
 from rsrouter.router.labels import radii_from_votes, target_radii
-from rsrouter.router.stored import labels_from_tables, load_votes, store_votes
+from rsrouter.router.stored import labels_from_tables, load_votes
 from rsrouter.training import DeferralRecipe, good_sets, train_deferral, tune_cascade, utility_loss
 from rsrouter.training.heads import HeadRecipe
 from rsrouter.training.simulate import SimulatedVotes, chain_radius
@@ -236,24 +238,23 @@ def test_stored_labels_resume_and_refuse(tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
-    drawn = [0]
-
-    def stop(count: int) -> None:
-        drawn[0] += count
-        if drawn[0] > 30 * 3 * 8:
+    def stop(running: Running) -> None:
+        if running.finished == 8:
             raise Stop
 
+    data = from_arrays(x, y)
     with pytest.raises(Stop):
-        store_votes(experts, x, y, path, n=30, block=8, progress=stop)
-    with pytest.raises(ResultsError, match="unfinished"):
+        label_table(experts, data, path, n=30, block=8, progress=stop)
+    with pytest.raises(ResultsError, match="routing labels"):
         load_votes(path, experts)
-    store_votes(experts, x, y, path, n=30, block=8)
+    label_table(experts, data, path, n=30, block=8)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
     votes, target, metadata = load_votes(path, experts)
     assert np.array_equal(votes, whole)
     assert target.tolist() == y.tolist()
     assert metadata["unseen"] is None
     with pytest.raises(ResultsError, match="other labels"):
-        store_votes(experts, x, y, path, n=31)
+        label_table(experts, data, path, n=31)
     assert np.array_equal(load_votes(path, experts)[0], whole)
 
 
