@@ -1,0 +1,226 @@
+"""Certificates by one process, two, three shards, and two actors of a Ray cluster: the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_router as small
+import torch
+from fake_work import FakeWork, run, untimed
+from hub_server import HubServer
+from typer.testing import CliRunner
+
+from rsrouter import ExpertPool, FixedPlan, RoutedSmooth
+from rsrouter.cli import app
+from rsrouter.cli.jobs import duration
+from rsrouter.core.errors import InputError, ResultsError
+from rsrouter.jobs import certify_table, estimate_table, label_table
+from rsrouter.results import merge_tables, read_table
+from rsrouter.router.stored import load_votes
+
+DATA = small.images(30)
+
+
+def pool() -> ExpertPool:
+    return ExpertPool([small.expert(0.25), small.expert(0.5, tilt=0.01)])
+
+
+def certify(out: Path, **options: Any) -> list[list[str]]:
+    arguments: dict[str, Any] = {"plan": small.PLAN, "threads": 1, "data": {"name": "columns"}, **options}
+    certify_table(small.routed(pool()), DATA, out, **arguments)
+    return untimed(out)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """One process."""
+    return certify(tmp_path_factory.mktemp("one") / "t.tsv")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("shards")
+    for i in range(3):
+        certify(folder / f"{i}.tsv", shard=(i, 3))
+    return [folder / f"{i}.tsv" for i in range(3)]
+
+
+def test_two_workers(tmp_path: Path, one: list[list[str]]) -> None:
+    assert certify(tmp_path / "t.tsv", workers=2) == one
+
+
+def test_three_shards_one_of_them_twice(tmp_path: Path, one: list[list[str]], shards: list[Path]) -> None:
+    merge_tables([shards[2], shards[0], shards[1], shards[0]], tmp_path / "t.tsv")
+    assert untimed(tmp_path / "t.tsv")[:-1] == one[:-1]
+
+
+def test_a_missing_shard(tmp_path: Path, shards: list[Path]) -> None:
+    with pytest.raises(ResultsError, match="missing"):
+        merge_tables(shards[:2], tmp_path / "t.tsv")
+
+
+def test_shards_of_different_configurations(tmp_path: Path, shards: list[Path]) -> None:
+    certify(tmp_path / "other.tsv", shard=(2, 3), plan=FixedPlan(50, 999))
+    with pytest.raises(ResultsError, match="another run") as caught:
+        merge_tables([*shards[:2], tmp_path / "other.tsv"], tmp_path / "t.tsv")
+    assert "plan.n" in caught.value.received
+
+
+def test_a_table_begun_by_one_process_is_finished_by_another_kind(tmp_path: Path, one: list[list[str]]) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(running: Any) -> None:
+        if running.finished >= 8:
+            raise Stop
+
+    with pytest.raises(Stop):
+        certify(tmp_path / "t.tsv", block=4, progress=stop)
+    assert 8 <= len(read_table(tmp_path / "t.tsv")) < len(DATA)
+    assert certify(tmp_path / "t.tsv", shard=None) == one
+
+
+def test_estimate_of_both_kinds_of_plan() -> None:
+    found = estimate_table(
+        small.routed(pool()), DATA, plan=FixedPlan(50, 1000), threads=1, grid=(0.0, 0.25), seconds=0.2, sample=8
+    )
+    fixed, adaptive = found.costs
+    assert (found.images, found.sampled, found.workers) == (30, 8, 1)
+    assert (fixed.plan["kind"], adaptive.plan["kind"]) == ("fixed", "adaptive")
+    # a router and at least one expert, at most both
+    assert 2 * 1050 <= fixed.votes_per_image <= 3 * 1050
+    assert 0 < adaptive.votes_per_image < fixed.votes_per_image
+    assert fixed.seconds > 0
+    half = estimate_table(small.routed(pool()), DATA, plan=FixedPlan(50, 1000), threads=1, shard=(0, 2), seconds=0.2, sample=8)
+    assert half.images == 15
+
+
+def test_labels_by_two_workers(tmp_path: Path) -> None:
+    for name, options in (("one", {}), ("two", {"workers": 2})):
+        label_table(pool(), DATA, tmp_path / name, n=20, threads=1, unseen=True, **options)
+    (a, ya, ma), (b, yb, mb) = (load_votes(tmp_path / name, pool()) for name in ("one", "two"))
+    assert a.tolist() == b.tolist()
+    assert (ya.tolist(), ma) == (yb.tolist(), mb)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_the_command_line(tmp_path: Path, hub: HubServer) -> None:
+    small.routed(small.put_experts(hub, tmp_path)).save_pretrained(tmp_path / "router")
+    images, labels = DATA.tensors()
+    np.savez(tmp_path / "d.npz", images=(images * 255).round().to(torch.uint8).numpy(), labels=labels.numpy())
+    words = ["certify", str(tmp_path / "router"), "--data", str(tmp_path / "d.npz"), "--plan", "fixed", "--n", "1000"]
+    words += ["--radii", "0,0.25", "--threads", "1", "--count", "12", "--format", "json"]
+    result = CliRunner().invoke(app, [*words, "--estimate", "--shard", "1/2"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["images"], [c["plan"]["kind"] for c in told["costs"]]) == (6, ["fixed", "adaptive"])
+    assert not (tmp_path / "t.tsv").exists()
+    for i in range(2):
+        out = tmp_path / f"{i}.tsv"
+        result = CliRunner().invoke(app, [*words, "--out", str(out), "--shard", f"{i}/2"])
+        assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(
+        app, ["merge", str(tmp_path / "0.tsv"), str(tmp_path / "1.tsv"), "--out", str(tmp_path / "t.tsv")]
+    )
+    assert result.exit_code == 0, result.output
+    assert read_table(tmp_path / "t.tsv").idx.tolist() == list(range(12))
+    for odd, message in ((["--workers", "0"], "workers"), (["--shard", "2/2"], "shard"), (["--stream"], "streamed")):
+        result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "odd.tsv"), *odd])
+        assert isinstance(result.exception, InputError)
+        assert message in str(result.exception)
+    assert isinstance(CliRunner().invoke(app, words).exception, InputError)  # no --out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3.2, "3 s"), (119.0, "119 s"), (720.0, "12 min"), (9000.0, "2.5 h"), (3e5, "3.5 days"), (float("nan"), "?")],
+)
+def test_durations_in_words(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_ray_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match="Ray is not installed") as caught:
+        certify(tmp_path / "t.tsv", ray="auto")
+    assert "rsrouter[ray]" in caught.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A cluster of two cores on this machine, for all tests of this file."""
+    ray = pytest.importorskip("ray")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("RAY_worker_niceness", "0")
+    here = Path(__file__).parent
+    patch.setenv("PYTHONPATH", f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20)
+    yield "auto"
+    ray.shutdown()
+    patch.undo()
+
+
+@pytest.mark.slow
+def test_two_actors_of_a_ray_cluster(tmp_path: Path, one: list[list[str]], cluster: str) -> None:
+    assert certify(tmp_path / "t.tsv", ray=cluster, workers=2) == one
+
+
+@pytest.mark.slow
+def test_an_actor_killed_in_the_middle_of_an_image(tmp_path: Path, cluster: str) -> None:
+    from rsrouter.jobs.ray_actors import RayActors
+
+    run(tmp_path / "whole.tsv")
+    (tmp_path / "die-7").write_text("x")
+    run(tmp_path / "t.tsv", RayActors(cluster, 2, None, 1), FakeWork(str(tmp_path)))
+    assert (tmp_path / "die-7").read_text() == ""
+    assert untimed(tmp_path / "t.tsv") == untimed(tmp_path / "whole.tsv")
+
+
+@pytest.mark.slow
+def test_more_actors_than_cores(tmp_path: Path, cluster: str) -> None:
+    with pytest.raises(InputError, match="less than the workers need"):
+        certify(tmp_path / "t.tsv", ray=cluster, workers=3, threads=1)
+
+
+SCRIPT = """
+import sys
+import small_router as small
+from test_certify_workers import certify
+from pathlib import Path
+
+if __name__ == "__main__":
+    certify(Path(sys.argv[1]), workers=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_and_started_again(tmp_path: Path, one: list[list[str]]) -> None:
+    (tmp_path / "job.py").write_text(SCRIPT)
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    out = tmp_path / "t.tsv"
+    job = subprocess.Popen([sys.executable, str(tmp_path / "job.py"), str(out)], env=environment)
+    while job.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > 3):
+        pass
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert certify(out, workers=2) == one
+
+
+def test_routed_classifiers_can_be_sent() -> None:
+    import pickle
+
+    routed = small.routed(pool())
+    assert isinstance(again := pickle.loads(pickle.dumps(routed)), RoutedSmooth)
+    assert again.digest == routed.digest
