@@ -204,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)", "commit"),
         ("POST", r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)/(?P<what>tag|branch)/(?P<rev>[^/]+)", "name_ref"),
         ("POST", r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)/paths-info/(?P<rev>[^/]+)", "paths_info"),
-        ("GET", r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)", "tree"),
+        ("GET", r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(?:/(?P<path>.+))?", "tree"),
         ("GET", r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)/refs", "refs"),
         ("GET", r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)(?:/revision/(?P<rev>[^/]+))?", "info"),
         ("POST", r"/(?:(?P<type>dataset)s/)?(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -406,9 +406,9 @@ class _Handler(BaseHTTPRequestHandler):
             entries.append(entry)
         return entries
 
-    def tree(self, id: str, rev: str, type: str = "model") -> None:
+    def tree(self, id: str, rev: str, path: str = "", type: str = "model") -> None:
         repo = self.hub.repo(id, type)
-        self._json(self._entries(repo, repo.resolve(rev)))
+        self._json([e for e in self._entries(repo, repo.resolve(rev)) if e["path"].startswith(f"{path}/" if path else "")])
 
     def paths_info(self, id: str, rev: str, type: str = "model") -> None:
         repo = self.hub.repo(id, type)

@@ -45,6 +45,6 @@ def resize_centre(pixels: Tensor, size: int) -> Tensor:
     if (wide, high) != (width, height):
         image = image.resize((wide, high), Image.Resampling.BILINEAR)
     left, top = round((wide - size) / 2.0), round((high - size) / 2.0)
-    array = np.asarray(image.crop((left, top, left + size, top + size)))
+    array = np.array(image.crop((left, top, left + size, top + size)))
     cropped = array[None] if channels == 1 else array.transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(cropped)).to(torch.float32).div_(255)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from hub_server import HubServer
 from PIL import Image
+from torchvision import transforms
 
 from rsrouter.core.errors import HubError, InputError
-from rsrouter.data import ImageData, from_arrays, load_data
+from rsrouter.data import ImageData, from_arrays, load_data, resize_centre
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (7, 3, 6, 5), dtype=np.uint8)
@@ -119,6 +120,30 @@ def test_hub_data_set_at_a_pinned_revision(hub: HubServer, tmp_path: Path) -> No
         load_data("hf-hub:org/none")
 
 
+def test_hub_data_set_piece_by_piece(hub: HubServer, tmp_path: Path) -> None:
+    one, two = (parquet(tmp_path / f"{i}.parquet", rows).read_bytes() for i, rows in enumerate((slice(0, 4), slice(4, 7))))
+    files = {"data/test-00000-of-00002.parquet": one, "data/test-00001-of-00002.parquet": two, "data/train-0.parquet": one}
+    commit = hub.put("org/set", files, repo_type="dataset")
+    data = load_data("hf-hub:org/set", split="test", stream=True)
+    assert commit in data.name
+    holds_the_pixels(data)
+    assert not list((hub.folder / "cache").rglob("*.parquet"))  # no copy is kept
+    assert data.fingerprint == load_data(f"hf-hub:org/set@{commit}", split="test").fingerprint
+    with pytest.raises(InputError, match="several splits"):
+        load_data("hf-hub:org/set", stream=True)
+    with pytest.raises(InputError, match="Only Hub data sets"):
+        load_data(tmp_path / "0.parquet", stream=True)
+
+
+def test_a_stream_whose_hub_goes_away(hub: HubServer, tmp_path: Path) -> None:
+    hub.put("org/set", {"test.parquet": parquet(tmp_path / "a.parquet").read_bytes()}, repo_type="dataset")
+    data = load_data("hf-hub:org/set", stream=True)
+    hub.fault("GET", r".*resolve.*", 403, times=None)
+    with pytest.raises(HubError) as caught:
+        data.image(6)
+    assert caught.value.remedy
+
+
 def test_reads_one_image_at_a_time() -> None:
     read: list[int] = []
 
@@ -183,6 +208,24 @@ def test_resize_and_crop(tmp_path: Path) -> None:
     images, _ = load_data(tmp_path, size=16).tensors()
     assert images.shape == (2, 3, 16, 16)
     assert torch.equal((images * 255).round() / 255, images)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (50, 30), (256, 256), (17, 23), (300, 451)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resize_is_the_fields_own(shape: tuple[int, int], channels: int) -> None:
+    array = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = Image.fromarray(array if channels == 3 else array[..., 0])
+    field = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])(image)
+    pixels = torch.from_numpy(np.asarray(image).reshape(*shape, -1).transpose(2, 0, 1).copy()).float() / 255
+    assert torch.equal((resize_centre(pixels, 224) * 255).round().to(torch.uint8), field)
+
+
+def test_preprocessing_is_recorded(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "one.parquet")
+    assert load_data(path).preprocessing is None
+    described = load_data(path, size=4).preprocessing
+    assert described is not None
+    assert (described["resize"], described["crop"]) == (5, 4)
 
 
 @pytest.mark.parametrize(
