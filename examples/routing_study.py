@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from rsrouter import AdaptivePlan, CascadeRouter, Expert, ExpertPool, RoutedSmooth, Smooth
+from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, RoutedSmooth, Smooth
+from rsrouter.core.bounds import AlphaSplit
 from rsrouter.jobs import certify_table
 from rsrouter.report import write_report
 from rsrouter.report.curves import average_certified_radius, certified_correct
@@ -72,7 +73,7 @@ def train_all(
         if (work / name / "config.json").exists():
             return
         start, lines = time.time(), []
-        with resuming(Checkpoint(work / f"{name}.state")):
+        with resuming(Checkpoint(work / "state")):  # cascade and deferral tune on the same votes
             routed = build(lines.append)
         routed.save_pretrained(work / name)
         lines.append({"seconds": round(time.time() - start)})
@@ -94,20 +95,9 @@ def train_all(
     make("deferral", deferral)
 
 
-def methods(pool: ExpertPool, work: Path, execution: Execution, again: float = 0.75) -> dict[str, Method]:
-    """By name, in the order of the table: experts first, then the largest smoothed at `again`, then what routes."""
+def methods(pool: ExpertPool, work: Path, execution: Execution) -> dict[str, Method]:
+    """By name, in the order of the table: experts first, then what routes."""
     found: dict[str, Method] = {e.name: (Smooth(e, execution=execution), "tree") for e in pool}
-    largest = pool[len(pool) - 1]
-    other = Expert(
-        largest.module,
-        sigma=again,
-        num_classes=largest.num_classes,
-        input_shape=largest.input_shape,
-        mean=largest.mean,
-        std=largest.std,
-        name=f"{largest.name} smoothed at {again:g}",
-    )
-    found[other.name] = (Smooth(other, execution=execution), "tree")
 
     def routed(name: str) -> RoutedSmooth:
         return RoutedSmooth(pool, RoutedSmooth.from_pretrained(work / name).router, execution=execution)
@@ -152,11 +142,13 @@ def certify_all(
         memo, start = VoteMemo(), time.time()
         for name, (smoothed, rule) in methods.items():
             smoothed.memo = memo
+            sides = "two" if isinstance(smoothed, RoutedSmooth) else "one"
+            reach = PLAN.reach(smoothed.tree, AlphaSplit.even(ALPHA, smoothed.tree.paths), sides)
             certify_table(
                 smoothed,
                 images,
                 out / f"{file_name(name)}.{shard}.tsv",
-                plan=PLAN,
+                plan=PLAN.within(reach),
                 alpha=ALPHA,
                 seed=seed,
                 rule=rule,

@@ -5,8 +5,8 @@
     python examples/study_cifar10.py table --work WORK --experts EXPERTS --out model_cards/cifar10-study
 
 EXPERTS is what `train_cifar_experts.py --out` wrote, DATA as there. Heads are trained on training rows 0 to 47,999 (the experts'
-own 42,000 and 6,000 that they have not seen), the flat router on those 6,000, every choice is made on rows 48,000 to
-49,999, and test images are only certified. `certify` is resumable and may run in several processes (`--part`).
+own 42,000 and 6,000 that they have not seen), the flat router on 4,000 of the latter, every choice is made on 1,000 images
+from row 48,000 on, and test images are only certified. `certify` is resumable and may run in several processes (`--part`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEED = 20261123
 SIGMAS = (0.25, 0.5, 1.0)
 RECIPE = DeferralRecipe(
     copies=6,
-    tune_copies=500,
+    tune_copies=400,
     levels=(1.07, 1.23),
     consistency=(2.0, 5.0, 10.0),
     head=HeadRecipe(steps=2000),
@@ -50,8 +50,9 @@ def part_of(data: str, *names: str) -> tuple[Tensor, Tensor]:
 
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    data = [part_of(args.data, *names) for names in (("train",), ("experts", "train"), ("validation",))]
-    train_all(load_pool(args.experts), args.work, data[0], data[1], data[2], RECIPE, Execution(dtype=args.dtype))
+    unseen, heads, validation = (part_of(args.data, *names) for names in (("train",), ("experts", "train"), ("validation",)))
+    unseen, validation = (unseen[0][:4000], unseen[1][:4000]), (validation[0][:1000], validation[1][:1000])
+    train_all(load_pool(args.experts), args.work, unseen, heads, validation, RECIPE, Execution(dtype=args.dtype))
 
 
 def certify(args: argparse.Namespace) -> None:

@@ -65,6 +65,7 @@ from rsrouter.sampling import Engine, Execution, VoteModel, image_identity
 from rsrouter.training.features import noisy_features
 from rsrouter.training.flat import RECIPES, train_flat
 from rsrouter.training.simulate import SimulatedVotes
+from rsrouter.training.tune import Goal
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 KWARGS = {"in_channels": 3, "width": 24, "blocks": [[48, 2], [64, 2], [96, 2]]}
@@ -210,7 +211,8 @@ def heads(args: argparse.Namespace) -> None:
     pixels = {name: as_pixels(images[idx[rows]]) for name, rows in parts.items()}
     trunk = {sigma: load_trunk(args.work, sigma) for sigma in (COARSE, FINE)}
     chosen, log = choose(trunk, list(paths), pixels, {n: labels.radius[r] for n, r in parts.items()},
-                         [t.take(parts["validation"]) for t in tables], args.copies)  # fmt: skip
+                         [t.take(parts["validation"]) for t in tables], args.copies,
+                         load_heads(args.work) if args.keep else None)  # fmt: skip
     save_heads(args.work, chosen)
     (args.work / "choice.json").write_text(json.dumps(log, indent=1) + "\n")
     print(json.dumps(log, indent=1))
@@ -223,14 +225,20 @@ def choose(
     radius: Mapping[str, np.ndarray],
     held_out: Sequence[Table],
     copies: int,
+    kept: Mapping[str, nn.Module] | None = None,
 ) -> tuple[dict[str, nn.Module], dict[str, object]]:
-    """Trains every candidate head and chooses, by simulated coverage on validation rows, among them and their biases."""
+    """Trains every candidate head and chooses, by simulated votes on validation rows, among them and their operating points.
+
+    With `kept` heads nothing is trained: only their operating points are chosen.
+    """
     features = {
         sigma: noisy_features([t], sigma, pixels["validation"], copies, seed=0, purpose="tune") for sigma, t in trunk.items()
     }
     fine = list(names[:-1])
     two = {part: np.stack([r[:, -1], r[:, :-1].max(1)], axis=1) for part, r in radius.items()}
     rng = np.random.default_rng(0)
+    # coverage alone is won by always naming the largest expert: radii that few images reach weigh as much as small ones
+    goal = Goal(tuple(COVERED.tolist()), curves.envelope(held_out, COVERED), floor=0.915, strictness=1.0)
 
     def make(sigma: float, over: Sequence[str], labels: Mapping[str, np.ndarray], recipe: str, **settings: float) -> nn.Module:
         return train_head(trunk[sigma], over, (pixels["train"], labels["train"]),
@@ -241,20 +249,23 @@ def choose(
 
     def score(tree: Tree, votes: Mapping[str, SimulatedVotes]) -> float:
         found = estimate(tree, held_out, {s: v.selection for s, v in votes.items()}, {s: v.counts for s, v in votes.items()})
-        return curves.coverage(found, held_out, COVERED)
+        return goal.score(curves.certified_accuracy(found, COVERED).accuracy)
 
     log: dict[str, object] = {}
-    paper = make(COARSE, names, radius, "dual-rs")
-    log["flat-dual-rs"] = {"coverage": score(flat_of(names), {"router": simulated(COARSE, paper)})}
+    paper = make(COARSE, names, radius, "dual-rs") if kept is None else kept["flat-dual-rs"]
+    log["flat-dual-rs"] = {"score": score(flat_of(names), {"router": simulated(COARSE, paper)})}
     jobs = {
         "flat": (COARSE, list(names), radius, len(names) - 1),
         "coarse": (COARSE, [names[-1], GO_ON], two, 0),
         "fine": (FINE, fine, {p: r[:, :-1] for p, r in radius.items()}, len(fine) - 1),
     }
     pools: dict[str, list[tuple[dict[str, object], nn.Module, SimulatedVotes]]] = {stage: [] for stage in jobs}
-    for recipe, consistency in CANDIDATES:
+    for recipe, consistency in CANDIDATES if kept is None else (("kept", None),):
         for stage, (sigma, over, labels, largest) in jobs.items():
-            head = make(sigma, over, labels, recipe, consistency=consistency)
+            if kept is None:
+                head = make(sigma, over, labels, recipe, consistency=consistency)
+            else:
+                head = kept["flat-coverage" if stage == "flat" else stage]
             for share in SHARES:
                 moved = shifted(head, largest, features[sigma], share)
                 setting = {"recipe": recipe, "consistency": consistency, "not the largest": share}
@@ -264,14 +275,14 @@ def choose(
         scored = [(value(votes), setting, head, votes) for setting, head, votes in pools[stage]]
         return max(scored, key=lambda entry: entry[0])
 
-    coverage, setting, flat, _ = best("flat", lambda votes: score(flat_of(names), {"router": votes}))
-    log["flat-coverage"] = {"coverage": coverage, **setting}
+    value, setting, flat, _ = best("flat", lambda votes: score(flat_of(names), {"router": votes}))
+    log["flat-coverage"] = {"score": value, **setting}
     # one stage after the other, twice: every pair would be as many evaluations squared
     tree, second = two_level(names), pools["fine"][0][2]
     for _ in range(2):
         _, upper, coarse, first = best("coarse", lambda votes: score(tree, {"coarse": votes, "fine": second}))  # noqa: B023
-        coverage, lower, finer, second = best("fine", lambda votes: score(tree, {"coarse": first, "fine": votes}))  # noqa: B023
-    log["two-level"] = {"coverage": coverage, "coarse": upper, "fine": lower}
+        value, lower, finer, second = best("fine", lambda votes: score(tree, {"coarse": first, "fine": votes}))  # noqa: B023
+    log["two-level"] = {"score": value, "coarse": upper, "fine": lower}
     return {"flat-dual-rs": paper, "flat-coverage": flat, "coarse": coarse, "fine": finer}, log
 
 
@@ -389,6 +400,7 @@ def main() -> None:
             one.add_argument("--epochs", type=int, default=6)
         if "c" in options:
             one.add_argument("--copies", type=int, default=100, help="noisy copies of each validation image")
+            one.add_argument("--keep", action="store_true", help="train no head again, only choose the operating points")
         if "i" in options:
             one.add_argument("--images", type=int, default=1000)
         if "o" in options:

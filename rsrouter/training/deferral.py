@@ -21,6 +21,7 @@ from rsrouter.router.chain import Voter
 from rsrouter.router.deferral import DeferralRouter
 from rsrouter.router.labels import label_votes
 from rsrouter.router.trunk import has_trunk
+from rsrouter.sampling.execution import Execution
 from rsrouter.training.features import noisy_features
 from rsrouter.training.heads import HeadRecipe, train_head
 from rsrouter.training.simulate import SimulatedVotes, accuracy, chain_radius
@@ -117,6 +118,7 @@ def train_deferral(
     alpha: float = 1e-3,
     seed: int = 0,
     device: str | None = None,
+    execution: Execution | None = None,
     progress: Callable[[int], None] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> DeferralRouter | CascadeRouter:
@@ -132,7 +134,7 @@ def train_deferral(
         recipe: hyper-parameters.
         plan_n, n0, alpha: the certification this is tuned for.
         seed: of noise, initialisation and order.
-        device: where the experts run.
+        device, execution: where and how the experts run.
         progress: called with the number of forward passes since the last call.
         log: called with what happened, JSON-ready.
 
@@ -150,7 +152,8 @@ def train_deferral(
     xv, yv = validation
     target = yv.numpy()
     rng = np.random.default_rng(seed)
-    votes = label_votes(pool, xv, n=recipe.tune_copies, seed=seed, device=device, purpose=TUNE, progress=progress)
+    running: dict[str, Any] = {"device": device, "execution": execution, "progress": progress}
+    votes = label_votes(pool, xv, n=recipe.tune_copies, seed=seed, purpose=TUNE, **running)
     candidates = {e.name: Voter(e.name) for e in pool}
     simulated = {e.name: SimulatedVotes.draw(votes[:, k], e.sigma, plan_n, n0, rng, pool.num_classes) for k, e in enumerate(pool)}
     heads: dict[str, nn.Module] = {}
@@ -158,9 +161,7 @@ def train_deferral(
         members = [(v, weight) for v, weight in wanted if v.sigma == sigma]
         readers: list[Expert] = [pool[name] for name in (members[0][0].expert, *members[0][0].others)]
         level = float(sigma or 0.0)
-        features = noisy_features(
-            readers, level, images, recipe.copies, seed=seed, purpose=TRAIN, device=device, progress=progress
-        )
+        features = noisy_features(readers, level, images, recipe.copies, seed=seed, purpose=TRAIN, **running)
         trained: dict[str, nn.Module] = {}
         for voter, weight in members:
             name = str(voter.head)
@@ -174,9 +175,7 @@ def train_deferral(
                 log=partial(_named, say, name),
             )
         del features
-        held_out = noisy_features(
-            readers, level, xv, recipe.tune_copies, seed=seed, purpose=TUNE, device=device, progress=progress
-        )
+        held_out = noisy_features(readers, level, xv, recipe.tune_copies, seed=seed, purpose=TUNE, **running)
         for voter, _ in members:
             candidates[str(voter.head)] = voter
         for name, counted in _head_votes(held_out, trained, pool.num_classes).items():

@@ -24,6 +24,7 @@ def noisy_features(
     seed: int,
     purpose: str,
     device: str | None = None,
+    execution: Execution | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Features and logits of noisy copies: float16 `(N, copies, sum of F + classes)` on the CPU.
@@ -37,23 +38,23 @@ def noisy_features(
         images: `(N, C, H, W)` pixels in [0,1].
         copies: noisy copies per image.
         seed, purpose: key the noise.
-        device: where the experts run.
+        device, execution: where and how the experts run.
         progress: called with the number of forward passes since the last call.
 
     Raises:
         InputError: an expert that does not expose its features.
     """
     where = resolve_device(device)
-    execution = Execution()
+    execution = execution or Execution()
     trunk = prepare(FusedTrunk(experts).eval(), execution, where)
     key = stream_key(
         purpose, seed, *(e.digest for e in experts), repr(float(sigma)), images.shape[0], images[:1].cpu().numpy().tobytes()
     )
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-    batch = default_batch(images[0].numel(), where)
+    batch = execution.batch or default_batch(images[0].numel(), where)
     rows = torch.arange(len(images)).repeat_interleave(copies)
     store = current()
-    name = unit_key("features", key, copies, images.detach().cpu().contiguous().numpy().tobytes(), batch, str(where))
+    name = unit_key("features", key, copies, images.detach().cpu().contiguous().numpy().tobytes(), batch, repr(execution), str(where))
     parts: list[Tensor] = []
     done = saved = number = 0
     while (found := store.get(f"{name}-{number}")) is not None:

@@ -17,6 +17,7 @@ from rsrouter.experts.base import ExpertPool
 from rsrouter.inputs import check_images, check_labels
 from rsrouter.router.cascade import CascadeRouter
 from rsrouter.router.labels import label_votes
+from rsrouter.sampling.execution import Execution
 from rsrouter.training.simulate import SimulatedVotes, accuracy, chain_radius, expert_radius
 
 Chain = tuple[tuple[str, float | None], ...]
@@ -132,6 +133,7 @@ def tune_cascade(
     seed: int = 0,
     votes: NDArray[np.int64] | None = None,
     device: str | None = None,
+    execution: Execution | None = None,
     progress: Callable[[int], None] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> CascadeRouter:
@@ -148,7 +150,7 @@ def tune_cascade(
         max_stages: the longest chain.
         seed: of the noise (purpose "tune": no certificate sees it).
         votes: `(N, K, classes + 1)` votes drawn before (`label_votes`), instead of drawing.
-        device: where to run.
+        device, execution: where and how the experts run.
         progress: called with the number of votes drawn since the last call.
         log: called with what was found.
 
@@ -162,7 +164,7 @@ def tune_cascade(
             "A cascade needs two experts", expected="a pool of two or more", received=str(len(pool)), remedy="use Smooth(expert)"
         )
     if votes is None:
-        votes = label_votes(pool, x, n=n, seed=seed, device=device, purpose=TUNE, progress=progress)
+        votes = label_votes(pool, x, n=n, seed=seed, device=device, execution=execution, purpose=TUNE, progress=progress)
     voters = simulate_pool(pool, votes, plan_n=plan_n, n0=n0, seed=seed)
     goal = goal_of(voters, target, radii, alpha)
     chain, score = search_chain(voters, target, goal, alpha, max_stages=max_stages)
