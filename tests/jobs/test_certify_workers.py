@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def test_a_driver_that_is_killed_and_started_again(tmp_path: Path, one: list[lis
     out = tmp_path / "t.tsv"
     job = subprocess.Popen([sys.executable, str(tmp_path / "job.py"), str(out)], env=environment)
     while job.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > 3):
-        pass
+        time.sleep(0.002)
     job.send_signal(signal.SIGKILL)
     job.wait()
     assert certify(out, workers=2) == one
