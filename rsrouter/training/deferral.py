@@ -48,7 +48,7 @@ class DeferralRecipe:
 
     copies: int = 16
     tune_copies: int = 200
-    levels: tuple[float, ...] = (1.025, 1.18)
+    levels: tuple[float, ...] = (1.07, 1.23)
     consistency: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0)
     head: HeadRecipe = field(default_factory=HeadRecipe)
     stages: int = 3
@@ -57,10 +57,10 @@ class DeferralRecipe:
 
 
 #: By name: `deferral` (some ten minutes for 6,000 and 1,000 small images on one core) and `quick` (about a minute for
-#: 1,000 and 400).
+#: 6,000 and 400).
 DEFERRAL_RECIPES: dict[str, DeferralRecipe] = {
     "deferral": DeferralRecipe(),
-    "quick": DeferralRecipe(copies=12, tune_copies=100, consistency=(2.0, 10.0), head=HeadRecipe(steps=500), strictness=2.0),
+    "quick": DeferralRecipe(copies=8, tune_copies=150, consistency=(5.0,)),
 }
 
 

@@ -54,7 +54,8 @@ def noisy_features(
     batch = execution.batch or default_batch(images[0].numel(), where)
     rows = torch.arange(len(images)).repeat_interleave(copies)
     store = current()
-    name = unit_key("features", key, copies, images.detach().cpu().contiguous().numpy().tobytes(), batch, repr(execution), str(where))
+    content = images.detach().cpu().contiguous().numpy().tobytes()
+    name = unit_key("features", key, copies, content, batch, repr(execution), str(where))
     parts: list[Tensor] = []
     done = saved = number = 0
     while (found := store.get(f"{name}-{number}")) is not None:

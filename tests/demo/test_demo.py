@@ -13,7 +13,15 @@ from rsrouter.demo import SLICES, load_pool, load_slice, run
 from rsrouter.demo.bundled import ASSETS
 from rsrouter.experts.checkpoints import sha256_of
 
-SMALL = {"train_images": 60, "label_votes": 20, "test_images": 6, "n_max": 1000}
+SMALL = {
+    "head_images": 60,
+    "head_steps": 20,
+    "validation_images": 20,
+    "flat_images": 60,
+    "label_votes": 20,
+    "test_images": 6,
+    "n_max": 1000,
+}
 
 
 @pytest.fixture(scope="module")
