@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import Device, Format, OutputFormat, echo_json
+from rsrouter.cli.options import Device, Format, OutputFormat, check_out, echo_json
 
 
 def bench(
@@ -42,6 +42,7 @@ def bench(
     from rsrouter.data import load_data
     from rsrouter.demo import load_pool, load_slice
 
+    check_out(out)
     routed = None if router is None else RoutedSmooth.from_pretrained(router)
     given = {"repeats": repeats, "n_max": n_max, "certificates": images, "most": most}
     settings = {**(QUICK if quick else {}), **{key: value for key, value in given.items() if value is not None}}

@@ -75,6 +75,17 @@ def echo_json(value: Any) -> None:
     typer.echo(json.dumps(_plain(value), allow_nan=False))
 
 
+def check_out(out: Path | None) -> None:
+    """Refuses, before any work, an output file whose folder is not there."""
+    if out is not None and (out.is_dir() or not out.expanduser().parent.is_dir()):
+        raise InputError(
+            "The output file cannot be written",
+            expected="a file in a folder that exists",
+            received=str(out),
+            remedy="make the folder first, or give another --out",
+        )
+
+
 def parse_numbers(text: str, what: str) -> list[float]:
     """Numbers from `"0.25,0.5"`; InputError names the option `what`."""
     try:

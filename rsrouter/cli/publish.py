@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import Device, Format, Licence, OutputFormat, Revision, Title, echo_json
+from rsrouter.cli.options import Device, Format, Licence, OutputFormat, Revision, Title, check_out, echo_json
 
 
 def publish(
@@ -98,6 +98,7 @@ def audit(
     """
     from rsrouter.audit import audit as check
 
+    check_out(out)
     images: Any = data
     if data == "demo":
         from rsrouter.demo import load_slice
