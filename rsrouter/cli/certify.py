@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +24,7 @@ from rsrouter.cli.jobs import (
     say_estimate,
 )
 from rsrouter.cli.jobs import ray_address as address_of
-from rsrouter.cli.options import DEFAULT_RADII, Alpha, Device, Format, OutputFormat, Radii, make_plan
+from rsrouter.cli.options import DEFAULT_RADII, Alpha, Device, Format, OutputFormat, Radii, echo_json, make_plan
 from rsrouter.core.errors import InputError
 
 Source = Annotated[
@@ -131,7 +130,7 @@ def certify(
     display.close()
     summary = summarise(table, radii=parse_radii(radii))
     if format is Format.json:
-        typer.echo(json.dumps({**summary.to_dict(), "table": str(out), "rows": len(table)}))
+        echo_json({**summary.to_dict(), "table": out, "rows": len(table)})
         return
     print_summary(summary)
     typer.echo(f"table: {out}")
@@ -168,7 +167,7 @@ def predict(
         found = smoothed.predict(images.batch(part)[0], n=n, alpha=alpha, seed=seed, device=device)
         answers.update(zip(part, found.tolist(), strict=True))
     if format is Format.json:
-        typer.echo(json.dumps(answers))
+        echo_json(answers)
         return
     for index, answer in answers.items():
         typer.echo(f"{index}\t{answer}")

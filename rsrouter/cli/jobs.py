@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from rsrouter.cli.options import Format
+from rsrouter.cli.options import Format, echo_json
 from rsrouter.core.errors import InputError
 
 Workers = Annotated[
@@ -138,7 +137,7 @@ class Display:
 def say_estimate(estimate: Any, format: Format) -> None:
     """Prints a `rsrouter.jobs.Estimate`."""
     if format is Format.json:
-        typer.echo(json.dumps(estimate.to_dict()))
+        echo_json(estimate.to_dict())
         return
     speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in estimate.votes_per_second.items())
     typer.echo(f"{estimate.images} images, {estimate.workers} workers, {estimate.device}; votes a second on each: {speeds}")
