@@ -14,6 +14,8 @@ from PIL import Image
 
 SCRIPT = """
 import json, resource, sys, time
+# one thread's seconds of work, which other processes of this machine do not stretch as they do a clock's
+time.perf_counter = time.process_time
 import torch
 import timm
 from rsrouter import Expert, FixedPlan, Smooth, load_data
@@ -27,12 +29,12 @@ module = timm.create_model("resnet50", pretrained=False)
 expert = Expert(module, sigma=0.5, num_classes=1000, input_shape=(3, 224, 224), name="resnet50")
 job = dict(plan=FixedPlan(20, 80), alpha=0.01, indices=range(count))
 estimate = estimate_table(Smooth(expert), data, sample=2, seconds=20.0, **job)
-start = time.monotonic()
+start = time.process_time()
 table = certify_table(Smooth(expert), data, out, block=2, **job)
 print(json.dumps({
     "rows": len(table),
     "estimated": estimate.costs[0].seconds,
-    "measured": time.monotonic() - start,
+    "measured": time.process_time() - start,
     "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     "votes_per_second": estimate.votes_per_second,
     "preprocessing": table.metadata["data"]["preprocessing"],
@@ -58,5 +60,4 @@ def test_resnet50_at_224(tmp_path: Path) -> None:
     assert told["preprocessing"]["resize"] == 256
     # weights, one batch's activations, two images; nothing that grows with the data set
     assert told["peak_mb"] < 2000
-    # by hand, on a quiet machine, within a fifth; a busy one is only sane
-    assert 0.3 < told["estimated"] / told["measured"] < 3.0
+    assert 0.8 < told["estimated"] / told["measured"] < 1.25
