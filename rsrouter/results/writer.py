@@ -36,8 +36,8 @@ _open_writers: weakref.WeakSet[ResultsWriter] = weakref.WeakSet()
 class ResultsWriter:
     """Appends rows to `path`, whose metadata stands beside it as JSON; resumes what is already there.
 
-    What holds at every moment: the metadata is written whole before the first row; the table is a prefix of
-    what one uninterrupted run writes, plus at most one torn line at its end, which opening cuts off. A killed
+    What holds at every moment: the metadata is written whole before the first row; the table is the
+    rows appended so far, plus at most one torn line at its end, which opening cuts off. A killed
     process loses no whole row; a power loss at most those of the last `sync_seconds`, which are done again.
 
     Args:
