@@ -82,7 +82,12 @@ def main() -> None:
         "input_shape": [3, 32, 32],
         "mean": list(MEAN),
         "std": list(STD),
-        "training": {"data": "CIFAR-10, training rows 0 to 41,999", "consistency": weight, "epochs": args.epochs, "seed": args.seed},
+        "training": {
+            "data": "CIFAR-10, training rows 0 to 41,999",
+            "consistency": weight,
+            "epochs": args.epochs,
+            "seed": args.seed,
+        },
     }
     save_expert(folder, weights, config)
 

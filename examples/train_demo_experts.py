@@ -158,9 +158,7 @@ def train(args: argparse.Namespace) -> None:
     weight = CONSISTENCY.get(args.sigma, 5.0) if args.consistency is None else args.consistency
     folder = args.out / f"sigma_{args.sigma:.2f}"
     settings = {"epochs": args.epochs, "batch": args.batch, "lr": args.lr, "seed": args.seed}
-    weights = fit(
-        SmallResNet(), x_all, y_all, sigma=args.sigma, weight=weight, mean=MEAN, std=STD, folder=folder, **settings
-    )
+    weights = fit(SmallResNet(), x_all, y_all, sigma=args.sigma, weight=weight, mean=MEAN, std=STD, folder=folder, **settings)
     config = {
         "architecture": "small_resnet",
         "kwargs": {},
