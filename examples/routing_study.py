@@ -321,7 +321,7 @@ def write_study(
     figure(out / "curves.svg", summary, experts, title)
     if report is not None:
         write_report(
-            {name: table for name, table in tables.items() if name in (*experts, reference, best)},
+            {name: tables[name] for name in (best, reference, *experts)},
             report,
             routed=[best, reference],
             experts=experts,
