@@ -7,6 +7,7 @@ processes and resume where they stopped; the networks' votes are drawn once per 
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, RoutedSmooth, Smooth
@@ -329,3 +331,37 @@ def write_study(
             radii=RADII,
         )
     print(head, "", *lines, sep="\n")
+
+
+def command_line(
+    text: str | None,
+    verbs: Mapping[str, Callable[[argparse.Namespace], None]],
+    arguments: Callable[[str, argparse.ArgumentParser], None],
+) -> None:
+    """Runs one of a study's verbs (`train`, `certify`, `table`).
+
+    Args:
+        text: what `--help` says.
+        verbs: by name, what each does.
+        arguments: adds to a verb's parser what this study needs beyond the common options.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    chosen = parser.add_subparsers(required=True)
+    for name, run in verbs.items():
+        verb = chosen.add_parser(name)
+        verb.add_argument("--work", type=Path, required=True, help="routers and tables")
+        if name == "table":
+            verb.add_argument("--out", type=Path, required=True)
+            verb.add_argument("--report", type=Path, default=None)
+        else:
+            verb.add_argument("--dtype", default="float32")
+            verb.add_argument("--threads", type=int, default=1)
+        if name == "certify":
+            verb.add_argument("--part", default="0/1", help="i/n: this process takes the shards i, i + n, ...")
+        arguments(name, verb)
+        verb.set_defaults(run=run)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if "threads" in args:
+        torch.set_num_threads(args.threads)
+    args.run(args)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from routing_study import BEST, REFERENCE, certify_all, merged, methods, train_all, write_study
+from routing_study import BEST, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
 from torch import Tensor
 from train_cifar_experts import read_cifar
 
@@ -49,14 +49,12 @@ def part_of(data: str, *names: str) -> tuple[Tensor, Tensor]:
 
 
 def train(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
     unseen, heads, validation = (part_of(args.data, *names) for names in (("train",), ("experts", "train"), ("validation",)))
     unseen, validation = (unseen[0][:4000], unseen[1][:4000]), (validation[0][:1000], validation[1][:1000])
     train_all(load_pool(args.experts), args.work, unseen, heads, validation, RECIPE, Execution(dtype=args.dtype))
 
 
 def certify(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
     images, labels = read_cifar(args.data, "test")
     part = tuple(int(v) for v in args.part.split("/"))
     certify_all(
@@ -75,28 +73,13 @@ def table(args: argparse.Namespace) -> None:
     write_study(tables, pool.names, REFERENCE, BEST, args.out, "CIFAR-10", args.report)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True)
-    for name, run in (("train", train), ("certify", certify), ("table", table)):
-        verb = verbs.add_parser(name)
-        verb.add_argument("--work", type=Path, required=True, help="routers and tables")
-        verb.add_argument("--experts", type=Path, required=True)
-        verb.set_defaults(run=run)
-        if name in ("train", "certify"):
-            verb.add_argument("--data", required=True)
-            verb.add_argument("--dtype", default="float32")
-            verb.add_argument("--threads", type=int, default=1)
-        if name == "certify":
-            verb.add_argument("--images", type=int, default=500)
-            verb.add_argument("--part", default="0/1")
-        if name == "table":
-            verb.add_argument("--out", type=Path, required=True)
-            verb.add_argument("--report", type=Path, default=None)
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    args.run(args)
+def arguments(name: str, verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--experts", type=Path, required=True)
+    if name != "table":
+        verb.add_argument("--data", required=True)
+    if name == "certify":
+        verb.add_argument("--images", type=int, default=500)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, {"train": train, "certify": certify, "table": table}, arguments)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from routing_study import BEST, REFERENCE, certify_all, merged, methods, train_all, write_study
+from routing_study import BEST, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
 from torch import Tensor
 
 from rsrouter.data import from_arrays
@@ -65,7 +65,6 @@ def train(args: argparse.Namespace) -> None:
 
 
 def certify(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
     if args.data is None:
         x, y = bundled("test")
         images, labels = (x[: args.images] * 255).round().to(torch.uint8).numpy(), y[: args.images].numpy()
@@ -89,27 +88,12 @@ def table(args: argparse.Namespace) -> None:
     write_study(tables, pool.names, REFERENCE, BEST, args.out, "Fashion-MNIST", args.report)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True)
-    for name, run in (("train", train), ("certify", certify), ("table", table)):
-        verb = verbs.add_parser(name)
-        verb.add_argument("--work", type=Path, required=True, help="routers and tables")
-        verb.set_defaults(run=run)
-        if name in ("train", "certify"):
-            verb.add_argument("--data", type=Path, default=None)
-            verb.add_argument("--dtype", default="float32")
-        if name == "certify":
-            verb.add_argument("--images", type=int, default=1000)
-            verb.add_argument("--part", default="0/1")
-            verb.add_argument("--threads", type=int, default=1)
-        if name == "table":
-            verb.add_argument("--out", type=Path, required=True)
-            verb.add_argument("--report", type=Path, default=None)
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    args.run(args)
+def arguments(name: str, verb: argparse.ArgumentParser) -> None:
+    if name != "table":
+        verb.add_argument("--data", type=Path, default=None)
+    if name == "certify":
+        verb.add_argument("--images", type=int, default=1000)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, {"train": train, "certify": certify, "table": table}, arguments)

@@ -111,6 +111,7 @@ def _ending(process: Any) -> str:
 
 
 def _send(pipe: Connection, message: object) -> None:
+    # pickle only ever travels between this driver and the processes it started itself, over private pipes
     pipe.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -11,28 +10,10 @@ import torch
 from typer.main import get_command
 
 from rsrouter import CascadeRouter, ExpertPool, RoutedSmooth, read_table
-from rsrouter.cli import app, main
+from rsrouter.cli import app
 from rsrouter.cli.options import parse_radii
 from rsrouter.core.errors import InputError
 from rsrouter.demo import load_pool, load_slice
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rsrouter", *map(str, words)])
-        capsys.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 
 import numpy as np
 import pytest
@@ -13,29 +12,11 @@ import torch
 from typer.main import get_command
 
 from rsrouter import CascadeRouter, ExpertPool, RoutedSmooth
-from rsrouter.cli import BROKEN, app, main
+from rsrouter.cli import BROKEN, app
 from rsrouter.cli.options import echo_json
 from rsrouter.demo import load_pool, load_slice
 
 COMMANDS = get_command(app).commands
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rsrouter", *map(str, words)])
-        capsys.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
