@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.core.types import ABSTAIN
 from rsrouter.results.metadata import metadata_path, read_metadata
-from rsrouter.results.rows import FIELD_COLUMNS, correctness, parse_counts, parse_time
+from rsrouter.results.rows import FIELD_COLUMNS, check_counts, correctness, parse_counts, parse_time
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _parse_row(cells: Sequence[str], where: dict[str, int], path: Path, number: 
         row[column] = optional(column, float, np.nan, "a number")
     row["n_drawn"] = optional("n_drawn", int, -1, "a whole number")
     row["seed"] = optional("seed", int, None, "a whole number")
-    row["counts_text"] = optional("counts", lambda text: (parse_counts(text), text)[1], "", "votes as JSON text")
+    row["counts_text"] = optional("counts", check_counts, "", "votes as JSON text")
     return row
 
 

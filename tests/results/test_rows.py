@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rsrouter.core import Certificate
 from rsrouter.core.errors import ResultsError
 from rsrouter.results import COLUMNS, FIELD_COLUMNS, RADIUS_DECIMALS, ResultsWriter, Row, format_radius, read_table
-from rsrouter.results.rows import parse_time
+from rsrouter.results.rows import _COUNTS, check_counts, parse_counts, parse_time
 
 radii = st.floats(min_value=0.0, max_value=1e6, allow_nan=False)
 
@@ -121,3 +121,47 @@ def test_a_clock_that_jumped_back_leaves_a_readable_row(tmp_path: Path) -> None:
     with ResultsWriter(tmp_path / "t.tsv", METADATA) as writer:
         writer.append(make_row(0, seconds=-3600.0))
     assert read_table(tmp_path / "t.tsv").time[0] == 0.0
+
+
+def counts_of(idx: int) -> str:
+    return make_row(idx).to_line().rstrip("\n").split("\t")[-1]
+
+
+def readable(read: object, text: str) -> bool:
+    try:
+        read(text)  # type: ignore[operator]
+    except ValueError:
+        return False
+    return True
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.integers(0, 400), st.integers(0, 400), st.text('{}[],:"\\019 -.eu\x00\nä', max_size=3), st.integers(0, 3))
+def test_votes_are_checked_as_they_are_parsed(idx: int, at: int, text: str, skip: int) -> None:
+    counts = counts_of(idx)
+    assert _COUNTS.fullmatch(counts)  # the quick way is taken
+    at %= len(counts)
+    changed = counts[:at] + text + counts[at + skip :]
+    assert readable(check_counts, changed) == readable(parse_counts, changed)
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ('{"select":{},"estimate":{}}', True),
+        ('{"select":{},"estimate":{"a":[]}}', True),
+        ('{"select":{},"estimate":{"a\\u00e4":[1]},"earlier":{"a@10":[0,10]}}', True),
+        ('{"select":{},"estimate":{"a":[1],}}', False),
+        ('{"select":{},"estimate":{"a":[1,]}}', False),
+        ('{"select":{},"estimate":{"a":[01]}}', False),
+        ('{"select":{},"estimate":{"a":[-1]}}', False),
+        ('{"select":{},"estimate":{"a":[1.0]}}', False),
+        ('{"select":{},"estimate":{"a":[1]"b":[1]}}', False),
+        ('{"select":{},"estimate":{"a\t":[1]}}', False),
+        ('{"select":{},"estimate":{}}{}', False),
+        ('{"estimate":{"a":[1]}}', False),
+        ("", False),
+    ],
+)
+def test_votes_that_are_and_are_not(text: str, valid: bool) -> None:
+    assert readable(check_counts, text) == readable(parse_counts, text) == valid
