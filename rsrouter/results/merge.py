@@ -32,9 +32,9 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     shards nor on the order in which they are named (time column aside). A row that several shards hold is
     kept once; its other cells must agree (of the times the smallest is kept).
 
-    Metadata: every key must agree but `info` and `shard`. `shard`, if present, is
-    `{"index": i, "count": N}` with 0 <= i < N; all N must be there. `num_images`, if present, is the number of
-    rows of the whole table.
+    Metadata: every key must agree but `shard` and `info`; of `info`, what decides bits must (`differences`), and what all
+    shards agree on is kept. `shard`, if present, is `{"index": i, "count": N}` with 0 <= i < N; every shard that holds an
+    image must be there. `num_images`, if present, is the number of rows of the whole table.
 
     Args:
         paths: the shards' tables, each with its metadata beside it.
@@ -55,8 +55,9 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     out = Path(out)
     metadata: dict[str, Any] = {}
     first: Path | None = None
+    info: dict[str, Any] = {}
     rows: dict[int, tuple[list[str], Path]] = {}
-    present: set[int] = set()
+    present: dict[int, int] = {}
     count = None
     for path in map(Path, paths):
         if path.resolve() == out.resolve():
@@ -73,11 +74,13 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                 f"{path.name} has no metadata",
                 expected=f"{metadata_path(path).name} beside it",
                 received="none",
-                remedy="only tables of this package can be merged",
+                remedy="run its certify command again if it has only begun; tables of others cannot be merged",
             )
         shard = stored.pop("shard", None)
+        about = stored.get("info") or {}
         if first is None:
-            first, metadata = path, stored
+            first, metadata, info = path, stored, about
+        info = {key: value for key, value in info.items() if about.get(key) == value}
         found = differences(metadata, stored)
         if found:
             raise ResultsError(
@@ -96,8 +99,9 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                     remedy="merge only shards of the same certify command",
                 )
             count = total
-            present.add(index)
-        for idx, cells in _cells(path):
+        found_rows = _cells(path)
+        present[index] = max(present.get(index, 0), len(found_rows))
+        for idx, cells in found_rows:
             if idx not in rows:
                 rows[idx] = cells, path
                 continue
@@ -114,7 +118,7 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                 rows[idx] = cells, path
     if not partial:
         _check_complete(metadata, rows, present, count)
-    metadata = {k: v for k, v in metadata.items() if k not in NOT_COMPARED}
+    metadata = {k: v for k, v in metadata.items() if k not in NOT_COMPARED} | ({"info": info} if info else {})
     text = HEADER + "".join("\t".join(rows[idx][0]) + "\n" for idx in sorted(rows))
     _write(out, text.encode(), metadata)
     return out
@@ -143,6 +147,8 @@ def _shard(shard: Any, path: Path) -> tuple[int, int | None]:
 
 
 def _cells(path: Path) -> list[tuple[int, list[str]]]:
+    if read_bytes(path) == HEADER.encode():
+        return []  # begun, and nothing finished
     table = read_table(path)
     lines = path.read_text(encoding="utf-8").split("\n")
     if lines[0] + "\n" != HEADER:
@@ -159,8 +165,11 @@ def _untimed(cells: list[str]) -> list[str]:
     return cells[:_TIME] + cells[_TIME + 1 :]
 
 
-def _check_complete(metadata: dict[str, Any], rows: dict[int, Any], present: set[int], count: int | None) -> None:
-    missing = sorted(set(range(count or 0)) - present)
+def _check_complete(metadata: dict[str, Any], rows: dict[int, Any], present: dict[int, int], count: int | None) -> None:
+    stated = metadata.get("num_images")
+    whole = stated if isinstance(stated, int) else None
+    asked = 0 if count is None else count if whole is None else min(count, whole)
+    missing = sorted(set(range(asked)) - set(present))
     if missing:
         raise ResultsError(
             "Shards are missing",
@@ -168,12 +177,13 @@ def _check_complete(metadata: dict[str, Any], rows: dict[int, Any], present: set
             received=f"no shard {', '.join(map(str, missing[:20]))}",
             remedy="certify them, or merge what there is with partial",
         )
-    whole = metadata.get("num_images")
-    if isinstance(whole, int) and len(rows) != whole:
+    if whole is not None and len(rows) != whole:
+        sizes = {index: len(range(index, whole, count)) for index in present} if count is not None else {}
+        short = [f"shard {i}: {present[i]} of {size}" for i, size in sorted(sizes.items()) if present[i] < size]
         raise ResultsError(
             "The shards do not hold every image",
             expected=f"{whole} rows",
-            received=f"{len(rows)} rows",
+            received=f"{len(rows)} rows" + (f" ({', '.join(short[:20])})" if short else ""),
             remedy="run the unfinished shards' certify commands again, or merge what there is with partial",
         )
 

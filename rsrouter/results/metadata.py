@@ -11,8 +11,10 @@ from typing import Any
 
 from rsrouter.core.errors import ResultsError
 
-#: Keys that describe a run without being part of it; never compared.
+#: Keys that describe a run without being part of it; not compared, but for `DECISIVE`.
 NOT_COMPARED = ("info",)
+#: What of `info` decides how a CPU rounds sums, and so the bits of a vote; on an accelerator it decides nothing.
+DECISIVE = ("threads", "instructions")
 
 
 def metadata_path(table: str | os.PathLike[str]) -> Path:
@@ -58,9 +60,17 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def differences(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], *, ignore: tuple[str, ...] = NOT_COMPARED
 ) -> list[tuple[str, str, str]]:
-    """`(key, ours, theirs)` for every dotted key on which two metadata differ; `(absent)` where one lacks it."""
+    """`(key, ours, theirs)` for every dotted key on which two metadata differ; `(absent)` where one lacks it.
+
+    Of `info` only what decides bits is compared, between tables of CPUs that both tell it.
+    """
     left = flatten({k: v for k, v in ours.items() if k not in ignore})
     right = flatten({k: v for k, v in theirs.items() if k not in ignore})
+    infos = [side.get("info") for side in (ours, theirs)]
+    if ours.get("device") == theirs.get("device") == "cpu" and all(isinstance(info, Mapping) for info in infos):
+        for key in DECISIVE:
+            if all(key in info for info in infos):  # type: ignore[operator]
+                left[f"info.{key}"], right[f"info.{key}"] = (info[key] for info in infos)  # type: ignore[index]
     texts = []
     for key in sorted(set(left) | set(right)):
         a, b = ("(absent)" if key not in side else json.dumps(side[key]) for side in (left, right))

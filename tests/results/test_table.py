@@ -203,7 +203,7 @@ def test_missing_and_unfinished_shards(tmp_path: Path) -> None:
     paths[1].write_text("".join(lines[:-1]))
     with pytest.raises(ResultsError, match="every image") as caught:
         merge_tables(paths, tmp_path / "out.tsv")
-    assert (caught.value.expected, caught.value.received) == ("23 rows", "22 rows")
+    assert (caught.value.expected, caught.value.received) == ("23 rows", "22 rows (shard 1: 7 of 8)")
     assert len(read_table(merge_tables(paths, tmp_path / "out.tsv", partial=True))) == 22
 
 
@@ -218,3 +218,49 @@ def test_merging_overwrites_nothing(tmp_path: Path) -> None:
     assert other.read_text() == "mine"
     with pytest.raises(ResultsError, match="nothing to merge"):
         merge_tables([], tmp_path / "out.tsv")
+
+
+def test_shards_of_more_parts_than_images(tmp_path: Path) -> None:
+    paths = shards(tmp_path, 30)[:23]  # the other seven hold no image
+    run_job(tmp_path / "one.tsv", range(23), {**METADATA, "num_images": 23})
+    assert merge_tables(paths, tmp_path / "out.tsv").read_bytes() == (tmp_path / "one.tsv").read_bytes()
+    with pytest.raises(ResultsError, match="no shard 22"):
+        merge_tables(paths[:-1], tmp_path / "less.tsv")
+
+
+def test_a_shard_that_has_only_begun(tmp_path: Path) -> None:
+    paths = shards(tmp_path, 2)
+    header = paths[1].read_text().splitlines(keepends=True)[0]
+    paths[1].write_text(header)
+    with pytest.raises(ResultsError, match=r"shard 1: 0 of 11"):
+        merge_tables(paths, tmp_path / "out.tsv")
+    assert len(read_table(merge_tables(paths, tmp_path / "out.tsv", partial=True))) == 12
+
+
+def with_info(path: Path, device: str, **info: object) -> Path:
+    metadata = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**metadata, "device": device, "info": info}))
+    return path
+
+
+@pytest.mark.parametrize("key", ["threads", "instructions"])
+def test_shards_whose_sums_were_rounded_otherwise(tmp_path: Path, key: str) -> None:
+    a, b = shards(tmp_path, 2)
+    with_info(a, "cpu", threads=1, instructions="AVX2", host="a")
+    with_info(b, "cpu", **{"threads": 1, "instructions": "AVX2", "host": "b", key: 9})
+    with pytest.raises(ResultsError, match=f"info.{key}: .* against 9"):
+        merge_tables([a, b], tmp_path / "out.tsv")
+    # on an accelerator neither decides anything
+    for path in (a, b):
+        with_info(path, "GPU", threads=1 if path is a else 2, host="same")
+    out = merge_tables([a, b], tmp_path / "out.tsv")
+    assert json.loads(out.with_suffix(".json").read_text())["info"] == {"host": "same"}
+
+
+def test_a_table_that_does_not_tell_its_instructions_is_not_refused_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "t.tsv"
+    run_job(path, range(2), {**METADATA, "device": "cpu", "info": {"threads": 1}})
+    run_job(path, range(3), {**METADATA, "device": "cpu", "info": {"threads": 1, "instructions": "AVX2"}})
+    with pytest.raises(ResultsError, match=r"info\.threads: 1 against 2"):
+        run_job(path, range(4), {**METADATA, "device": "cpu", "info": {"threads": 2}})
+    assert len(read_table(path)) == 3
