@@ -40,6 +40,9 @@ class ResultsWriter:
     rows appended so far, plus at most one torn line at its end, which opening cuts off. A killed
     process loses no whole row; a power loss at most those of the last `sync_seconds`, which are done again.
 
+    A second writer is kept out by a lock on the file. Where the file system has none, or keeps it to one machine, rows
+    of another are noticed before the next one is written; so is a table that was deleted or replaced.
+
     Args:
         path: the table, such as `certificates.tsv`; its folder is made if need be.
         metadata: what makes the run reproducible, JSON-ready. Everything but the key `info` must be the same
@@ -53,10 +56,12 @@ class ResultsWriter:
 
     def __init__(self, path: str | os.PathLike[str], metadata: Mapping[str, Any], *, sync_seconds: float = 1.0) -> None:
         self.path = Path(path)
+        self._absolute = Path(os.path.abspath(self.path))
         self.metadata = normalise(metadata)
         self._metadata_path = metadata_path(self.path)
         self._sync_seconds = sync_seconds
         self._done: set[int] = set()
+        self._size = 0
         self._dirty = False
         self._fd = -1
         self._check_metadata()  # before anything is created, and again under the lock
@@ -115,7 +120,9 @@ class ResultsWriter:
             fresh.add(row.idx)
             text.append(row.to_line())
         try:
+            self._check_file()
             self._write("".join(text).encode())
+            self._size = os.fstat(self._fd).st_size
             self._done |= fresh
             if time.monotonic() - self._synced >= self._sync_seconds:
                 self.sync()
@@ -123,6 +130,9 @@ class ResultsWriter:
             self._cut_torn_line()
             self._abandon()
             raise _refused(self.path, error) from error
+        except ResultsError:
+            self._abandon()
+            raise
 
     def arrange(self, order: Sequence[int]) -> None:
         """Puts the rows into the order of the ids in `order`, in one atomic step, and closes the table.
@@ -134,6 +144,7 @@ class ResultsWriter:
         """
         place = {idx: at for at, idx in enumerate(order)}
         try:
+            self._check_file()
             self.sync()
             lines = self._bytes().decode().splitlines(keepends=True)
             ids = [int(line.split("\t", 1)[0]) for line in lines[1:]]
@@ -205,8 +216,30 @@ class ResultsWriter:
         except OSError:
             pass  # a file system without locks: nothing to hold on to
 
+    def _check_file(self) -> None:
+        """Whether the file is still the one at `path`, and as long as this writer left it."""
+        mine = os.fstat(self._fd)
+        there = self._absolute.stat() if self._absolute.exists() else None
+        # not every file system counts links or keeps inode numbers; a replaced file shows in both
+        if there is None or (mine.st_nlink == 0 and not os.path.samestat(mine, there)):
+            raise ResultsError(
+                f"{self.path} was deleted or replaced while this job wrote it",
+                expected="the table that this job began or went on with",
+                received="another file, or none, in its place",
+                remedy="run the command again; give each job an output of its own",
+            )
+        if mine.st_size != self._size:
+            raise ResultsError(
+                f"Something else is writing to {self.path}",
+                expected=f"{self._size} bytes, as this job left it",
+                received=f"{mine.st_size} bytes",
+                remedy="end the other job and run the command again; this file system does not lock files between jobs",
+            )
+
     def _start(self) -> None:
         self._synced = time.monotonic()
+        self._size = os.fstat(self._fd).st_size
+        self._check_file()  # another job may have put its finished table in this one's place before the lock was free
         stored = self._check_metadata()
         content = self._read()
         rows = content.split("\0", 1)[0]  # a power loss can leave zeros where rows were on their way
@@ -238,6 +271,7 @@ class ResultsWriter:
         if not whole:
             self._write(HEADER.encode())
         os.fsync(self._fd)
+        self._size = os.fstat(self._fd).st_size
         sync_folder(self.path.parent)
 
     def _check_metadata(self) -> bool:

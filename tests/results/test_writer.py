@@ -273,6 +273,43 @@ def test_two_jobs_on_one_output(tmp_path: Path) -> None:
         assert writer.done() == {0, 1}
 
 
+def test_rows_of_a_writer_that_no_lock_kept_out(tmp_path: Path) -> None:
+    # a file system without locks, or with locks that hold on one machine only
+    path = tmp_path / "certificates.tsv"
+    with ResultsWriter(path, METADATA) as writer:
+        writer.append(make_row(0))
+        with path.open("a") as other:
+            other.write(make_row(1).to_line())
+        with pytest.raises(ResultsError, match="Something else is writing"):
+            writer.append(make_row(1))
+    assert read_table(path).idx.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("step", ["append", "arrange"])
+def test_a_table_that_is_deleted_or_replaced_under_its_job(tmp_path: Path, replaced: bool, step: str) -> None:
+    path = tmp_path / "certificates.tsv"
+    with ResultsWriter(path, METADATA) as writer:
+        writer.append(make_row(0))
+        content = path.read_bytes()
+        path.unlink()
+        if replaced:
+            path.write_bytes(content)
+        with pytest.raises(ResultsError, match="deleted or replaced") as caught:
+            writer.append(make_row(1)) if step == "append" else writer.arrange([0])
+        assert caught.value.remedy
+    assert path.exists() == replaced
+
+
+def test_a_job_may_change_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ResultsWriter("certificates.tsv", METADATA) as writer:
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path / "other")
+        writer.append(make_row(0))
+    assert len(read_table(tmp_path / "certificates.tsv")) == 1
+
+
 def test_a_killed_jobs_children_do_not_keep_its_lock(tmp_path: Path) -> None:
     path = tmp_path / "certificates.tsv"
     read, write = os.pipe()
