@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,11 +124,10 @@ def certify(
     if out is None:
         raise InputError("Certificates need a place", expected="--out", received="none", remedy="--out run/certificates.tsv")
     shown = tuple(r for r in parse_radii(radii) if r in (0.0, 0.5, 1.0)) or (0.0,)
-    display = Display("certify", shown)
-    table = certify_table(
-        smoothed, images, out, seed=seed, name=name, data={"name": images.name}, radii=shown, progress=display, **job
-    )
-    display.close()
+    with closing(Display("certify", shown)) as display:
+        table = certify_table(
+            smoothed, images, out, seed=seed, name=name, data={"name": images.name}, radii=shown, progress=display, **job
+        )
     summary = summarise(table, radii=parse_radii(radii))
     if format is Format.json:
         echo_json({**summary.to_dict(), "table": out, "rows": len(table)})

@@ -108,17 +108,32 @@ def report(
 
 
 def merge(
-    tables: Annotated[list[Path], typer.Argument(help="The shards' tables, each with its JSON beside it.", metavar="TABLE")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The merged table.")],
+    tables: Annotated[
+        list[Path], typer.Argument(help="The shards' tables, each with its JSON beside it, or their labels.", metavar="TABLE")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The merged table, or labels.")],
     partial: Annotated[bool, typer.Option("--partial", help="Accept missing shards and rows.")] = False,
     format: OutputFormat = Format.text,
 ) -> None:
-    """Merges the shards of one run into one table, byte for byte what an unsharded run writes.
+    """Merges the shards of one run (of certify or label) into one file, byte for byte what an unsharded run writes.
 
     Example: rsrouter merge run/shard-*.tsv --out run/certificates.tsv
     """
+    from rsrouter.jobs import merge_labels
+    from rsrouter.jobs.label_shards import is_labels
     from rsrouter.results import merge_tables, read_table
 
+    if all(map(is_labels, tables)):
+        if partial:
+            raise InputError(
+                "Labels are merged whole", expected="all shards", received="--partial", remedy="label the missing shards"
+            )
+        path = merge_labels(tables, out)
+        if format is Format.json:
+            echo_json({"labels": path})
+            return
+        typer.echo(f"Merged {len(tables)} files of labels into {path}")
+        return
     path = merge_tables(tables, out, partial=partial)
     rows = len(read_table(path))
     if format is Format.json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +16,14 @@ from rsrouter.cli.execution import Dtype, ExecutionBatch, ExecutionFile, choose_
 from rsrouter.cli.jobs import (
     Display,
     RayAddress,
+    Shard,
     Size,
     Split,
     Stream,
     Threads,
     UseRay,
     Workers,
+    parse_shard,
     parse_workers,
     part_of,
 )
@@ -87,6 +89,7 @@ def label(
     unseen: Annotated[bool | None, typer.Option("--unseen/--seen", help="Whether no expert was trained on these images.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    shard: Shard = None,
     workers: Workers = None,
     ray: UseRay = False,
     ray_address: RayAddress = None,
@@ -123,24 +126,24 @@ def label(
         return
     images = load_data(data, size=size, split=split, stream=stream)
     rows = part_of(len(images), start, count, data)
-    display = Display("label")
-    metadata = label_table(
-        experts,
-        images,
-        out,
-        n=n,
-        seed=seed,
-        unseen=unseen,
-        source=f"{images.name}, images {rows.start} to {rows.stop - 1}",
-        device=device,
-        execution=choose_execution(Execution(), execution, dtype, execution_batch),
-        indices=rows,
-        progress=display,
-        workers=parse_workers(workers),
-        ray=address_of(ray, ray_address),
-        threads=threads,
-    )
-    display.close()
+    with closing(Display("label")) as display:
+        metadata = label_table(
+            experts,
+            images,
+            out,
+            n=n,
+            seed=seed,
+            unseen=unseen,
+            source=f"{images.name}, images {rows.start} to {rows.stop - 1}",
+            device=device,
+            execution=choose_execution(Execution(), execution, dtype, execution_batch),
+            indices=rows,
+            shard=parse_shard(shard),
+            progress=display,
+            workers=parse_workers(workers),
+            ray=address_of(ray, ray_address),
+            threads=threads,
+        )
     votes, target, _ = load_votes(out, experts)
     mean = target_radii(votes, target, experts.sigmas).radius.mean(0)
     _told(experts.names, mean, metadata, out, unseen, format)

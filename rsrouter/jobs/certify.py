@@ -62,13 +62,35 @@ def check_order(images: Images, indices: Sequence[int] | None, block: int) -> li
     return order
 
 
-def check_shard(shard: tuple[int, int] | None) -> tuple[int, int] | None:
-    """`(i, N)` with 0 <= i < N, or None; InputError otherwise."""
-    if shard is not None and not 0 <= shard[0] < shard[1]:
+def take_shard(order: list[int], shard: tuple[int, int] | None) -> list[int]:
+    """The images of shard `(i, N)`: every N-th, from the i-th on; all of them where it is None.
+
+    Raises:
+        InputError: not 0 <= i < N, or a shard without an image.
+    """
+    if shard is None:
+        return order
+    index, count = shard
+    if not 0 <= index < count:
         raise InputError(
             "The shard does not exist", expected="(i, N) with 0 <= i < N", received=repr(shard), remedy="count from 0"
         )
-    return shard
+    if index >= len(order):
+        raise InputError(
+            "The shard holds no image",
+            expected=f"a shard from 0 to {len(order) - 1}, as the job has {len(order)} images",
+            received=f"shard {index} of {count}",
+            remedy="cut the job into fewer shards; merging does not ask for empty ones",
+        )
+    return order[index::count]
+
+
+def settled_batch(smoothed: Smooth | RoutedSmooth, device: str | None) -> int:
+    """Rows per forward pass: a function of input size and the device's type, so that it is known before a worker starts.
+
+    A job never halves it where memory is short, as a single `certify` may: its rows would not be of one function.
+    """
+    return smoothed.execution.batch or default_batch(int(np.prod(smoothed.shape)), torch.device(device or "cpu"))
 
 
 def job_metadata(
@@ -87,9 +109,7 @@ def job_metadata(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """What makes a table reproducible; rows are only ever added under the same metadata (but for `info`)."""
-    execution = smoothed.execution.to_dict()
-    # a function of the device's type alone, so that it is known before any worker has started
-    execution["batch"] = execution["batch"] or default_batch(int(np.prod(smoothed.shape)), torch.device(device or "cpu"))
+    execution = {**smoothed.execution.to_dict(), "batch": settled_batch(smoothed, device)}
     experts = smoothed.pool if isinstance(smoothed, RoutedSmooth) else [smoothed.expert]
     return {
         "kind": "rsrouter-certificates",
@@ -122,6 +142,7 @@ def job_metadata(
         "versions": facts["versions"],
         "info": {
             "threads": threads or torch.get_num_threads(),
+            "instructions": facts["instructions"],
             "platform": platform.platform(),
             "python": platform.python_version(),
         },
@@ -201,7 +222,7 @@ def certify_table(
         device=device if ray is None else None,
         **arguments,
     )
-    shard = check_shard(shard)
+    mine = take_shard(order, shard)
     seed = smoothed.default_seed(plan, alpha, rule, sides) if seed is None else int(seed)
     path = Path(out)
     with make_executor(workers, ray, device, stored_threads(path, device, threads)) as executor:
@@ -221,8 +242,6 @@ def certify_table(
             threads=executor.threads,
         )
         if shard is not None:
-            index, count = shard
-            metadata["shard"] = {"index": index, "count": count}
-            order = order[index::count]
+            metadata["shard"] = {"index": shard[0], "count": shard[1]}
         work = CertifyWork(smoothed, plan, alpha, seed, rule, sides, batch_size, metadata["execution"]["batch"])
-        return run_job(executor, work, images, order, path, metadata, facts=facts, block=block, radii=radii, progress=progress)
+        return run_job(executor, work, images, mine, path, metadata, facts=facts, block=block, radii=radii, progress=progress)

@@ -22,9 +22,10 @@ from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import PlanError
 from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
 from rsrouter.core.policy import VoteRequest
-from rsrouter.jobs.certify import check_order, check_shard
+from rsrouter.jobs.certify import check_order, settled_batch, take_shard
 from rsrouter.jobs.executor import check_threads
 from rsrouter.jobs.run import Images, load_task, make_executor
+from rsrouter.jobs.work import with_batch
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.smooth import RoutedSmooth, Smooth
 
@@ -175,12 +176,11 @@ def estimate_table(
         InputError, PlanError, NetworkError: as in `certify_table`.
     """
     begun = time.perf_counter()
+    smoothed = with_batch(smoothed, settled_batch(smoothed, device))
     routed = isinstance(smoothed, RoutedSmooth)
     sides = ("two" if routed else "one") if sides is None else sides
     rule = rule if routed else "tree"
-    order = check_order(images, indices, 1)
-    shard = check_shard(shard)
-    order = order if shard is None else order[shard[0] :: shard[1]]
+    order = take_shard(check_order(images, indices, 1), shard)
     with make_executor(workers, ray, device, check_threads(threads)) as executor:
         slots, share = executor.slots, executor.threads
         facts = executor.facts()

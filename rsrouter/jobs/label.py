@@ -15,7 +15,7 @@ from rsrouter.core.errors import InputError
 from rsrouter.core.plans import check_whole
 from rsrouter.experts.base import ExpertPool
 from rsrouter.inputs import check_seed
-from rsrouter.jobs.certify import check_order, describe_data, describe_indices
+from rsrouter.jobs.certify import check_order, describe_data, describe_indices, take_shard
 from rsrouter.jobs.run import Images, Running, make_executor, run_job, stored_threads
 from rsrouter.jobs.work import LabelWork
 from rsrouter.results.metadata import metadata_path, normalise
@@ -57,6 +57,7 @@ def label_table(
     device: str | None = None,
     execution: Execution | None = None,
     indices: Sequence[int] | None = None,
+    shard: tuple[int, int] | None = None,
     progress: Callable[[Running], None] | None = None,
     block: int = 256,
     workers: int | str | None = None,
@@ -78,6 +79,7 @@ def label_table(
         device: where experts vote.
         execution: how their networks run.
         indices: which images, in which order; None: all.
+        shard: `(i, N)`, i from 0: only every N-th of `indices`, from the i-th on; `merge_labels` puts shards together.
         progress: called after every word from a worker.
         block: images in memory at once, for each worker.
         workers, ray, threads: as in `certify_table`.
@@ -92,6 +94,7 @@ def label_table(
     """
     n, seed = check_whole("n", n, 1), check_seed(seed)
     order = check_order(images, indices, block)
+    mine = take_shard(order, shard)
     path = Path(out)
     part = path.with_name(f"{path.name}.part.tsv")
     chosen = execution or Execution()
@@ -111,33 +114,40 @@ def label_table(
                 "execution": chosen.to_dict(),
                 "unseen": unseen,
                 "source": source,
-                "images": len(order),
+                "images": len(mine),
                 "indices": describe_indices(order),
                 "data": describe_data(images, None),
                 "device": facts["device"],
                 "versions": facts["versions"],
+                **({} if shard is None else {"shard": {"index": shard[0], "count": shard[1], "images": len(order)}}),
             }
         )
         if has_votes(path, metadata):
+            _tidy(part)
             return metadata
         work = LabelWork(pool, n, seed, chosen)
-        info = {"info": {"threads": executor.threads or torch.get_num_threads()}}
+        info = {"info": {"threads": executor.threads or torch.get_num_threads(), "instructions": facts["instructions"]}}
         table = run_job(
             executor,
             work,
             _Labelled(images, pool.num_classes),
-            order,
+            mine,
             part,
             {**metadata, **info},
             facts=facts,
             block=block,
             progress=progress,
         )
-    votes = np.zeros((len(order), len(pool), pool.num_classes + 1), dtype=np.int64)
+    votes = np.zeros((len(mine), len(pool), pool.num_classes + 1), dtype=np.int64)
     for i in range(len(table)):
         counts = table.counts(i)["estimate"]
         votes[i] = [counts[name] for name in pool.names]
     save_votes(path, votes, table.label, metadata)
+    _tidy(part)
+    return metadata
+
+
+def _tidy(part: Path) -> None:
+    """Removes the table of an unfinished job whose file is there; a kill in between left it."""
     for leftover in (part, metadata_path(part)):
         leftover.unlink(missing_ok=True)
-    return metadata

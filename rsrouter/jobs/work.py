@@ -6,6 +6,7 @@ an executor (`rsrouter.jobs.executor`), what runs next by the scheduler (`rsrout
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -102,6 +103,14 @@ def machine_facts(device: str | None) -> dict[str, Any]:
     }
 
 
+def with_batch(smoothed: Smooth | RoutedSmooth, batch: int) -> Smooth | RoutedSmooth:
+    """`smoothed` with an execution batch that is settled; the caller's own, which may go on to another device, keeps its own."""
+    settled = copy.copy(smoothed)
+    settled.memo = smoothed.memo  # copying leaves it out, as pickling does
+    settled.execution = replace(smoothed.execution, batch=batch)
+    return settled
+
+
 @dataclass
 class CertifyWork:
     """Certificates of a smoothed classifier. Arguments as `RoutedSmooth.certify`, all of them resolved.
@@ -122,8 +131,7 @@ class CertifyWork:
 
     def open(self, device: str | None) -> None:
         self.device = device
-        if self.smoothed.execution.batch != self.execution_batch:
-            self.smoothed.execution = replace(self.smoothed.execution, batch=self.execution_batch)
+        self.smoothed = with_batch(self.smoothed, self.execution_batch)
         self._engine = self.smoothed._engine(self.seed, device)
 
     def run(self, images: Tensor, ids: Sequence[int], emit: Emit) -> None:
