@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, optimize, stats
 from statsmodels.stats.proportion import proportion_confint
 
 from rsrouter.core import AlphaSplit, PlanError, binom_lower, binom_upper, sequence_lower, sequence_upper
@@ -119,6 +121,82 @@ def test_sequence_is_monotone_symmetric_and_a_little_wider():
     assert stats.norm.ppf(sequence_lower(100_000, 100_000, 1e-3)) == pytest.approx(3.773, abs=6e-4)
 
 
+def integrated_log_e_value(s: int, n: int, p: float) -> float:
+    """Log of the likelihood ratio of s in n against p, averaged over q > p under the arcsine law: q = sin^2 t, t uniform."""
+
+    def log_ratio(t: float) -> float:
+        q = np.sin(t) ** 2
+        return float(s * np.log(q / p) + ((n - s) * np.log((1 - q) / (1 - p)) if s < n else 0.0))
+
+    start, end, peak = np.arcsin(np.sqrt(p)), np.pi / 2, np.arcsin(np.sqrt(s / n))
+    most = log_ratio(peak)
+    width = 8 / (2 * np.sqrt(n))
+    edges = sorted({start, end, *(float(np.clip(peak + k * width, start, end)) for k in (-1, 0, 1))})
+    parts = [
+        integrate.quad(lambda t: np.exp(log_ratio(t) - most), a, b, epsabs=0, epsrel=1e-11, limit=200)[0]
+        for a, b in pairwise(edges)
+    ]
+    return float(most + np.log(sum(parts) / (end - start)))
+
+
+@pytest.mark.parametrize(
+    ("s", "n", "alpha"), [(7, 10, 0.05), (1, 3, 0.3), (10, 10, 0.01), (60, 100, 1e-3), (3, 400, 1e-2), (950, 1000, 1e-3)]
+)
+def test_sequence_is_where_the_mixture_integrated_numerically_reaches_one_over_alpha(s: int, n: int, alpha: float):
+    expected = optimize.brentq(lambda p: integrated_log_e_value(s, n, p) + np.log(alpha), 1e-9, (s - 0.5) / n, xtol=1e-13)
+    found = float(sequence_lower(s, n, alpha))
+    assert found == pytest.approx(expected, rel=3e-6)  # the level is tightened by 1e-6
+    assert found < expected
+    assert float(sequence_upper(n - s, n, alpha)) == pytest.approx(1 - expected, rel=3e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 1000])
+def test_sequence_stays_below_the_count_less_a_half(n: int):
+    """With hardly any confidence asked for, the mixture alone would go higher than where it is proved to fall."""
+    cap = (n - 0.5) / n
+    assert float(sequence_lower(n, n, 0.99)) < cap
+    assert float(sequence_lower(n, n, 0.99)) == pytest.approx(cap, rel=2e-12)
+    assert float(sequence_lower(0, n, 0.99)) == 0.0
+    assert float(sequence_upper(n, n, 0.99)) == 1.0
+    assert 1 - cap < float(sequence_upper(0, n, 0.99)) == pytest.approx(1 - cap, abs=3e-12)
+
+
+def test_bounds_broadcast_and_keep_their_shape():
+    k, n = np.array([[3], [4]]), np.array([5, 10, 20])
+    for bound in (binom_lower, binom_upper, sequence_lower, sequence_upper):
+        found = bound(k, n, 0.05)
+        assert found.shape == (2, 3)
+        assert found.dtype == np.float64
+        for i in range(2):
+            for j in range(3):
+                assert found[i, j] == bound(int(k[i, 0]), int(n[j]), 0.05)
+        assert bound(3.0, 10.0, "0.05") == bound(3, 10, 0.05)
+        assert bound(3, 10, [0.05, 0.1]).shape == (2,)
+        assert bound(np.uint8(3), np.int16(10), 0.05) == bound(3, 10, 0.05)
+
+
+def test_refusals_name_what_was_wrong():
+    for k, n, received in (
+        (1.5, 10, "k = 1.5"),
+        (1, np.inf, "n = inf"),
+        ([3, 4], [5, -2], "n = -2"),
+        ([-1, 4], 9, "[-1, 4]"),
+        (7, [5, 9], "[5, 9]"),
+    ):
+        with pytest.raises(PlanError) as refused:
+            binom_lower(k, n, 0.1)
+        assert received in str(refused.value)
+    for share in (0.0, 1.0, np.nan):
+        with pytest.raises(PlanError, match=r"^lower_share"):
+            multiclass_bounds(np.array([[5, 5]]), [0], 1e-3, lower_share=share)
+        with pytest.raises(PlanError, match=r"^lower_share"):
+            AlphaSplit(1e-3, {"r": 1e-3}, (("r",),), share)
+    with pytest.raises(PlanError, match=r"^alpha must"):
+        AlphaSplit(1.5, {"r": 1e-3}, (("r",),))
+    with pytest.raises(PlanError, match="alpha = 'much'"):
+        binom_lower(1, 2, "much")
+
+
 @pytest.mark.parametrize("bound", [binom_lower, binom_upper, sequence_lower, sequence_upper])
 @pytest.mark.parametrize(
     ("k", "n", "alpha"),
@@ -163,6 +241,42 @@ def test_multiclass_bounds_match_the_derived_radii():
         multiclass_bounds(np.array([[5, -1]]), [0], 1e-3)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9])
+def test_multiclass_bounds_by_hand(share: float):
+    """Row by row from beta quantiles: the top's lower bound, and the best rival's upper bound or what is left over."""
+    alpha, top = 0.01, [0, 2, 1]
+    counts = np.array([[90, 6, 4], [10, 30, 60], [0, 100, 0]])
+    lower, upper = multiclass_bounds(counts, top, alpha, lower_share=share)
+    for row, chosen, low, high in zip(counts, top, lower, upper, strict=True):
+        n, rival = int(row.sum()), int(np.delete(row, chosen).max())
+        p = stats.beta.ppf(alpha * share, row[chosen], n - row[chosen] + 1)
+        q = stats.beta.isf(alpha * (1 - share), rival + 1, n - rival)
+        assert low == pytest.approx(p, rel=1e-10)
+        assert high == pytest.approx(min(q, 1 - p), rel=1e-9)
+    assert lower[0] + upper[0] <= 1.0
+    default = multiclass_bounds(counts, top, alpha)
+    np.testing.assert_array_equal(default, multiclass_bounds(counts, top, alpha, lower_share=0.9))
+
+
+@pytest.mark.parametrize(
+    ("counts", "top"),
+    [
+        ([[5, 5], [5, 5]], [0]),
+        ([[5, 5]], [0, 0]),
+        ([[5, 5]], [0.0]),
+        ([[5], [5]], [0, 0]),
+        ([[[5, 5]]], [0]),
+        ([[5, 5]], [-1]),
+        ([[5, 5], [5, 5]], [1, 2]),
+        ([[5, 5]], [True]),
+    ],
+)
+def test_votes_and_tops_that_do_not_fit_are_refused(counts, top):
+    with pytest.raises(PlanError, match=r"do not fit|does not exist"):
+        multiclass_bounds(np.array(counts), top, 1e-3)
+    assert len(multiclass_bounds(np.array([[5, 5]]), np.uint8(0), 1e-3)[0]) == 1
+
+
 def test_multiclass_bounds_cover_jointly():
     """P(lower > p_top or upper < p_rival) by enumerating a trinomial with near-tied rivals."""
     n, alpha, p = 30, 0.05, np.array([0.4, 0.3, 0.3])
@@ -185,6 +299,24 @@ def test_alpha_split_cannot_be_overspent():
             AlphaSplit(1e-3, stages, paths)
     with pytest.raises(PlanError):
         AlphaSplit(1e-3, {}, ())
+    # one path that is fine does not excuse the next
+    with pytest.raises(PlanError, match="spend more"):
+        AlphaSplit(1e-3, {"r": 5e-4, "a": 5e-4, "b": 4e-4, "c": 4e-4}, paths)
+    with pytest.raises(PlanError, match=r"an alpha for \['c'\]"):
+        AlphaSplit(1e-3, missing, paths)
+    with pytest.raises(PlanError, match="a stage's alpha"):
+        AlphaSplit(1e-3, {"r": 0.0, **rest}, paths)
+    for total, named in ((0.0, "alpha must"), (1.0, "alpha must")):
+        with pytest.raises(PlanError, match=named):
+            AlphaSplit.even(total, paths)
+    # sums are exact up to the rounding of their last bits
+    tenth = AlphaSplit(0.3, {"r": 0.1, "a": 0.2}, (("r", "a"),))
+    assert tenth.lower_share == 0.9
+    assert AlphaSplit.even(0.3, (("r", "a"),), 0.5).lower_share == 0.5
+    # the longest path through a stage counts, in whatever order the paths come
+    assert AlphaSplit.even(1e-3, paths[::-1]).stages == even.stages
+    with pytest.raises(PlanError, match="spend more"):
+        AlphaSplit(1e-3, {"r": 1e-3 * (1 + 1e-11)}, (("r",),))
     given = {"r": 5e-4, "a": 5e-4, "b": 2e-4, "c": 3e-4}
     split = AlphaSplit(1e-3, given, paths)
     given["a"] = 0.5
