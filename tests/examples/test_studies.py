@@ -1,0 +1,115 @@
+"""Both routing studies and the measurements beside them run from end to end, with little of everything, offline."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from rsrouter import AdaptivePlan, read_table
+from rsrouter.demo import load_pool, load_slice
+from rsrouter.training.deferral import DeferralRecipe
+from rsrouter.training.flat import RECIPES
+from rsrouter.training.heads import HeadRecipe
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples"
+LITTLE = DeferralRecipe(copies=2, tune_copies=40, levels=(1.1,), consistency=(2.0,), head=HeadRecipe(steps=20), floor=0.0)
+COUNTS = {"train": 24, "experts": 8, "validation": 10, "test": 4}
+
+
+def pixels(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A few bundled images as bytes, and their labels."""
+    images, labels = load_slice({"experts": "validation"}.get(name, name)).batch(range(COUNTS[name]))
+    return (images * 255).round().to(torch.uint8).numpy(), labels.numpy()
+
+
+@pytest.fixture
+def study(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """One of the studies, with few votes, images and steps."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    shared, found = importlib.import_module("routing_study"), importlib.import_module(request.param)
+    radii = tuple(shared.RADII[:4])
+    monkeypatch.setattr(shared, "PLAN", AdaptivePlan(300, radii, n0=20))
+    monkeypatch.setattr(shared, "N", 300)
+    monkeypatch.setattr(shared, "RADII", np.array(radii))
+    monkeypatch.setattr(shared, "COVERED", np.ones(len(radii), bool))
+    monkeypatch.setattr(shared, "SHARDS", 2)
+    monkeypatch.setattr(shared, "RESAMPLES", 50)
+    monkeypatch.setattr(found, "RECIPE", LITTLE)
+    monkeypatch.setitem(RECIPES, "dual-rs", replace(RECIPES["dual-rs"], epochs=2))
+    if request.param == "study_fashion_mnist":
+        monkeypatch.setattr(
+            found, "bundled", lambda name: (torch.from_numpy(pixels(name)[0]) / 255, torch.from_numpy(pixels(name)[1]))
+        )
+    else:
+        # experts and images of the other data set: what is under test is the way through the study
+        monkeypatch.setattr(found, "load_pool", lambda folder: load_pool())
+        monkeypatch.setattr(found, "read_cifar", lambda data, name: pixels(name))
+    threads = torch.get_num_threads()
+    yield found
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("study", ["study_fashion_mnist", "study_cifar10"], indirect=True)
+def test_a_routing_study_trains_certifies_and_reports(study, tmp_path, monkeypatch, capsys):
+    own = ["--experts", "unused"] if study.__name__ == "study_cifar10" else []
+    data = ["--data", "unused"] if own else []
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", [study.__name__, *words, "--work", str(tmp_path / "work"), *own])
+        study.command_line(study.__doc__, {"train": study.train, "certify": study.certify, "table": study.table}, study.arguments)
+        return capsys.readouterr().out
+
+    run("train", *data)
+    assert sorted(p.parent.name for p in (tmp_path / "work").glob("*/config.json")) == ["cascade", "deferral", "flat"]
+    run("certify", *data, "--images", "4", "--part", "0/2")
+    run("certify", *data, "--images", "4", "--part", "1/2")
+    printed = run("table", "--out", str(tmp_path / "out"), "--report", str(tmp_path / "report"))
+    lines = (tmp_path / "work" / "tables").glob("*.tsv")
+    tables = {t.metadata["name"]: t for t in map(read_table, lines) if len(t) == 4}
+    assert len(tables) == 8
+    assert {tuple(t.idx) for t in tables.values()} == {(0, 1, 2, 3)}
+    assert "| **deferral** |" in printed
+    assert (tmp_path / "out" / "table.md").read_text() in printed + "\n"
+    summary = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert summary["images"] == 4
+    for name, entry in summary["methods"].items():
+        if name in ("sigma_0.25", "sigma_0.5", "sigma_1"):
+            right = tables[name].correct == 1
+            assert entry["accuracy"] == [
+                float(np.mean(right & (tables[name].radius >= r) & (tables[name].predict >= 0))) for r in summary["radii"]
+            ]
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert page.count("<details") == 5
+    assert "Runs side by side" in page
+
+
+def test_what_the_statistics_cost(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    bench = importlib.import_module("bench_certificates")
+    monkeypatch.setattr(sys, "argv", ["bench", "--images", "20"])
+    bench.main()
+    assert len(re.findall(r"\d+\.\d+", capsys.readouterr().out)) >= 3
+
+
+def test_what_an_adaptive_plan_saves(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    rows = [
+        f"{i}\t{i % 10}\t{i % 10 if r > 0 else -1}\t{r:.3}\t{int(r > 0)}\t0:00:01"
+        for i, r in enumerate(rng.uniform(-0.3, 0.9, 40))
+    ]
+    (tmp_path / "sigma_0.25.tsv").write_text("\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *rows]) + "\n")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    replay = importlib.import_module("replay_adaptive")
+    monkeypatch.setattr(sys, "argv", ["replay", "--tables", str(tmp_path)])
+    replay.main()
+    assert "0.25" in capsys.readouterr().out
