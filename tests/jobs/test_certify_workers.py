@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -317,6 +318,37 @@ def test_a_driver_that_is_killed_and_started_again(tmp_path: Path, one: list[lis
     job.send_signal(signal.SIGKILL)
     job.wait()
     assert certify(out, workers=2) == one
+
+
+def certify_few(out: Path) -> list[list[str]]:
+    """A job of small networks that takes a tenth of a second, a few images at a time."""
+    return certify(out, indices=range(12), plan=FixedPlan(20, 200), block=4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="jobs fork here")
+def test_a_thousand_kills_of_jobs_with_networks(tmp_path: Path) -> None:
+    torch.set_num_threads(1)  # a forked child of a process with OpenMP threads may hang
+    rng = random.Random(4)
+    certify_few(tmp_path / "warm.tsv")
+    start = time.monotonic()
+    whole = certify_few(tmp_path / "whole.tsv")
+    span, left = time.monotonic() - start, []
+    for trial in range(1000):
+        out = tmp_path / f"{trial}.tsv"
+        if (pid := os.fork()) == 0:
+            try:
+                certify_few(out)
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0, 1.5 * span))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        left.append(out.read_bytes().count(b"\n") - 1 if out.exists() else -1)
+        assert certify_few(out) == whole
+        out.unlink()
+    print(f"rows left by a kill: { {n: left.count(n) for n in sorted(set(left))} }")
+    assert {4, 8} <= set(left)  # the kills fell into the job
 
 
 def test_routed_classifiers_can_be_sent() -> None:

@@ -60,4 +60,4 @@ def test_resnet50_at_224(tmp_path: Path) -> None:
     assert told["preprocessing"]["resize"] == 256
     # weights, one batch's activations, two images; nothing that grows with the data set
     assert told["peak_mb"] < 2000
-    assert 0.8 < told["estimated"] / told["measured"] < 1.25
+    assert abs(told["estimated"] / told["measured"] - 1) < 0.2
