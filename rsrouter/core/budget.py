@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from rsrouter.core.bounds import AlphaSplit, Array, binom_lower, check_alpha
+from rsrouter.core.bounds import MOST_VOTES, AlphaSplit, Array, binom_lower, check_alpha
 from rsrouter.core.certificates import vote_radius
 from rsrouter.core.errors import PlanError
 from rsrouter.core.plans import AdaptivePlan, Plan, check_whole
 from rsrouter.core.policy import CertifyPolicy
-from rsrouter.core.reach import MOST_VOTES
 from rsrouter.core.tree import Stage, Tree
 
 
@@ -57,9 +56,9 @@ def votes_needed(sigma: float, radius: float, alpha: float = 1e-3) -> int | None
 
     low, high = 0, 1
     while not enough(high):
-        low, high = high, 2 * high
-        if high > MOST_VOTES:
+        if high == MOST_VOTES:
             return None
+        low, high = high, min(2 * high, MOST_VOTES)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rsrouter.core.bounds import AlphaSplit, Array
+from rsrouter.core.bounds import MOST_VOTES, AlphaSplit, Array
 from rsrouter.core.certificates import entry_radii, group_entries, recursion
 from rsrouter.core.tree import Tree
 
 if TYPE_CHECKING:
     from rsrouter.core.plans import Plan
-
-#: A plan that needs more votes than this has no use.
-MOST_VOTES = 10**12
 
 
 def unanimous_radius(plan: Plan, tree: Tree, path: tuple[str, ...], split: AlphaSplit, sides: str) -> float:

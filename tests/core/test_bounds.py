@@ -10,7 +10,7 @@ from scipy import integrate, optimize, stats
 from statsmodels.stats.proportion import proportion_confint
 
 from rsrouter.core import AlphaSplit, PlanError, binom_lower, binom_upper, sequence_lower, sequence_upper
-from rsrouter.core.bounds import multiclass_bounds
+from rsrouter.core.bounds import check_counts, multiclass_bounds
 
 
 @pytest.mark.parametrize("alpha", [1e-3, 0.05, 1e-6])
@@ -175,6 +175,45 @@ def test_bounds_broadcast_and_keep_their_shape():
         assert bound(np.uint8(3), np.int16(10), 0.05) == bound(3, 10, 0.05)
 
 
+def test_counts_stay_exact_where_floats_do_not():
+    for k in (2**53 + 1, np.uint64(2**53 + 1)):
+        with pytest.raises(PlanError) as refused:
+            check_counts(k, 10)
+        assert str(2**53 + 1) in str(refused.value)
+
+
+@pytest.mark.parametrize("bound", [binom_lower, binom_upper, sequence_lower, sequence_upper])
+def test_no_bound_from_more_votes_than_its_quantile_is_good_for(bound):
+    n = 10**12
+    found = float(bound(n // 10 * 9, n, 1e-3))
+    assert (found < 0.9) == (bound in (binom_lower, sequence_lower))
+    with pytest.raises(PlanError, match="More votes"):
+        bound(n // 10 * 9, n + 1, 1e-3)
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 1e-5])
+def test_at_the_most_votes_the_margins_cover_the_quantiles_error(alpha: float):
+    """There the binomial law is normal to many digits."""
+    n = 10**12
+    k = np.round(np.linspace(0.01, 0.99, 197) * n).astype(np.int64)
+    spread = np.sqrt(k / n * (1 - k / n) / n)
+    for gap in (k / n - binom_lower(k, n, alpha), binom_upper(k, n, alpha) - k / n):
+        assert np.all(gap / spread > stats.norm.isf(alpha))
+        assert np.all(gap / spread < stats.norm.isf(alpha) + 0.02)
+
+
+def test_the_level_is_tightened_where_a_quantiles_last_bit_moves_the_tail():
+    """An ulp of the quantile is worth more of alpha the more votes there are."""
+    k, n, alpha = 9 * 10**6, 10**7, 1e-3
+    for found, law in (
+        (binom_lower(k, n, alpha), stats.beta(k, n - k + 1)),
+        (binom_upper(k, n, alpha), stats.beta(k + 1, n - k)),
+    ):
+        exact = law.ppf(alpha) if found < 0.9 else law.isf(alpha)
+        beyond = abs(float(found) - exact) - 1e-12 * exact
+        assert beyond == pytest.approx(3e-14 * n * alpha / law.pdf(exact), rel=0.05)
+
+
 def test_refusals_name_what_was_wrong():
     for k, n, received in (
         (1.5, 10, "k = 1.5"),
@@ -304,7 +343,7 @@ def test_alpha_split_cannot_be_overspent():
         AlphaSplit(1e-3, {"r": 5e-4, "a": 5e-4, "b": 4e-4, "c": 4e-4}, paths)
     with pytest.raises(PlanError, match=r"an alpha for \['c'\]"):
         AlphaSplit(1e-3, missing, paths)
-    with pytest.raises(PlanError, match="a stage's alpha"):
+    with pytest.raises(PlanError, match=r"^a stage's alpha"):
         AlphaSplit(1e-3, {"r": 0.0, **rest}, paths)
     for total, named in ((0.0, "alpha must"), (1.0, "alpha must")):
         with pytest.raises(PlanError, match=named):

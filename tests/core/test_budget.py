@@ -50,6 +50,11 @@ def test_votes_needed_is_the_smallest(sigma: float, radius: float):
 
 def test_votes_needed_gives_up():
     assert votes_needed(0.25, 10.0) is None
+    # between the largest power of two below 10^12 and 10^12 itself there is still an answer, beyond there is none
+    reach = largest_radius(1.0, 10**12)
+    assert 2**39 < votes_needed(1.0, largest_radius(1.0, 9 * 10**11)) <= 9 * 10**11
+    assert votes_needed(1.0, reach) <= 10**12
+    assert votes_needed(1.0, np.nextafter(reach, 9.0)) is None
     assert votes_needed(1.0, 0.0) == 10
 
 

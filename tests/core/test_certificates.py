@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rsrouter.core import PlanError, Stage, Tree, entry_radii, tree_radius, vote_radius
-from rsrouter.core.certificates import fixed_reference, group_entries, no_entries, recursion
+from rsrouter.core.certificates import _distance, fixed_reference, group_entries, no_entries, recursion
 
 mpmath.mp.dps = 40
 
@@ -48,6 +48,17 @@ def test_rounding_is_downwards_to_the_last_bit():
         assert found > float(exact) * (1 - 1e-13)
 
 
+def test_distances_are_one_bit_down_and_never_below_0():
+    one, inf = np.ones(1), np.array([np.inf])
+    assert _distance(0.5, 3 * one, one)[0] == np.nextafter(1.0, 0.0)
+    assert _distance(0.5, one, one)[0] == 0.0
+    assert _distance(0.5, one, 3 * one)[0] == 0.0
+    assert _distance(0.5, inf, one)[0] == np.inf
+    assert _distance(0.5, one, -inf)[0] == np.inf
+    assert _distance(0.5, inf, inf)[0] == 0.0
+    assert _distance(0.5, one * np.nan, one)[0] == 0.0
+
+
 def test_text_bounds_are_numbers_and_half_precision_is_not_kept():
     assert vote_radius(1.0, np.float16(0.75)) == vote_radius(1.0, 0.75)
     assert vote_radius(1.0, "0.75") == vote_radius(1.0, 0.75)
@@ -77,6 +88,9 @@ def test_entry_radii_of_a_plurality_stage():
     assert not entry[2].any()  # nothing was selected, so no lower bound may be used
     assert entry[3, 2] == 0.0  # a rival that may already win
     assert entry[3, 1] == 0.0
+    # the reference's own upper bound is not read, not even where it contradicts the lower one
+    upper[:, 0] = [1e-6, 0.2, 0.7, 1e-6]
+    assert entry_radii(PLURALITY, lower, upper, np.array([0, 2, -1, 0]))[:, 0].tolist() == [0.0, entry[1, 0], 0.0, 0.0]
 
 
 def test_entry_radii_of_a_threshold_stage():
@@ -94,6 +108,14 @@ def test_entry_radii_of_a_threshold_stage():
     for row in range(4):
         for outcome in range(2):
             assert just_below(entry[row, outcome], mpmath.mpf(0.25) * (tau - z(upper[row, outcome])))
+
+
+def test_a_bound_above_tau_by_its_last_bit_keeps_nothing():
+    """Both quantiles carry a margin of 1e-14, larger than what one bit of a probability near 1 is worth."""
+    stage = Stage("t", 1.0, "threshold", 0.999, (0, 1, 2))
+    over, under = np.nextafter(0.999, 1.0), np.nextafter(0.999, 0.0)
+    entry = entry_radii(stage, [[over, 0.0]], [[under, 0.001]], np.array([0]))[0]
+    assert entry[0] == entry[2] == 0.0
 
 
 def test_entry_radii_round_down_at_every_threshold():
@@ -210,7 +232,8 @@ def test_tree_radius_from_bounds_to_the_name_of_the_stage():
     # b holds .262 and enters at 1.463; a holds .421
     assert just_below(radius[0], mpmath.mpf(0.5) * z(0.8))
     assert by.tolist() == ["a"]
-    for given, root in ((tree.stages, None), (list(tree.stages.values()), "r"), (tree, "r")):
+    assert by.dtype == object
+    for given, root in ((tree.stages, None), (list(tree.stages.values())[::-1], "r"), (tree, "r")):
         again, who = tree_radius(given, root, *FAR, np.array([0]))
         assert again.tolist() == radius.tolist()
         assert who.tolist() == ["a"]
@@ -267,6 +290,14 @@ def test_masks_say_which_images_were_sampled():
 def test_classes_are_whole_numbers_one_per_image(c):
     with pytest.raises(PlanError, match="certified class"):
         tree_radius(chosen_a(), None, *FAR, c)
+
+
+def test_abstaining_is_never_certified():
+    """Not even where every vote went to an outcome that answers nothing."""
+    stage = Stage("e", 0.5, leads_to=(0, -1), reference=1)
+    bounds = {"e": [[0.0, 0.99]]}, {"e": [[0.01, 1.0]]}
+    assert tree_radius([stage], None, *bounds, [-1])[0].tolist() == [0.0]
+    assert tree_radius([stage], None, {"e": [[0.99, 0.0]]}, {"e": [[1.0, 0.01]]}, [0])[0].tolist() == [0.0]
 
 
 def test_classes_of_any_whole_type():
