@@ -98,6 +98,7 @@ def certify(
     from rsrouter.cli.options import parse_radii
     from rsrouter.data import load_data
     from rsrouter.jobs import certify_table, estimate_table
+    from rsrouter.jobs.run import on_cpu
     from rsrouter.report import summarise
     from rsrouter.report.text import print_summary
 
@@ -123,6 +124,8 @@ def certify(
         return
     if out is None:
         raise InputError("Certificates need a place", expected="--out", received="none", remedy="--out run/certificates.tsv")
+    if shard is not None and threads is None and workers is None and job["ray"] is None and on_cpu(device):
+        typer.echo("note: shards merge if their number of threads is the same; say --threads where machines differ", err=True)
     shown = tuple(r for r in parse_radii(radii) if r in (0.0, 0.5, 1.0)) or (0.0,)
     with closing(Display("certify", shown)) as display:
         table = certify_table(

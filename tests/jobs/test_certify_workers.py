@@ -235,11 +235,32 @@ def test_the_command_line(tmp_path: Path, hub: HubServer) -> None:
     )
     assert result.exit_code == 0, result.output
     assert read_table(tmp_path / "t.tsv").idx.tolist() == list(range(12))
+    assert "say --threads" not in result.stderr
+    told = CliRunner().invoke(
+        app, [w for w in words if w not in ("--threads", "1")] + ["--out", str(tmp_path / "x.tsv"), "--shard", "0/12"]
+    )
+    assert "say --threads" in told.stderr
     for odd, message in ((["--workers", "0"], "workers"), (["--shard", "2/2"], "shard"), (["--stream"], "streamed")):
         result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "odd.tsv"), *odd])
         assert isinstance(result.exception, InputError)
         assert message in str(result.exception)
     assert isinstance(CliRunner().invoke(app, words).exception, InputError)  # no --out
+
+
+def test_labels_on_the_command_line(tmp_path: Path, hub: HubServer) -> None:
+    small.put_experts(hub, tmp_path).save(tmp_path / "pool.json")
+    images, classes = DATA.tensors()
+    np.savez(tmp_path / "d.npz", images=(images * 255).round().to(torch.uint8).numpy(), labels=classes.numpy())
+    words = ["label", str(tmp_path / "pool.json"), "--data", str(tmp_path / "d.npz"), "--n", "20", "--unseen", "--threads", "1"]
+    for name, more in (("whole", []), ("0", ["--shard", "0/2"]), ("1", ["--shard", "1/2"])):
+        result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / f"{name}.npz"), *more])
+        assert result.exit_code == 0, result.output
+    merge = ["merge", str(tmp_path / "1.npz"), str(tmp_path / "0.npz"), "--out", str(tmp_path / "all.npz"), "--format", "json"]
+    result = CliRunner().invoke(app, merge)
+    assert json.loads(result.stdout) == {"labels": str(tmp_path / "all.npz")}
+    assert (tmp_path / "all.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "odd.npz"), "--shard", "2/2"])
+    assert isinstance(result.exception, InputError)
 
 
 @pytest.mark.parametrize(
