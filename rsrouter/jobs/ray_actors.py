@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import socket
 import threading
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 from rsrouter.core.errors import InputError, RSRouterError, WorkerError
 from rsrouter.jobs.executor import Sink, check_workers
@@ -15,6 +17,8 @@ from rsrouter.jobs.work import Event, Lost, Task, Work, machine_facts, serve
 
 #: Seconds that an actor holds a question for news, so that the driver need not ask often.
 _PATIENCE = 1.0
+#: Seconds in which a cluster must take a connection.
+_KNOCKING = 20.0
 
 
 class _Actor:
@@ -87,6 +91,7 @@ class RayActors:
         if address == "local":
             options["include_dashboard"] = False
         try:
+            _knock(address)
             self._ray.init(**options)
         except Exception as error:  # Ray's own errors, and whatever its gRPC raises
             raise WorkerError(
@@ -180,6 +185,16 @@ class RayActors:
         for slot in list(self._actors):
             self._end(slot)
         self._leave()
+
+
+def _knock(address: str) -> None:
+    """Whether anything listens at `host:port`; Ray itself tries for many minutes. OSError or ValueError where nothing does."""
+    if address in ("auto", "local"):
+        return
+    where = urlsplit(f"//{address.removeprefix('ray://')}")
+    if where.hostname is None or where.port is None:
+        raise ValueError("no host:port")
+    socket.create_connection((where.hostname, where.port), timeout=_KNOCKING).close()
 
 
 def _last_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from rsrouter import Execution, ExpertPool, FixedPlan, RoutedSmooth
 from rsrouter.cli import app
 from rsrouter.cli.jobs import duration
-from rsrouter.core.errors import InputError, NetworkError, ResultsError
+from rsrouter.core.errors import InputError, NetworkError, ResultsError, WorkerError
 from rsrouter.jobs import certify_table, estimate_table, label_table, merge_labels
 from rsrouter.results import merge_tables, read_table
 from rsrouter.router.stored import load_votes
@@ -276,6 +276,23 @@ def test_ray_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(InputError, match="Ray is not installed") as caught:
         certify(tmp_path / "t.tsv", ray="auto")
     assert "rsrouter[ray]" in caught.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "nowhere", "127.0.0.1:x", "127.0.0.1"])
+def test_an_address_where_no_cluster_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    class Ray:  # would try for minutes
+        def is_initialized(self) -> bool:
+            return False
+
+        def init(self, **options: Any) -> None:
+            raise ValueError("Ray was asked")
+
+    monkeypatch.setattr("rsrouter.jobs.ray_actors._import_ray", Ray)
+    with pytest.raises(WorkerError, match="not reached") as caught:
+        certify(tmp_path / "t.tsv", ray=address)
+    assert address in caught.value.received
+    assert "was asked" not in caught.value.received
     assert not list(tmp_path.iterdir())
 
 
