@@ -59,6 +59,12 @@ def test_distances_are_one_bit_down_and_never_below_0():
     assert _distance(0.5, one * np.nan, one)[0] == 0.0
 
 
+def test_bounds_of_exactly_0_or_1_certify_nothing():
+    """No finite number of votes gives them, only rounding does; nothing is said about it on the way."""
+    for lower, upper in ((1.0, None), (1.0, 0.0), (0.9, 0.0), (0.0, None), (0.0, 1.0)):
+        assert vote_radius(0.5, lower, upper) == 0.0
+
+
 def test_text_bounds_are_numbers_and_half_precision_is_not_kept():
     assert vote_radius(1.0, np.float16(0.75)) == vote_radius(1.0, 0.75)
     assert vote_radius(1.0, "0.75") == vote_radius(1.0, 0.75)
