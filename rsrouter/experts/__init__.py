@@ -2,8 +2,9 @@
 
 from rsrouter.experts.base import Expert, ExpertPool, Normalise, Provenance, module_digest
 from rsrouter.experts.check import NoisyCheck, check_expert
-from rsrouter.experts.composite import Denoiser, Diffusion, Ensemble, at_sigmas, denoised, ensemble, load_denoiser
 from rsrouter.experts.convert import convert, save_expert
+from rsrouter.experts.denoising import Denoiser, Diffusion, at_sigmas, denoised, load_denoiser
+from rsrouter.experts.ensembles import Ensemble, ensemble
 from rsrouter.experts.loaders import LOADERS, NORMALISATIONS, load_expert
 from rsrouter.experts.registry import architectures, build_architecture, register_architecture
 from rsrouter.experts.select import Selection, select_experts

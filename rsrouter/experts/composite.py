@@ -1,389 +1,24 @@
-"""Experts made of several networks: ensembles, and a denoiser before a classifier. Both are plain modules to the engine."""
+"""What experts made of several networks are pinned by: a digest over their parts and how these are put together."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.fx
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
-from rsrouter.experts.base import Expert, Normalise, Provenance, check_sigma
-from rsrouter.experts.loaders import LOADERS, build_module, open_checkpoint
-from rsrouter.experts.registry import is_denoiser
+from rsrouter.core.errors import IntegrityError
+from rsrouter.experts.base import Normalise, Provenance
+from rsrouter.experts.loaders import build_module
 
 
-class Ensemble(nn.Module):
-    """Mean of the members' logits (Horvath et al., "Boosting Randomized Smoothing with Variance Reduced Classifiers",
-    ICLR 2022), with their optional K-consensus: where the first K members agree on the class, the others are not asked.
-
-    The answer of an image depends on that image alone: the remaining members run on chunks of one fixed size, so that
-    how many other images of the batch went on does not change its logits.
-
-    Args:
-        members: networks from pixels `(B, C, H, W)` to logits `(B, num_classes)`.
-        consensus: K, at least 2 and less than the number of members; None: always ask all.
-        chunk: images per forward pass of the members after the K-th.
-    """
-
-    def __init__(self, members: Sequence[nn.Module], consensus: int | None = None, chunk: int = 32) -> None:
-        super().__init__()
-        if len(members) < 2:
-            raise InputError(
-                "An ensemble needs several members",
-                expected="at least 2",
-                received=str(len(members)),
-                remedy="use the one expert as it is",
-            )
-        if consensus is not None and not (isinstance(consensus, int) and 2 <= consensus < len(members)):
-            raise InputError(
-                "K-consensus does not fit the ensemble",
-                expected=f"2 <= K < {len(members)}, or None",
-                received=repr(consensus),
-                remedy="leave consensus out to ask every member",
-            )
-        if not isinstance(chunk, int) or chunk < 1:
-            raise InputError(
-                "The chunk must be a whole number", expected="at least 1", received=repr(chunk), remedy="leave it out"
-            )
-        self.members = nn.ModuleList(members)
-        self.consensus, self.chunk = consensus, chunk
-
-    def extra_repr(self) -> str:
-        return f"consensus={self.consensus}, chunk={self.chunk}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.consensus is None:
-            total: Tensor = self.members[0](x)
-            for member in list(self.members)[1:]:
-                total = total + member(x)
-            return total / len(self.members)
-        first = [member(x) for member in list(self.members)[: self.consensus]]
-        total = torch.stack(first).sum(0)
-        tops = torch.stack([logits.argmax(1) for logits in first])
-        undecided = (tops != tops[0]).any(0).nonzero().flatten()
-        # where all agree, the mean of the first K has the same argmax as each of them
-        mean = total / self.consensus
-        for rows in torch.split(undecided, self.chunk) if len(undecided) else ():
-            padded = torch.cat([rows, rows[:1].expand(self.chunk - len(rows))])
-            part, more = x[padded], total[padded]
-            for member in list(self.members)[self.consensus :]:
-                more = more + member(part)
-            mean = mean.index_copy(0, rows, (more / len(self.members))[: len(rows)])
-        return mean
-
-
-@dataclass(frozen=True)
-class Diffusion:
-    """What a diffusion denoiser was trained with; a checkpoint does not carry it.
-
-    Attributes:
-        schedule: `"linear"` (Ho et al. 2020) or `"cosine"` (Nichol and Dhariwal 2021).
-        steps: number of time steps T.
-        beta_start, beta_end: of the linear schedule.
-        prediction: what the network returns: `"epsilon"` (noise), `"x0"` (image) or `"v"` (Salimans and Ho 2022).
-    """
-
-    schedule: str = "linear"
-    steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    prediction: str = "epsilon"
-
-    def __post_init__(self) -> None:
-        if self.schedule not in {"linear", "cosine"} or self.prediction not in {"epsilon", "x0", "v"} or self.steps < 2:
-            raise InputError(
-                "Unknown diffusion settings",
-                expected="schedule linear or cosine, prediction epsilon, x0 or v, steps >= 2",
-                received=str(asdict(self)),
-                remedy="take them from the repository the denoiser comes from",
-            )
-
-    def alphas_cumprod(self) -> Tensor:
-        """abar_t for t = 0 ... T - 1, `(T,)` float64."""
-        if self.schedule == "linear":
-            betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
-        else:
-            t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
-            f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-        return torch.cumprod(1 - betas, 0)
-
-    def step_for(self, sigma: float) -> tuple[int, float]:
-        """`(t, abar_t)` whose noise is nearest to sigma on [0,1] pixels: (1 - abar_t) / abar_t = (2 sigma)^2.
-
-        Raises:
-            InputError: noise outside the schedule.
-        """
-        abar = self.alphas_cumprod()
-        noise = ((1 - abar) / abar).sqrt()  # per unit of signal on [-1,1]
-        if not float(noise[0]) / 2 <= 2 * sigma <= float(noise[-1]):
-            raise InputError(
-                "This sigma is outside the diffusion's schedule",
-                expected=f"{float(noise[0]) / 4:.4g} <= sigma <= {float(noise[-1]) / 2:.4g}",
-                received=f"{sigma:g}",
-                remedy="use another sigma, or check schedule and steps",
-            )
-        t = int((noise - 2 * sigma).abs().argmin())
-        return t, float(abar[t])
-
-
-@torch.fx.wrap  # looks at what came back, which a traced stand-in cannot tell
-def _prediction(output: Any, like: Tensor) -> Tensor:
-    """The predicted tensor, of as many channels as `like`, in what a denoiser returns."""
-    if isinstance(output, tuple):
-        output = output[0]
-    elif not isinstance(output, Tensor):
-        output = output.sample
-    predicted: Tensor = output[:, : like.shape[1]]
-    return predicted
-
-
-class DiffusionDenoised(nn.Module):
-    """One-shot diffusion denoising before a classifier (Carlini et al. 2023, arXiv 2206.10550).
-
-    The noisy image z = x + sigma * noise on [0,1] becomes x_t = sqrt(abar_t) (2 z - 1), one call of the denoiser gives
-    x_0, and the classifier sees (x_0 + 1) / 2. No noise is added inside, so this is an ordinary base classifier.
-
-    Args:
-        denoiser: `(x_t (B, C, H, W), t (B,))` to its prediction, as a tensor, a tuple, or an object with `.sample`;
-            channels beyond C (learned variances) are ignored.
-        classifier: pixels in [0,1] to logits.
-        sigma: noise level, standard deviation on [0,1] pixels.
-        diffusion: what the denoiser was trained with.
-        size: side to which x_0 is resized (bicubic, antialiased) for the classifier; None: as it is.
-    """
-
-    def __init__(
-        self, denoiser: nn.Module, classifier: nn.Module, sigma: float, diffusion: Diffusion, size: int | None = None
-    ) -> None:
-        super().__init__()
-        self.t, self.abar = diffusion.step_for(sigma)
-        self.denoiser, self.classifier, self.prediction, self.size = denoiser, classifier, diffusion.prediction, size
-
-    def extra_repr(self) -> str:
-        return f"t={self.t}, abar={self.abar!r}, prediction={self.prediction}, size={self.size}"
-
-    def denoise(self, z: Tensor) -> Tensor:
-        """Noisy pixels to denoised pixels in [0,1], same shape."""
-        signal, noise = math.sqrt(self.abar), math.sqrt(1 - self.abar)
-        x_t = signal * (2 * z - 1)
-        output = self.denoiser(x_t, torch.full((z.shape[0],), self.t, device=z.device, dtype=torch.long))
-        predicted = _prediction(output, z)
-        if self.prediction == "epsilon":
-            x_0 = (x_t - noise * predicted) / signal
-        elif self.prediction == "v":
-            x_0 = signal * x_t - noise * predicted
-        else:
-            x_0 = predicted
-        pixels: Tensor = (x_0.clamp(-1, 1) + 1) / 2
-        return pixels
-
-    def forward(self, z: Tensor) -> Tensor:
-        clean = self.denoise(z)
-        if self.size is not None:
-            clean = F.interpolate(clean, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-        logits: Tensor = self.classifier(clean)
-        return logits
-
-
-class DirectDenoised(nn.Module):
-    """Denoised smoothing (Salman et al. 2020, arXiv 2003.01908): denoiser on [0,1] pixels, then the classifier."""
-
-    def __init__(self, denoiser: nn.Module, classifier: nn.Module) -> None:
-        super().__init__()
-        self.denoiser, self.classifier = denoiser, classifier
-
-    def forward(self, z: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.denoiser(z))
-        return logits
-
-
-@dataclass(frozen=True)
-class Denoiser:
-    """A denoising network and where it came from (None: made in memory)."""
-
-    module: nn.Module
-    provenance: Provenance | None = None
-
-
-def load_denoiser(
-    source: str | Path,
-    *,
-    architecture: str,
-    kwargs: dict[str, Any] | None = None,
-    licence: str | None = None,
-    filename: str | None = None,
-    revision: str | None = None,
-    **hub: Any,
-) -> Denoiser:
-    """A pinned denoiser from a folder, a file or the Hub.
-
-    Args:
-        source: as in `load_expert`.
-        architecture: registered with `register_architecture(..., denoiser=True)`: `"dncnn"`, `"small_unet"`, or yours.
-        kwargs: its arguments.
-        licence: of the weights.
-
-    Raises:
-        CheckpointError: not a denoiser, or a file that does not fit. HubError, IntegrityError: as `load_expert`.
-    """
-    if not is_denoiser(architecture):
-        raise CheckpointError(
-            f"{architecture!r} is not a denoiser",
-            expected="an architecture registered with denoiser=True",
-            received=architecture,
-            remedy="register_architecture(name, YourDenoiser, denoiser=True)",
-        )
-    where, _, sha256, _ = open_checkpoint(source, filename=filename, revision=revision, **hub)
-    provenance = Provenance(
-        **where, sha256=sha256, loader="checkpoint", architecture=architecture, kwargs=dict(kwargs or {}), licence=licence
-    )
-    return Denoiser(build_module(provenance, 2), provenance)
-
-
-def ensemble(
-    members: Sequence[Expert],
-    *,
-    consensus: int | None = None,
-    sigma: float | None = None,
-    name: str | None = None,
-    chunk: int = 32,
-) -> Expert:
-    """One expert from several: see `Ensemble`.
-
-    Args:
-        members: of one class count and input shape, and of one sigma unless `sigma` is given.
-        consensus: K of K-consensus; None asks every member.
-        sigma: noise level of the result.
-        name: of the result.
-
-    Raises:
-        InputError: members that do not fit together.
-    """
-    for what in ("num_classes", "input_shape", *(() if sigma is not None else ("sigma",))):
-        values = {f"{i}:{m.name}": getattr(m, what) for i, m in enumerate(members)}
-        if len(set(values.values())) > 1:
-            raise InputError(
-                f"Members of an ensemble must agree on {what}",
-                expected="one value",
-                received=str(values),
-                remedy="leave out those that differ" + ("" if what != "sigma" else ", or give sigma="),
-            )
-    module = Ensemble([m.network() for m in members], consensus, chunk)
-    provenance = _composite(
-        "ensemble",
-        {"consensus": consensus, "chunk": chunk},
-        [_part("member", m.provenance, m.num_classes, m.mean, m.std) for m in members],
-    )
-    return Expert(
-        module,
-        sigma=members[0].sigma if sigma is None else sigma,
-        num_classes=members[0].num_classes,
-        input_shape=members[0].input_shape,
-        name=name,
-        provenance=provenance,
-    )
-
-
-def denoised(
-    denoiser: Denoiser | nn.Module,
-    classifier: Expert,
-    *,
-    sigma: float,
-    diffusion: Diffusion | None = None,
-    input_shape: Sequence[int] | None = None,
-    name: str | None = None,
-) -> Expert:
-    """A denoiser before a classifier that was trained on clean images.
-
-    One denoiser and one classifier serve every sigma: call this once for each, the weights are shared.
-
-    Args:
-        denoiser: from `load_denoiser`, or a module.
-        classifier: its own sigma is not used; its normalisation is.
-        sigma: noise level of the result.
-        diffusion: the denoiser's schedule (one-shot diffusion); None: it maps noisy pixels to clean ones (DnCNN).
-        input_shape: `(C, H, W)` of the images; default the classifier's. Diffusion output is resized to the classifier's.
-        name: of the result.
-
-    Raises:
-        InputError: sigma outside the schedule, or shapes that cannot go together.
-    """
-    sigma = check_sigma(sigma, "the denoised expert")
-    source = denoiser if isinstance(denoiser, Denoiser) else Denoiser(denoiser)
-    shape = tuple(input_shape or classifier.input_shape)
-    size = None if shape == classifier.input_shape else classifier.input_shape[1]
-    if size is not None and (
-        diffusion is None or classifier.input_shape[1] != classifier.input_shape[2] or shape[0] != classifier.input_shape[0]
-    ):
-        raise InputError(
-            "Denoiser and classifier take different images",
-            expected=str(classifier.input_shape),
-            received=str(shape),
-            remedy="use a classifier for this image size, or a diffusion denoiser, whose output is resized",
-        )
-    kwargs = {"sigma": sigma, "size": size, "diffusion": None if diffusion is None else asdict(diffusion)}
-    module = _denoised_module(source.module, classifier.network(), kwargs)
-    provenance = _composite(
-        "denoised",
-        kwargs,
-        [
-            _part("denoiser", source.provenance, 2, None, None),
-            _part("classifier", classifier.provenance, classifier.num_classes, classifier.mean, classifier.std),
-        ],
-    )
-    return Expert(module, sigma=sigma, num_classes=classifier.num_classes, input_shape=shape, name=name, provenance=provenance)
-
-
-def at_sigmas(expert: Expert, sigmas: Sequence[float]) -> list[Expert]:
-    """One model as an expert at each of several sigmas; the weights are held once.
-
-    They are called `<name>_at_<sigma>`, or `sigma_<sigma>` where the model has no name of its own.
-
-    Raises:
-        InputError: a denoised expert, whose network depends on its sigma.
-    """
-    unnamed = expert.name == f"sigma_{expert.sigma:g}"
-    if isinstance(expert.module, DiffusionDenoised):
-        raise InputError(
-            f"Expert {expert.name!r} is denoised for one sigma",
-            expected="a network that serves every sigma",
-            received=f"a denoiser set to sigma {expert.sigma:g}",
-            remedy="call denoised() once for each sigma",
-        )
-    return [
-        Expert(
-            expert.module,
-            sigma=s,
-            num_classes=expert.num_classes,
-            input_shape=expert.input_shape,
-            mean=expert.mean,
-            std=expert.std,
-            name=f"sigma_{s:g}" if unnamed else f"{expert.name}_at_{s:g}",
-            provenance=expert.provenance,
-        )
-        for s in sigmas
-    ]
-
-
-def _denoised_module(denoiser: nn.Module, classifier: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
-    if kwargs["diffusion"] is None:
-        return DirectDenoised(denoiser, classifier)
-    return DiffusionDenoised(denoiser, classifier, kwargs["sigma"], Diffusion(**kwargs["diffusion"]), kwargs["size"])
-
-
-def _part(
+def part(
     role: str, provenance: Provenance | None, num_classes: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, Any] | None:
+    """One network of a composite expert; None where it was made in memory."""
     if provenance is None:
         return None
     return {
@@ -395,7 +30,7 @@ def _part(
     }
 
 
-def _composite(kind: str, kwargs: dict[str, Any], parts: Sequence[dict[str, Any] | None]) -> Provenance | None:
+def composite(kind: str, kwargs: dict[str, Any], parts: Sequence[dict[str, Any] | None]) -> Provenance | None:
     """Provenance of a composite expert; None where a part was made in memory."""
     known = [p for p in parts if p is not None]
     if len(known) < len(parts):
@@ -428,7 +63,12 @@ def _composite_sha256(kind: str, kwargs: dict[str, Any], parts: Sequence[dict[st
     return hashlib.sha256(json.dumps([kind, kwargs, told], sort_keys=True).encode()).hexdigest()
 
 
-def _networks(provenance: Provenance, folder: Path | None) -> list[nn.Module]:
+def networks(provenance: Provenance, folder: Path | None) -> list[nn.Module]:
+    """The parts of a composite expert, loaded and verified, each with its own normalisation.
+
+    Raises:
+        IntegrityError: an entry whose parts or settings are not the pinned ones.
+    """
     if _composite_sha256(provenance.loader, provenance.kwargs, provenance.parts) != provenance.sha256:
         raise IntegrityError(
             "A composite expert's entry was changed",
@@ -443,16 +83,3 @@ def _networks(provenance: Provenance, folder: Path | None) -> list[nn.Module]:
             module = nn.Sequential(Normalise(part["mean"], part["std"]), module)
         networks.append(module)
     return networks
-
-
-def _load_ensemble(provenance: Provenance, num_classes: int, folder: Path | None) -> nn.Module:
-    return Ensemble(_networks(provenance, folder), **provenance.kwargs)
-
-
-def _load_denoised(provenance: Provenance, num_classes: int, folder: Path | None) -> nn.Module:
-    denoiser, classifier = _networks(provenance, folder)
-    return _denoised_module(denoiser, classifier, provenance.kwargs)
-
-
-LOADERS["ensemble"] = _load_ensemble
-LOADERS["denoised"] = _load_denoised

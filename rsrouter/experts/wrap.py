@@ -43,7 +43,8 @@ from torch import Tensor
 from rsrouter.core.errors import InputError
 from rsrouter.experts.base import Expert, ExpertPool
 from rsrouter.experts.check import NoisyCheck, check_expert
-from rsrouter.experts.composite import Diffusion, at_sigmas, denoised, ensemble, load_denoiser
+from rsrouter.experts.denoising import Diffusion, at_sigmas, denoised, load_denoiser
+from rsrouter.experts.ensembles import ensemble
 from rsrouter.experts.loaders import _SETTINGS, load_expert
 from rsrouter.hub import is_hub_reference
 

@@ -1,0 +1,125 @@
+"""Experts that are the mean of several networks; plain modules to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rsrouter.core.errors import InputError
+from rsrouter.experts.base import Expert, Provenance
+from rsrouter.experts.composite import composite, networks, part
+from rsrouter.experts.loaders import LOADERS
+
+
+class Ensemble(nn.Module):
+    """Mean of the members' logits (Horvath et al., "Boosting Randomized Smoothing with Variance Reduced Classifiers",
+    ICLR 2022), with their optional K-consensus: where the first K members agree on the class, the others are not asked.
+
+    The answer of an image depends on that image alone: the remaining members run on chunks of one fixed size, so that
+    how many other images of the batch went on does not change its logits.
+
+    Args:
+        members: networks from pixels `(B, C, H, W)` to logits `(B, num_classes)`.
+        consensus: K, at least 2 and less than the number of members; None: always ask all.
+        chunk: images per forward pass of the members after the K-th.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], consensus: int | None = None, chunk: int = 32) -> None:
+        super().__init__()
+        if len(members) < 2:
+            raise InputError(
+                "An ensemble needs several members",
+                expected="at least 2",
+                received=str(len(members)),
+                remedy="use the one expert as it is",
+            )
+        if consensus is not None and not (isinstance(consensus, int) and 2 <= consensus < len(members)):
+            raise InputError(
+                "K-consensus does not fit the ensemble",
+                expected=f"2 <= K < {len(members)}, or None",
+                received=repr(consensus),
+                remedy="leave consensus out to ask every member",
+            )
+        if not isinstance(chunk, int) or chunk < 1:
+            raise InputError(
+                "The chunk must be a whole number", expected="at least 1", received=repr(chunk), remedy="leave it out"
+            )
+        self.members = nn.ModuleList(members)
+        self.consensus, self.chunk = consensus, chunk
+
+    def extra_repr(self) -> str:
+        return f"consensus={self.consensus}, chunk={self.chunk}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.consensus is None:
+            total: Tensor = self.members[0](x)
+            for member in list(self.members)[1:]:
+                total = total + member(x)
+            return total / len(self.members)
+        first = [member(x) for member in list(self.members)[: self.consensus]]
+        total = torch.stack(first).sum(0)
+        tops = torch.stack([logits.argmax(1) for logits in first])
+        undecided = (tops != tops[0]).any(0).nonzero().flatten()
+        # where all agree, the mean of the first K has the same argmax as each of them
+        mean = total / self.consensus
+        for rows in torch.split(undecided, self.chunk) if len(undecided) else ():
+            padded = torch.cat([rows, rows[:1].expand(self.chunk - len(rows))])
+            part, more = x[padded], total[padded]
+            for member in list(self.members)[self.consensus :]:
+                more = more + member(part)
+            mean = mean.index_copy(0, rows, (more / len(self.members))[: len(rows)])
+        return mean
+
+
+def ensemble(
+    members: Sequence[Expert],
+    *,
+    consensus: int | None = None,
+    sigma: float | None = None,
+    name: str | None = None,
+    chunk: int = 32,
+) -> Expert:
+    """One expert from several: see `Ensemble`.
+
+    Args:
+        members: of one class count and input shape, and of one sigma unless `sigma` is given.
+        consensus: K of K-consensus; None asks every member.
+        sigma: noise level of the result.
+        name: of the result.
+
+    Raises:
+        InputError: members that do not fit together.
+    """
+    for what in ("num_classes", "input_shape", *(() if sigma is not None else ("sigma",))):
+        values = {f"{i}:{m.name}": getattr(m, what) for i, m in enumerate(members)}
+        if len(set(values.values())) > 1:
+            raise InputError(
+                f"Members of an ensemble must agree on {what}",
+                expected="one value",
+                received=str(values),
+                remedy="leave out those that differ" + ("" if what != "sigma" else ", or give sigma="),
+            )
+    module = Ensemble([m.network() for m in members], consensus, chunk)
+    provenance = composite(
+        "ensemble",
+        {"consensus": consensus, "chunk": chunk},
+        [part("member", m.provenance, m.num_classes, m.mean, m.std) for m in members],
+    )
+    return Expert(
+        module,
+        sigma=members[0].sigma if sigma is None else sigma,
+        num_classes=members[0].num_classes,
+        input_shape=members[0].input_shape,
+        name=name,
+        provenance=provenance,
+    )
+
+
+def _load_ensemble(provenance: Provenance, num_classes: int, folder: Path | None) -> nn.Module:
+    return Ensemble(networks(provenance, folder), **provenance.kwargs)
+
+
+LOADERS["ensemble"] = _load_ensemble
