@@ -12,6 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, RoutedSmooth, Smooth
+from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, FlatRouter, RoutedSmooth, Smooth
 from rsrouter.core.bounds import AlphaSplit
+from rsrouter.experts import build_architecture
 from rsrouter.jobs import certify_table
 from rsrouter.report import write_report
 from rsrouter.report.curves import average_certified_radius, certified_correct
@@ -31,6 +33,8 @@ from rsrouter.router.labels import target_radii
 from rsrouter.sampling import Execution, VoteMemo
 from rsrouter.training import train_router
 from rsrouter.training.deferral import DeferralRecipe, train_deferral
+from rsrouter.training.flat import RECIPES
+from rsrouter.training.heads import HeadRecipe
 from rsrouter.training.train import default_flat
 from rsrouter.training.tune import tune_cascade
 
@@ -42,8 +46,18 @@ PLAN = AdaptivePlan(N, tuple(RADII), n0=N0)
 SHARDS = 8
 RESAMPLES = 1000
 
-#: The paper's method, and ours.
-REFERENCE, BEST = "flat, min rule (Dual RS)", "deferral"
+#: The paper's method on a head of ours, the paper's method with a network of its own (as published), and ours.
+REFERENCE, PUBLISHED, BEST = "flat, min rule (Dual RS)", "flat with its own network, min rule (Dual RS)", "deferral"
+#: How the deferral router's heads are trained, each of them at every noise level.
+HEADS = (
+    HeadRecipe(steps=3000, cross_entropy=0.03),
+    HeadRecipe(steps=3000, cross_entropy=0.1),
+    HeadRecipe(steps=3000, cross_entropy=0.1, tilt=3.0),
+    HeadRecipe(steps=3000, cross_entropy=0.2),
+)
+#: The flat router's own network: a residual network of some 150,000 weights.
+OWN_NETWORK = {"width": 16, "blocks": ((32, 2), (64, 1), (64, 1))}
+OWN_RECIPE = replace(RECIPES["dual-rs"], epochs=60)
 
 Method = tuple[Smooth | RoutedSmooth, str]
 Labelled = tuple[Tensor, Tensor]
@@ -57,6 +71,7 @@ def train_all(
     validation: Labelled,
     recipe: DeferralRecipe,
     execution: Execution,
+    only: Sequence[str] = (),
 ) -> None:
     """Trains every router into `work/NAME`, each once, resumable; every choice is made on `validation`.
 
@@ -68,14 +83,15 @@ def train_all(
         validation: what nothing is trained on.
         recipe: of the deferral router; the tuned cascade draws as many votes.
         execution: how the experts run.
+        only: names of the routers to train; empty: all of them.
     """
     radii = tuple(RADII[COVERED])
 
     def make(name: str, build: Callable[[Callable[[dict[str, Any]], None]], RoutedSmooth]) -> None:
-        if (work / name / "config.json").exists():
+        if (work / name / "config.json").exists() or (only and name not in only):
             return
         start, lines = time.time(), []
-        with resuming(Checkpoint(work / "state")):  # cascade and deferral tune on the same votes
+        with resuming(Checkpoint(work / f"state-{only[0]}" if only else work / "state")):  # two of them tune on the same votes
             routed = build(lines.append)
         routed.save_pretrained(work / name)
         lines.append({"seconds": round(time.time() - start)})
@@ -92,7 +108,15 @@ def train_all(
     def deferral(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
         return RoutedSmooth(pool, train_deferral(pool, *heads, validation, radii, recipe=recipe, execution=execution, log=log))
 
+    def own(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
+        labels = target_radii(label_votes(pool, unseen[0], n=100, execution=execution), unseen[1].numpy(), pool.sigmas)
+        torch.manual_seed(0)
+        network = build_architecture("small_resnet", len(pool), {"in_channels": pool.input_shape[0], **OWN_NETWORK})
+        router = FlatRouter(network, sigma=max(pool.sigmas))
+        return train_router(pool, router, *unseen, radii=radii, recipe=OWN_RECIPE, routing_labels=labels)
+
     make("flat", flat)
+    make("own", own)
     make("cascade", cascade)
     make("deferral", deferral)
 
@@ -105,6 +129,7 @@ def methods(pool: ExpertPool, work: Path, execution: Execution) -> dict[str, Met
         return RoutedSmooth(pool, RoutedSmooth.from_pretrained(work / name).router, execution=execution)
 
     found[REFERENCE] = (routed("flat"), "min")
+    found[PUBLISHED] = (routed("own"), "min")
     found["flat, agreement (tree)"] = (routed("flat"), "tree")
     plain = CascadeRouter([0.55] * (len(pool) - 1))
     found["Multiscale-like cascade (.55)"] = (RoutedSmooth(pool, plain, execution=execution), "tree")
@@ -178,14 +203,14 @@ def merged(methods: Sequence[str], out: Path) -> dict[str, Table]:
 
 
 def summarise(
-    tables: Mapping[str, Table], experts: Sequence[str], reference: str, best: str, *, seed: int = 0
+    tables: Mapping[str, Table], experts: Sequence[str], references: Sequence[str], best: str, *, seed: int = 0
 ) -> tuple[list[str], dict[str, Any]]:
     """Markdown lines and a JSON-able summary.
 
     Args:
         tables: every method's table over the same images.
         experts: which of them are single experts (they make the envelope and the oracle).
-        reference: the method others are compared with, paired over images (the paper's).
+        references: methods that `best` is compared with, paired over images (the paper's).
         best: the method chosen on validation images.
         seed: of the bootstrap.
     """
@@ -247,31 +272,36 @@ def summarise(
                 ],
             )
         )
-    gap = coverage(means[best], best_resampled) - coverage(means[reference], best_resampled)
-    low, high = np.percentile(gap, [2.5, 97.5])
-    at = hits[best].astype(float) - hits[reference].astype(float)
-    spread_at = np.percentile(means[best] - means[reference], [2.5, 97.5], axis=0)
-    total = summary["methods"][best]["coverage"] - summary["methods"][reference]["coverage"]
-    summary["paired"] = {
-        "best": best,
-        "reference": reference,
-        "coverage": [total, low, high],
-        "accuracy": at.mean(0).tolist(),
-        "low": spread_at[0].tolist(),
-        "high": spread_at[1].tolist(),
-    }
-    lines += [
-        "",
-        f"Coverage of {best} less that of {reference}: {total:+.3f} [{low:+.3f}, {high:+.3f}] (paired over images). "
-        "Certified accuracy at each radius, in points: "
-        + ", ".join(
-            f"{100 * d:+.1f} [{100 * a:+.1f}, {100 * b:+.1f}] at {r:g}"
-            for r, d, a, b in zip(RADII, at.mean(0), *spread_at, strict=True)
-            if r <= 2.0
-        )
-        + ".",
-    ]
+    summary["paired"] = []
+    for other in references:
+        gap = coverage(means[best], best_resampled) - coverage(means[other], best_resampled)
+        low, high = np.percentile(gap, [2.5, 97.5])
+        at = hits[best].astype(float) - hits[other].astype(float)
+        spread_at = np.percentile(means[best] - means[other], [2.5, 97.5], axis=0)
+        total = summary["methods"][best]["coverage"] - summary["methods"][other]["coverage"]
+        paired = {
+            "best": best,
+            "reference": other,
+            "coverage": [total, low, high],
+            "accuracy": at.mean(0).tolist(),
+            "low": spread_at[0].tolist(),
+            "high": spread_at[1].tolist(),
+        }
+        summary["paired"].append(paired)
+        lines += ["", _compared(paired)]
     return lines, summary
+
+
+def _compared(paired: Mapping[str, Any]) -> str:
+    """One paired comparison in words."""
+    total, low, high = paired["coverage"]
+    each = zip(RADII, paired["accuracy"], paired["low"], paired["high"], strict=True)
+    return (
+        f"Coverage of {paired['best']} less that of {paired['reference']}: {total:+.3f} [{low:+.3f}, {high:+.3f}] (paired over "
+        "images). Certified accuracy at each radius, in points: "
+        + ", ".join(f"{100 * d:+.1f} [{100 * a:+.1f}, {100 * b:+.1f}] at {r:g}" for r, d, a, b in each if r <= 2.0)
+        + "."
+    )
 
 
 def figure(path: Path, summary: Mapping[str, Any], experts: Sequence[str], title: str) -> None:
@@ -304,14 +334,14 @@ def figure(path: Path, summary: Mapping[str, Any], experts: Sequence[str], title
 def write_study(
     tables: Mapping[str, Table],
     experts: Sequence[str],
-    reference: str,
+    references: Sequence[str],
     best: str,
     out: Path,
     title: str,
     report: Path | None = None,
 ) -> None:
     """`table.md`, `table.json` and `curves.svg` in `out`, and the report page in `report`."""
-    lines, summary = summarise(tables, experts, reference, best)
+    lines, summary = summarise(tables, experts, references, best)
     head = (
         f"{summary['images']:,} test images, at most N = {N:,} votes per stage and n0 = {N0} for selection (adaptive, radii 0.25 "
         f"apart), alpha = {ALPHA} in total for each method, votes shared. Certified accuracy in %; brackets: 95% bootstrap "
@@ -323,9 +353,9 @@ def write_study(
     figure(out / "curves.svg", summary, experts, title)
     if report is not None:
         write_report(
-            {name: tables[name] for name in (best, reference, *experts)},
+            {name: tables[name] for name in (best, *references, *experts)},
             report,
-            routed=[best, reference],
+            routed=[best, *references],
             experts=experts,
             title=title,
             radii=RADII,
@@ -356,6 +386,8 @@ def command_line(
         else:
             verb.add_argument("--dtype", default="float32")
             verb.add_argument("--threads", type=int, default=1)
+        if name == "train":
+            verb.add_argument("--only", nargs="*", default=(), help="flat, own, cascade, deferral: a process each may train some")
         if name == "certify":
             verb.add_argument("--part", default="0/1", help="i/n: this process takes the shards i, i + n, ...")
         arguments(name, verb)

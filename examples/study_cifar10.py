@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from routing_study import BEST, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
+from routing_study import BEST, HEADS, PUBLISHED, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
 from torch import Tensor
 from train_cifar_experts import read_cifar
 
@@ -24,16 +24,14 @@ from rsrouter import ExpertPool, load_expert
 from rsrouter.data import from_arrays
 from rsrouter.sampling import Execution
 from rsrouter.training.deferral import DeferralRecipe
-from rsrouter.training.heads import HeadRecipe
 
 SEED = 20261123
 SIGMAS = (0.25, 0.5, 1.0)
 RECIPE = DeferralRecipe(
-    copies=6,
+    copies=8,
     tune_copies=400,
-    levels=(1.07, 1.23),
-    consistency=(2.0, 5.0, 10.0),
-    head=HeadRecipe(steps=2000),
+    levels=(1.1, 1.2),
+    heads=HEADS,
     floor=0.0,
 )
 
@@ -51,7 +49,7 @@ def part_of(data: str, *names: str) -> tuple[Tensor, Tensor]:
 def train(args: argparse.Namespace) -> None:
     unseen, heads, validation = (part_of(args.data, *names) for names in (("train",), ("experts", "train"), ("validation",)))
     unseen, validation = (unseen[0][:4000], unseen[1][:4000]), (validation[0][:1000], validation[1][:1000])
-    train_all(load_pool(args.experts), args.work, unseen, heads, validation, RECIPE, Execution(dtype=args.dtype))
+    train_all(load_pool(args.experts), args.work, unseen, heads, validation, RECIPE, Execution(dtype=args.dtype), args.only)
 
 
 def certify(args: argparse.Namespace) -> None:
@@ -70,7 +68,7 @@ def certify(args: argparse.Namespace) -> None:
 def table(args: argparse.Namespace) -> None:
     pool = load_pool(args.experts)
     tables = merged(list(methods(pool, args.work, Execution())), args.work / "tables")
-    write_study(tables, pool.names, REFERENCE, BEST, args.out, "CIFAR-10", args.report)
+    write_study(tables, pool.names, (REFERENCE, PUBLISHED), BEST, args.out, "CIFAR-10", args.report)
 
 
 def arguments(name: str, verb: argparse.ArgumentParser) -> None:

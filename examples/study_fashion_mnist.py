@@ -19,24 +19,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from routing_study import BEST, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
+from routing_study import BEST, HEADS, PUBLISHED, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
 from torch import Tensor
 
 from rsrouter.data import from_arrays
 from rsrouter.demo import load_pool, load_slice
 from rsrouter.sampling import Execution
 from rsrouter.training.deferral import DeferralRecipe
-from rsrouter.training.heads import HeadRecipe
 
 SEED = 20261122
 TRAINING_ROWS = 58_000
 RECIPE = DeferralRecipe(
-    copies=6,
+    copies=8,
     tune_copies=1000,
-    levels=(1.07, 1.23),
-    consistency=(2.0, 5.0, 10.0),
-    head=HeadRecipe(steps=2000),
-    floor=0.93,
+    levels=(1.1, 1.2),
+    heads=HEADS,
+    floor=0.92,
 )
 
 
@@ -61,7 +59,7 @@ def train(args: argparse.Namespace) -> None:
     if args.data is not None:
         images, labels = read_idx(args.data, "train", slice(0, TRAINING_ROWS))
         heads = torch.from_numpy(images).float().div_(255), torch.from_numpy(labels)
-    train_all(load_pool(), args.work, unseen, heads, bundled("validation"), RECIPE, Execution(dtype=args.dtype))
+    train_all(load_pool(), args.work, unseen, heads, bundled("validation"), RECIPE, Execution(dtype=args.dtype), args.only)
 
 
 def certify(args: argparse.Namespace) -> None:
@@ -85,7 +83,7 @@ def table(args: argparse.Namespace) -> None:
     pool = load_pool()
     names = list(methods(pool, args.work, Execution()))
     tables = merged(names, args.work / "tables")
-    write_study(tables, pool.names, REFERENCE, BEST, args.out, "Fashion-MNIST", args.report)
+    write_study(tables, pool.names, (REFERENCE, PUBLISHED), BEST, args.out, "Fashion-MNIST", args.report)
 
 
 def arguments(name: str, verb: argparse.ArgumentParser) -> None:

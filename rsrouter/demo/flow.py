@@ -212,7 +212,7 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
     def fit() -> RoutedSmooth:
         heads, validation = slice_of("train", settings.head_images), slice_of("validation", settings.validation_images)
         quick = DEFERRAL_RECIPES["quick"]
-        recipe = replace(quick, head=replace(quick.head, steps=settings.head_steps))
+        recipe = replace(quick, heads=tuple(replace(head, steps=settings.head_steps) for head in quick.heads))
         with bars.votes("train") as bar:
             chain: dict[str, Any] = {"recipe": recipe, "validation": validation, "out": folder / "router", "votes": bar.update}
             return timed("train", lambda: train_router(pool, "deferral", heads[0], heads[1], **chain, **common))

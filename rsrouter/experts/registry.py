@@ -101,13 +101,20 @@ def known_architecture(name: str) -> bool:
     return name in _ARCHITECTURES or _timm_model(name) is not None
 
 
+def _as_stored(value: Any) -> Any:
+    """Tuples as lists, as JSON gives them back: a module built from its stored description has the same attributes."""
+    if isinstance(value, Mapping):
+        return {key: _as_stored(v) for key, v in value.items()}
+    return [_as_stored(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def build_architecture(name: str, num_classes: int, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """A freshly initialised module of a registered architecture or of timm.
 
     Args:
         name: registered here, or one of timm's models.
         num_classes: width of the logits.
-        kwargs: passed to the architecture; arguments that would make timm read other files are refused.
+        kwargs: passed to the architecture, tuples as lists; arguments that would make timm read other files are refused.
 
     Returns:
         A module from images `(B, C, H, W)` to logits `(B, num_classes)` (a denoiser: to images).
@@ -115,7 +122,7 @@ def build_architecture(name: str, num_classes: int, kwargs: Mapping[str, Any] | 
     Raises:
         CheckpointError: unknown name, or keyword arguments that do not fit.
     """
-    arguments = dict(kwargs or {})
+    arguments: dict[str, Any] = _as_stored(dict(kwargs or {}))
     build = _ARCHITECTURES.get(name)
     if build is None:
         timm_name = _timm_model(name)
@@ -149,7 +156,7 @@ def build_architecture(name: str, num_classes: int, kwargs: Mapping[str, Any] | 
             remedy=str(error),
         ) from error
     # how it was built travels with the module, so that a router can be written down and rebuilt
-    module._rsrouter_architecture = (name, {"num_classes": num_classes, **dict(kwargs or {})})  # type: ignore[assignment]
+    module._rsrouter_architecture = (name, {"num_classes": num_classes, **_as_stored(dict(kwargs or {}))})  # type: ignore[assignment]
     return module
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from rsrouter.router.labels import label_votes
 from rsrouter.router.trunk import has_trunk
 from rsrouter.sampling.execution import Execution
 from rsrouter.training.features import noisy_features
-from rsrouter.training.heads import HeadRecipe, train_head
+from rsrouter.training.heads import HeadGoal, HeadRecipe, train_head
 from rsrouter.training.simulate import SimulatedVotes, accuracy, chain_radius
 from rsrouter.training.tune import TUNE, Goal, goal_of, search_chain
 
@@ -40,17 +40,20 @@ class DeferralRecipe:
         tune_copies: noisy copies of each validation image and network.
         levels: noise levels of the heads, as multiples of the smallest sigma whose unanimous vote reaches the
             largest radius.
-        consistency: one head per noise level and weight; small ones answer better, large ones hold farther.
-        head: the other hyper-parameters of a head.
+        heads: how heads are trained, one of each at every noise level; their labels must differ.
         stages: the longest chain.
         floor, strictness: see `Goal`.
     """
 
     copies: int = 16
     tune_copies: int = 200
-    levels: tuple[float, ...] = (1.07, 1.23)
-    consistency: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0)
-    head: HeadRecipe = field(default_factory=HeadRecipe)
+    levels: tuple[float, ...] = (1.1, 1.2)
+    heads: tuple[HeadRecipe, ...] = (
+        HeadRecipe(steps=3000, cross_entropy=0.01),
+        HeadRecipe(steps=3000, cross_entropy=0.1),
+        HeadRecipe(steps=3000, cross_entropy=0.1, tilt=3.0),
+        HeadRecipe(steps=3000, cross_entropy=0.3),
+    )
     stages: int = 3
     floor: float = 0.915
     strictness: float = 5.0
@@ -60,7 +63,9 @@ class DeferralRecipe:
 #: 6,000 and 400).
 DEFERRAL_RECIPES: dict[str, DeferralRecipe] = {
     "deferral": DeferralRecipe(),
-    "quick": DeferralRecipe(copies=8, tune_copies=150, consistency=(5.0,)),
+    "quick": DeferralRecipe(
+        copies=8, tune_copies=150, heads=(HeadRecipe(cross_entropy=0.03), HeadRecipe(cross_entropy=0.1, tilt=3.0)), stages=2
+    ),
 }
 
 
@@ -72,8 +77,8 @@ def smallest_sigma(radius: float, n: int, alpha: float, stages: int) -> float:
 
 def head_voters(
     pool: ExpertPool, radii: Sequence[float], recipe: DeferralRecipe, plan_n: int, alpha: float
-) -> list[tuple[Voter, float]]:
-    """The head voters worth training, each with its consistency weight (heads named `level_weight`).
+) -> list[tuple[Voter, HeadRecipe]]:
+    """The head voters worth training, each with how it is trained (heads named `level_label`).
 
     The expert of the largest sigma, read together with its neighbour, is smoothed at no more than the largest radius
     needs: an expert trained at much noise loses nothing at less, and answers better.
@@ -85,9 +90,9 @@ def head_voters(
     least = smallest_sigma(max(radii), plan_n, alpha, recipe.stages)
     sigmas = sorted({round(min(main.sigma, max(level * least, readable[0].sigma)), 4) for level in recipe.levels})
     return [
-        (Voter(main.name, sigma, f"level{i}_{weight:g}".replace(".", "_"), others), weight)
+        (Voter(main.name, sigma, f"level{i}_{head.label}", others), head)
         for i, sigma in enumerate(sigmas)
-        for weight in recipe.consistency
+        for head in recipe.heads
     ]
 
 
@@ -142,6 +147,13 @@ def train_deferral(
         InputError: a pool of one expert.
     """
     recipe = recipe or DeferralRecipe()
+    if len({head.label for head in recipe.heads}) != len(recipe.heads):
+        raise InputError(
+            "Two heads of a recipe have one label",
+            expected="heads of different objectives, cross_entropy, tilt or consistency",
+            received=str([head.label for head in recipe.heads]),
+            remedy="drop one of them",
+        )
     grid = tuple(sorted({float(r) for r in radii}))
     say = log or (lambda _: None)
     if len(pool) < 2:
@@ -156,21 +168,23 @@ def train_deferral(
     votes = label_votes(pool, xv, n=recipe.tune_copies, seed=seed, purpose=TUNE, **running)
     candidates = {e.name: Voter(e.name) for e in pool}
     simulated = {e.name: SimulatedVotes.draw(votes[:, k], e.sigma, plan_n, n0, rng, pool.num_classes) for k, e in enumerate(pool)}
+    goal = goal_of({e.name: simulated[e.name] for e in pool}, target, grid, alpha)
+    goal = Goal(goal.radii, goal.envelope, recipe.floor, recipe.strictness)
     heads: dict[str, nn.Module] = {}
     for sigma in dict.fromkeys(v.sigma for v, _ in wanted):
-        members = [(v, weight) for v, weight in wanted if v.sigma == sigma]
+        members = [(v, how) for v, how in wanted if v.sigma == sigma]
         readers: list[Expert] = [pool[name] for name in (members[0][0].expert, *members[0][0].others)]
         level = float(sigma or 0.0)
         features = noisy_features(readers, level, images, recipe.copies, seed=seed, purpose=TRAIN, **running)
         trained: dict[str, nn.Module] = {}
-        for voter, weight in members:
+        for voter, how in members:
             name = str(voter.head)
-            settings = HeadRecipe(**{**asdict(recipe.head), "consistency": weight})
             trained[name] = train_head(
                 features,
                 labels,
                 pool.num_classes,
-                recipe=settings,
+                recipe=how,
+                goal=HeadGoal(level, grid, tuple(goal.envelope.tolist())),
                 seed=seed,
                 log=partial(_named, say, name),
             )
@@ -183,8 +197,6 @@ def train_deferral(
             reached = accuracy(*chain_radius(simulated, ((name, None),), alpha), target, grid)
             say({"head": name, "sigma": level, "validation": reached.tolist()})
         heads.update(trained)
-    goal = goal_of({e.name: simulated[e.name] for e in pool}, target, grid, alpha)
-    goal = Goal(goal.radii, goal.envelope, recipe.floor, recipe.strictness)
     chain, score = search_chain(simulated, target, goal, alpha, max_stages=recipe.stages)
     reached = accuracy(*chain_radius(simulated, chain, alpha), target, grid)
     say(

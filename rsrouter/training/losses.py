@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -52,3 +53,47 @@ def consistency_loss(copies: Sequence[Tensor], weight: float, entropy: float) ->
     mean = torch.stack([F.softmax(c, 1) for c in copies]).mean(0).clamp(min=1e-20)
     kl = torch.stack([(mean * (mean.log() - F.log_softmax(c, 1))).sum(1) for c in copies]).mean(0)
     return weight * kl - entropy * (mean * mean.log()).sum(1)
+
+
+@dataclass(frozen=True)
+class RadiusUtility:
+    """A smooth count of the radii that a smoothed vote certifies for the true class, each weighted (ours).
+
+    The radius is `sigma * Phi^-1(p)` (Cohen et al. 2019) with `p` the mean probability of the true class over noisy copies, as in
+    MACER (Zhai et al. 2020), which maximises it where an image is classified correctly. Here each radius of the user's grid
+    counts by itself, through a sigmoid, so that an image out of reach of a radius pays nothing for it.
+
+    Attributes:
+        sigma: noise level of the vote.
+        radii: of the grid.
+        weights: of each radius, not negative.
+        width: of the sigmoid, in units of the radius.
+        slack: how far past a radius the sigmoid has its middle: confidence bounds need a margin.
+    """
+
+    sigma: float
+    radii: tuple[float, ...]
+    weights: tuple[float, ...]
+    width: float
+    slack: float
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """Utility in (0, 1) of each probability, `(B,)` to `(B,)`; past what 10,000 votes or so can tell it is flat."""
+        radius = self.sigma * torch.special.ndtri(p.double().clamp(5e-5, 1.0 - 5e-5))
+        edges, weights = (torch.tensor(v, dtype=torch.float64) for v in (self.radii, self.weights))
+        reached: Tensor = torch.sigmoid((radius[:, None] - edges - self.slack) / self.width) @ (weights / weights.sum())
+        return reached.to(p.dtype)
+
+
+def radius_weights(envelope: Sequence[float], radii: Sequence[float], tilt: float) -> tuple[float, ...]:
+    """What each radius counts: inversely to the envelope there, as coverage counts it; 0 where no expert holds anything (all
+    alike where none does anywhere).
+
+    `tilt` multiplies the weight of radius 0, and less and less those up to a quarter of the largest radius.
+    """
+    far = max(max(radii), 1e-12)
+    if not any(e > 0 for e in envelope):
+        envelope = [1.0] * len(radii)
+    return tuple(
+        (1.0 + (tilt - 1.0) * max(0.0, 1.0 - 4.0 * r / far)) / e if e > 0 else 0.0 for e, r in zip(envelope, radii, strict=True)
+    )

@@ -22,7 +22,7 @@ from rsrouter.training.flat import RECIPES
 from rsrouter.training.heads import HeadRecipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
-LITTLE = DeferralRecipe(copies=2, tune_copies=40, levels=(1.1,), consistency=(2.0,), head=HeadRecipe(steps=20), floor=0.0)
+LITTLE = DeferralRecipe(copies=2, tune_copies=40, levels=(1.1,), heads=(HeadRecipe(steps=20),), floor=0.0)
 COUNTS = {"train": 24, "experts": 8, "validation": 10, "test": 4}
 
 
@@ -46,6 +46,7 @@ def study(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(shared, "RESAMPLES", 50)
     monkeypatch.setattr(found, "RECIPE", LITTLE)
     monkeypatch.setitem(RECIPES, "dual-rs", replace(RECIPES["dual-rs"], epochs=2))
+    monkeypatch.setattr(shared, "OWN_RECIPE", RECIPES["dual-rs"])
     if request.param == "study_fashion_mnist":
         monkeypatch.setattr(
             found, "bundled", lambda name: (torch.from_numpy(pixels(name)[0]) / 255, torch.from_numpy(pixels(name)[1]))
@@ -70,13 +71,13 @@ def test_a_routing_study_trains_certifies_and_reports(study, tmp_path, monkeypat
         return capsys.readouterr().out
 
     run("train", *data)
-    assert sorted(p.parent.name for p in (tmp_path / "work").glob("*/config.json")) == ["cascade", "deferral", "flat"]
+    assert sorted(p.parent.name for p in (tmp_path / "work").glob("*/config.json")) == ["cascade", "deferral", "flat", "own"]
     run("certify", *data, "--images", "4", "--part", "0/2")
     run("certify", *data, "--images", "4", "--part", "1/2")
     printed = run("table", "--out", str(tmp_path / "out"), "--report", str(tmp_path / "report"))
     lines = (tmp_path / "work" / "tables").glob("*.tsv")
     tables = {t.metadata["name"]: t for t in map(read_table, lines) if len(t) == 4}
-    assert len(tables) == 8
+    assert len(tables) == 9
     assert {tuple(t.idx) for t in tables.values()} == {(0, 1, 2, 3)}
     assert "| **deferral** |" in printed
     assert (tmp_path / "out" / "table.md").read_text() in printed + "\n"
@@ -89,7 +90,7 @@ def test_a_routing_study_trains_certifies_and_reports(study, tmp_path, monkeypat
                 float(np.mean(right & (tables[name].radius >= r) & (tables[name].predict >= 0))) for r in summary["radii"]
             ]
     page = (tmp_path / "report" / "index.html").read_text()
-    assert page.count("<details") == 5
+    assert page.count("<details") == 6
     assert "Runs side by side" in page
 
 

@@ -207,9 +207,9 @@ def test_heads_start_from_the_parents() -> None:
     with torch.no_grad():
         for tensor in parent.parameters():
             tensor.normal_(std=0.3)
-    still = HeadRecipe(hidden=4, steps=1, lr=1e-9, weight_decay=0.0)
+    still = HeadRecipe("consistency", hidden=4, steps=1, lr=1e-9, weight_decay=0.0)
     x = torch.rand(6, 7) + 2.0
-    with starting_from({"level0_2": head(CLASSES, 14), "level0_5": parent}):
+    with starting_from({"level0_c2": head(CLASSES, 14), "level0_c5": parent}):
         warm = train_head(features, labels, CLASSES, recipe=still, seed=0)
     cold = train_head(features, labels, CLASSES, recipe=still, seed=0)
     assert torch.allclose(warm(x), parent(x), atol=1e-4)  # type: ignore[operator]
@@ -246,7 +246,7 @@ def test_a_cascade_is_searched_further_from_its_parent() -> None:
 
 def test_deferral_trains_on_from_its_parents_heads(tmp_path: Path) -> None:
     experts, (x, y) = pool(), images()
-    recipe = DeferralRecipe(copies=6, tune_copies=20, consistency=(2.0,), head=HeadRecipe(hidden=8, steps=200), stages=2)
+    recipe = DeferralRecipe(copies=6, tune_copies=20, heads=(HeadRecipe(hidden=8, steps=200),), stages=2)
     torch.manual_seed(1)
     heads = {"level0_2": build_architecture("residual_head", CLASSES, {"in_features": 14, "hidden": 8})}
     with torch.no_grad():

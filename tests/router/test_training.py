@@ -37,7 +37,7 @@ from rsrouter.training.simulate import SimulatedVotes, chain_radius
 from rsrouter.training.tune import goal_of, search_chain
 
 SHAPE, CLASSES, RADII = (1, 4, 4), 3, (0.0, 0.25, 0.5, 1.0)
-QUICK = DeferralRecipe(copies=6, tune_copies=40, consistency=(2.0,), head=HeadRecipe(hidden=8, steps=60), stages=2)
+QUICK = DeferralRecipe(copies=6, tune_copies=40, heads=(HeadRecipe(hidden=8, steps=60),), stages=2)
 
 
 class Columns(nn.Module):
