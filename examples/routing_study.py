@@ -121,8 +121,10 @@ def train_all(
     make("deferral", deferral)
 
 
-def methods(pool: ExpertPool, work: Path, execution: Execution) -> dict[str, Method]:
-    """By name, in the order of the table: experts first, then what routes."""
+def methods(pool: ExpertPool, work: Path, execution: Execution, part: str = "all") -> dict[str, Method]:
+    """By name, in the order of the table: experts first, then what routes; `part` is `all`, `best` or `others`."""
+    if part == "best":
+        return {BEST: (RoutedSmooth(pool, RoutedSmooth.from_pretrained(work / "deferral").router, execution=execution), "tree")}
     found: dict[str, Method] = {e.name: (Smooth(e, execution=execution), "tree") for e in pool}
 
     def routed(name: str) -> RoutedSmooth:
@@ -134,7 +136,8 @@ def methods(pool: ExpertPool, work: Path, execution: Execution) -> dict[str, Met
     plain = CascadeRouter([0.55] * (len(pool) - 1))
     found["Multiscale-like cascade (.55)"] = (RoutedSmooth(pool, plain, execution=execution), "tree")
     found["cascade, tuned"] = (routed("cascade"), "tree")
-    found[BEST] = (routed("deferral"), "tree")
+    if part == "all":
+        found[BEST] = (routed("deferral"), "tree")
     return found
 
 
@@ -390,6 +393,8 @@ def command_line(
             verb.add_argument("--only", nargs="*", default=(), help="flat, own, cascade, deferral: a process each may train some")
         if name == "certify":
             verb.add_argument("--part", default="0/1", help="i/n: this process takes the shards i, i + n, ...")
+            parts = ("all", "best", "others")
+            verb.add_argument("--methods", choices=parts, default="all", help="others: before the deferral router is trained")
         arguments(name, verb)
         verb.set_defaults(run=run)
     args = parser.parse_args()

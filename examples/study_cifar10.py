@@ -56,7 +56,7 @@ def certify(args: argparse.Namespace) -> None:
     images, labels = read_cifar(args.data, "test")
     part = tuple(int(v) for v in args.part.split("/"))
     certify_all(
-        methods(load_pool(args.experts), args.work, Execution(dtype=args.dtype)),
+        methods(load_pool(args.experts), args.work, Execution(dtype=args.dtype), args.methods),
         from_arrays(np.ascontiguousarray(images[: args.images]), labels[: args.images], name="CIFAR-10 test set"),
         args.work / "tables",
         seed=SEED,

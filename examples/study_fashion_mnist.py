@@ -70,7 +70,7 @@ def certify(args: argparse.Namespace) -> None:
         images, labels = read_idx(args.data, "t10k", slice(0, args.images))
     part = tuple(int(v) for v in args.part.split("/"))
     certify_all(
-        methods(load_pool(), args.work, Execution(dtype=args.dtype)),
+        methods(load_pool(), args.work, Execution(dtype=args.dtype), args.methods),
         from_arrays(images, labels, name="Fashion-MNIST test set"),
         args.work / "tables",
         seed=SEED,

@@ -72,7 +72,8 @@ def test_a_routing_study_trains_certifies_and_reports(study, tmp_path, monkeypat
 
     run("train", *data)
     assert sorted(p.parent.name for p in (tmp_path / "work").glob("*/config.json")) == ["cascade", "deferral", "flat", "own"]
-    run("certify", *data, "--images", "4", "--part", "0/2")
+    run("certify", *data, "--images", "4", "--part", "0/2", "--methods", "others")
+    run("certify", *data, "--images", "4", "--part", "0/2", "--methods", "best")
     run("certify", *data, "--images", "4", "--part", "1/2")
     printed = run("table", "--out", str(tmp_path / "out"), "--report", str(tmp_path / "report"))
     lines = (tmp_path / "work" / "tables").glob("*.tsv")
