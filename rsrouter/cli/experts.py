@@ -35,7 +35,7 @@ def wrap(
     *,
     settings: dict[str, Any],
 ) -> None:
-    """Pins checkpoints into a pool: commit hashes, sha256, sigma, normalisation. Nothing is guessed.
+    """Pin checkpoints into a pool: commit hashes, sha256, sigma, normalisation. Nothing is guessed.
 
     Examples: rsrouter wrap experts.toml --data cifar10/ --split test
 
@@ -119,7 +119,7 @@ def convert(
     *,
     settings: dict[str, Any],
 ) -> None:
-    """Turns a checkpoint into a folder that can be put on the Hub: safetensors, config and a card.
+    """Turn a checkpoint into a folder that can be put on the Hub: safetensors, config and a card.
 
     Example: rsrouter convert noise_0.25/checkpoint.pth.tar --out cohen-0.25 --architecture cifar_resnet110 --sigma 0.25
     --normalisation cifar10 --licence mit
@@ -141,7 +141,7 @@ def select(
     radii: Radii = DEFAULT_RADII,
     format: OutputFormat = Format.text,
 ) -> None:
-    """Chooses the K experts over which a perfect router would certify most (greedy, at least 63% of the best choice).
+    """Choose the K experts over which a perfect router would certify most (greedy, at least 63% of the best choice).
 
     Example: rsrouter select 0.12=a.tsv 0.25=b.tsv 0.50=c.tsv 1.00=d.tsv --k 3 --radii 0:1:0.25
     """

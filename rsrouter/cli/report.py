@@ -80,7 +80,7 @@ def report(
     common: Annotated[bool, typer.Option("--common", help="Compare only the images that all tables hold.")] = False,
     format: OutputFormat = Format.text,
 ) -> None:
-    """Makes one self-contained page (and SVG, PNG, CSV) from results tables.
+    """Make one self-contained page (and SVG, PNG, CSV) from results tables.
 
     Example: rsrouter report routed=run/certificates.tsv run/sigma_0.25.tsv run/sigma_0.50.tsv --out run/report
     """
@@ -115,7 +115,7 @@ def merge(
     partial: Annotated[bool, typer.Option("--partial", help="Accept missing shards and rows.")] = False,
     format: OutputFormat = Format.text,
 ) -> None:
-    """Merges the shards of one run (of certify or label) into one file, byte for byte what an unsharded run writes.
+    """Merge the shards of one run (of certify or label) into one file, byte for byte what an unsharded run writes.
 
     Example: rsrouter merge run/shard-*.tsv --out run/certificates.tsv
     """

@@ -190,7 +190,9 @@ def train(
 ) -> None:
     """Train a router over frozen experts for the radii you care about; a killed run goes on when started again.
 
-    Example: rsrouter train pool.json --data train.npz --validation validation.npz --radii 0:2:0.25 --out router
+    Examples: rsrouter train pool.json --data train.npz --validation validation.npz --radii 0:2:0.25 --out router
+
+    rsrouter train pool.json --data train.npz --kind deferral --recipe quick --out first-try
     """
     from rsrouter import ExpertPool, FlatRouter, RoutedSmooth
     from rsrouter.router.stored import load_labels

@@ -231,18 +231,21 @@ def _merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: C
         "architecture": "the model's name, such as 'cifar_resnet110'",
         "sigma": "the noise level it was trained with, in [0,1] pixels",
         "num_classes": "the width of the logits",
-        "input_shape": "(C, H, W)",
-        "mean": "per-channel mean and std, normalisation='cifar10' (or another name), or normalisation='none' "
-        "if it takes raw pixels",
+        "input_shape": "C,H,W, such as 3,32,32",
+        "mean": "'cifar10' (or another name), 'none' if it takes raw pixels, or per-channel mean and std",
     }
     if missing := [key for key in asked if key not in merged]:
-        if merged.keys() >= {"std"} and "mean" in missing:
+        if "std" in merged:
             asked["mean"] = "mean as well as std"
+        # as people say it: what is missing is a normalisation, unless half of one was given
+        names = {"mean": "mean" if "std" in merged else "normalisation"}
+        unknown_arch = isinstance(arch, str) and "architecture" in missing
         raise InputError(
             f"{who} does not say everything that decides its votes",
-            expected=f"{', '.join(missing)}",
-            received=f"known: {sorted(k for k in merged if k != 'name')}",
-            remedy="; ".join(f"{key}: {asked[key]}" for key in missing),
+            expected=", ".join(names.get(key, key) for key in missing),
+            received=f"known: {sorted(k for k in merged if k != 'name')}"
+            + (f"; arch {arch!r} is neither registered nor one of timm's" if unknown_arch else ""),
+            remedy="; ".join(f"{names.get(key, key)}: {asked[key]}" for key in missing),
         )
     merged.setdefault("std", None)
     return merged

@@ -310,7 +310,16 @@ def test_wrap_verb_with_flags(cli: object, cohen: Path) -> None:
     assert pool[0].mean == (0.5, 0.5, 0.5)
     missing = cli("wrap", cohen / "a.pth.tar", "--sigma", "0.25", "--out", cohen / "p.json")  # type: ignore[operator]
     assert isinstance(missing.exception, InputError)
-    assert "normalisation" in missing.exception.remedy
+    assert missing.exception.expected == "normalisation"
+    assert missing.exception.remedy.startswith("normalisation: ")
+    half = cli("wrap", cohen / "a.pth.tar", "--sigma", "0.25", "--std", "0.2,0.2,0.2", "--out", cohen / "p.json")  # type: ignore[operator]
+    assert half.exception.expected == "mean"
+    # a file that names an architecture nobody knows is told by that name
+    source = nn.Sequential(NormalizeLayer(MEAN, STD), scramble(PaperResNet(20), 0))
+    save_like_cohen(source, cohen / "lab.pth.tar", "lab_resnet")
+    unknown = cli("wrap", cohen / "lab.pth.tar", "--sigma", "0.25", "--normalisation", "cifar10", "--out", cohen / "p.json")  # type: ignore[operator]
+    assert unknown.exception.expected == "architecture, input_shape"
+    assert "arch 'lab_resnet' is neither" in unknown.exception.received
 
 
 def test_convert_verb(cli: object, cohen: Path) -> None:
