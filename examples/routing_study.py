@@ -57,7 +57,7 @@ HEADS = (
 )
 #: The flat router's own network: a residual network of some 150,000 weights.
 OWN_NETWORK = {"width": 16, "blocks": ((32, 2), (64, 1), (64, 1))}
-OWN_RECIPE = replace(RECIPES["dual-rs"], epochs=60)
+OWN_RECIPE = replace(RECIPES["dual-rs"], epochs=40)
 
 Method = tuple[Smooth | RoutedSmooth, str]
 Labelled = tuple[Tensor, Tensor]

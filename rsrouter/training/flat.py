@@ -3,7 +3,7 @@
 Two objectives over routing labels (which expert holds the true class how far):
 
 `dual-rs` (arXiv 2512.01782, section 4): soft labels proportional to exp(radius), with class balance and the
-consistency regulariser.
+consistency regulariser, which counts as much as the radius it protects.
 
 `utility` (ours): for each radius r the user cares about, the experts that hold the true class to r are the
 good ones, and the loss is -log of the probability that the vote names a good one. Experts that agree are
@@ -28,7 +28,7 @@ from rsrouter.router.checkpoint import current, unit_key
 from rsrouter.router.flat import FlatRouter
 from rsrouter.router.labels import Labels
 from rsrouter.router.trunk import Trunk
-from rsrouter.training.losses import consistency_loss, dual_rs_loss, envelope_weights, good_sets, utility_loss
+from rsrouter.training.losses import consistency_loss, dual_rs_loss, envelope_weights, good_sets, named_radius, utility_loss
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Recipe:
         copies: noisy copies of each image per step (frozen trunks: cached once per epoch group).
         consistency: weight of KL(mean prediction || each copy), Dual RS's lambda.
         entropy: weight of the entropy of the mean prediction, Dual RS's eta.
+        radius_weight: what multiplies the regulariser of an image: `"none"`, or Dual RS's w_r, the radius at the largest
+            (`"strong"`) or smallest (`"weak"`) sigma that the router names on one of the noisy copies.
         redraw: epochs after which cached noisy features are drawn anew.
         weighting: how much each radius counts for `utility`: `"even"`, or `"envelope"`, inversely to the share of images that the
             best expert holds there, as coverage counts them.
@@ -56,6 +58,7 @@ class Recipe:
     copies: int = 2
     consistency: float = 2.0
     entropy: float = 0.5
+    radius_weight: str = "none"
     redraw: int = 6
     weighting: str = "even"
     check: int = 5
@@ -66,7 +69,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "utility": Recipe(),
     "coverage": Recipe(weighting="envelope", consistency=20.0),
-    "dual-rs": Recipe("dual-rs", epochs=90, lr=0.01, weight_decay=0.01, consistency=40.0, entropy=0.5),
+    "dual-rs": Recipe("dual-rs", epochs=90, lr=0.01, weight_decay=0.01, consistency=40.0, entropy=0.5, radius_weight="strong"),
 }
 
 
@@ -120,9 +123,10 @@ class _Watch:
         generator: torch.Generator,
         recipe: Recipe,
         weights: Tensor | None,
+        order: Tensor | None,
     ) -> None:
         images, labels = validation
-        self.weights = weights
+        self.weights, self.order = weights, order
         radius = labels.radius[:, columns]
         self.good, self.soft, self.recipe = good_sets(radius, radii), torch.from_numpy(radius.astype(np.float32)), recipe
         source = _Inputs(router, pool, images, generator, recipe)
@@ -140,7 +144,10 @@ class _Watch:
             dual_rs_loss(each, self.soft) if self.recipe.objective == "dual-rs" else utility_loss(each, self.good, self.weights)
             for each in logits
         ]
-        value = float((torch.stack(task).mean(0) + consistency_loss(logits, self.recipe.consistency, self.recipe.entropy)).mean())
+        steady = consistency_loss(logits, self.recipe.consistency, self.recipe.entropy)
+        if self.order is not None:
+            steady = steady * named_radius(logits, self.soft, self.order, self.recipe.radius_weight)
+        value = float((torch.stack(task).mean(0) + steady).mean())
         if value < self.least:
             self.least, self.stale, self.best = value, 0, deepcopy(module.state_dict())
         else:
@@ -183,6 +190,16 @@ def train_flat(
             received=repr(recipe.weighting),
             remedy="'envelope' weighs radii as coverage does",
         )
+    if recipe.radius_weight not in ("none", "strong", "weak"):
+        raise InputError(
+            "Unknown weight of the regulariser",
+            expected="'none', 'strong' or 'weak'",
+            received=repr(recipe.radius_weight),
+            remedy="'strong' takes the radius at the largest sigma that is named",
+        )
+    order = None
+    if recipe.radius_weight != "none":
+        order = torch.from_numpy(np.argsort(np.argsort([pool[name].sigma for name in router.order(pool)])))
     weights = envelope_weights(good) if recipe.weighting == "envelope" else None
     if recipe.objective == "dual-rs":
         kept = np.flatnonzero(radius.max(1) > 0)
@@ -202,7 +219,7 @@ def train_flat(
     module: nn.Module = router.module
     generator = torch.Generator().manual_seed(seed)
     inputs = _Inputs(router, pool, x, generator, recipe)
-    watch = None if validation is None else _Watch(router, pool, validation, columns, radii, generator, recipe, weights)
+    watch = None if validation is None else _Watch(router, pool, validation, columns, radii, generator, recipe, weights, order)
     module.requires_grad_(True).train()
     optimiser = torch.optim.AdamW(module.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     steps = -(-len(x) // recipe.batch)
@@ -237,7 +254,10 @@ def train_flat(
             else:
                 task = torch.stack([utility_loss(each, good[rows], weights) for each in logits]).mean(0)
                 weight = torch.ones(len(rows))
-            loss = (weight * (task + consistency_loss(logits, recipe.consistency, recipe.entropy))).mean()
+            steady = consistency_loss(logits, recipe.consistency, recipe.entropy)
+            if order is not None:
+                steady = steady * named_radius(logits, soft[rows], order, recipe.radius_weight)
+            loss = (weight * (task + steady)).mean()
             optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimiser.step()

@@ -48,6 +48,20 @@ def dual_rs_loss(logits: Tensor, radius: Tensor) -> Tensor:
     return -(F.softmax(radius, 1) * F.log_softmax(logits, 1)).sum(1)
 
 
+def named_radius(copies: Sequence[Tensor], radius: Tensor, order: Tensor, which: str) -> Tensor:
+    """Per row, the radius at the largest (`"strong"`) or smallest (`"weak"`) sigma named by some copy: Dual RS's w_r.
+
+    Args:
+        copies: `(B, K)` logits of each noisy copy.
+        radius: `(B, K)` radii of the experts behind the logits.
+        order: `(K,)` rank of each expert's sigma.
+        which: `"strong"` or `"weak"`.
+    """
+    named = torch.stack([order[c.argmax(1)] for c in copies])
+    rank = named.amax(0) if which == "strong" else named.amin(0)
+    return radius.gather(1, order.argsort()[rank][:, None])[:, 0]
+
+
 def consistency_loss(copies: Sequence[Tensor], weight: float, entropy: float) -> Tensor:
     """Per row, weight * KL(mean || copy) + entropy * H(mean) over noisy copies' logits (Jeong and Shin 2020)."""
     mean = torch.stack([F.softmax(c, 1) for c in copies]).mean(0).clamp(min=1e-20)

@@ -12,8 +12,9 @@ import torch
 from rsrouter import FlatRouter, InputError, RoutedSmooth
 from rsrouter.demo import load_pool
 from rsrouter.experts import build_architecture
+from rsrouter.training.flat import RECIPES
 from rsrouter.training.heads import HeadGoal, HeadRecipe, train_head
-from rsrouter.training.losses import RadiusUtility, radius_weights
+from rsrouter.training.losses import RadiusUtility, named_radius, radius_weights
 
 RADII = (0.0, 0.5, 1.0, 1.5)
 QUICK = HeadRecipe(hidden=16, steps=1500, batch=64, lr=0.02, cross_entropy=0.03)
@@ -122,3 +123,13 @@ def test_a_network_built_with_tuples_is_the_same_after_saving(tmp_path):
     again = RoutedSmooth.from_pretrained(tmp_path / "router").router.module
     x = torch.rand(2, 1, 28, 28)
     assert torch.equal(again.eval()(x), network.eval()(x))
+
+
+def test_the_regulariser_counts_as_much_as_the_radius_it_protects():
+    # experts in the order of the logits: sigma 1, 0.25, 0.5
+    order = torch.tensor([2, 0, 1])
+    radius = torch.tensor([[1.0, 0.2, 0.4], [0.0, 0.7, 0.9], [2.0, 0.5, 0.6]])
+    copies = [torch.eye(3)[[0, 1, 2]], torch.eye(3)[[2, 1, 1]]]
+    assert named_radius(copies, radius, order, "strong").tolist() == pytest.approx([1.0, 0.7, 0.6])
+    assert named_radius(copies, radius, order, "weak").tolist() == pytest.approx([0.4, 0.7, 0.5])
+    assert RECIPES["dual-rs"].radius_weight == "strong"
