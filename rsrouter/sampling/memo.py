@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rsrouter.core.policy import VoteRequest
 from rsrouter.sampling.engine import Engine
-from rsrouter.sampling.noise import SHARED, stream_key
+from rsrouter.sampling.noise import stream_key
 
 
 class VoteMemo:
@@ -33,11 +33,11 @@ class VoteMemo:
         self, engine: Engine, images: Tensor, identity: Sequence[bytes], requests: Sequence[VoteRequest]
     ) -> list[dict[str, NDArray[np.int64]]]:
         """As `Engine.run`, but draws only what is not remembered."""
-        shared = engine.noise.endswith(SHARED)
         settings = repr((engine.seed, engine.noise, str(engine.device), engine.execution))
         keys = []
         for r in requests:
-            owner = b"" if shared else identity[r.image]
+            # images that share their noise still have votes of their own
+            owner = identity[r.image]
             keys.append(stream_key(settings, owner, engine.models[r.network].digest, r.network, r.purpose, r.start, r.count))
         missing = {key: i for i, key in enumerate(keys) if key not in self._votes}
         new = list(missing.values())

@@ -49,3 +49,13 @@ def test_other_seed_image_network_or_execution_is_another_vote(setting):
     other.memo = memo
     other.certify(x[:2], plan=plan, seed=5)
     assert memo.drawn == 5 * drawn
+
+
+def test_images_that_share_noise_keep_votes_of_their_own(setting):
+    pool, x, _ = setting
+    smoothed, plan = Smooth(pool[0], noise="gaussian-shared"), FixedPlan(50, 1000)
+    alone = smoothed.certify(x, plan=plan, seed=5)
+    assert len({c.predict for c in alone}) > 1
+    smoothed.memo = VoteMemo()
+    assert smoothed.certify(x, plan=plan, seed=5) == alone
+    assert smoothed.certify(x, plan=plan, seed=5) == alone
