@@ -47,6 +47,9 @@ class _Votes(nn.Module):
         super().__init__()
         self.inner, self.picks, self.single = inner, tuple(picks), single
 
+    def extra_repr(self) -> str:
+        return f"picks={self.picks}, single={self.single}"
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         out = self.inner(x)
         return tuple(out if self.single else out[k] for k in self.picks)

@@ -58,6 +58,14 @@ class VoteModel:
     digest: str
 
 
+def _function(module: nn.Module) -> tuple[object, ...]:
+    """What two modules must share to be run as one: their digest, and, as a digest does not see everything that a class may
+    keep (a count of steps, a function), every object in them but our own modules and plain containers."""
+    plain = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    parts = [m for m in module.modules() if type(m) not in plain and type(m).__module__.split(".")[0] != "rsrouter"]
+    return module_digest(module), *map(id, parts)
+
+
 @dataclass(frozen=True, slots=True)
 class _Segment:
     """Rows of one batch that belong to one request."""
@@ -244,8 +252,8 @@ class Engine:
                 remedy="rename the stages",
             )
         self._runners: dict[str, _Runner] = {}
-        # by digest of the whole module: one model at several sigmas is on the device once
-        self._prepared: dict[str, nn.Module] = {}
+        # one model at several sigmas is on the device once
+        self._prepared: dict[tuple[object, ...], nn.Module] = {}
 
     def with_seed(self, seed: int) -> Engine:
         """The same prepared networks under another seed; the two may draw at the same time."""
@@ -257,7 +265,7 @@ class Engine:
         """The prepared network; weights move to the device when it is first asked for, equal networks once."""
         if name not in self._runners:
             model = self.models[name]
-            function = module_digest(model.module)
+            function = _function(model.module)
             if function not in self._prepared:
                 self._prepared[function] = prepare(model.module, self.execution, self.device, self.shape)
             self._runners[name] = _Runner(model, self.shape, self.execution, self.device, self._prepared[function])

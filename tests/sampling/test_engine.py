@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rsrouter import Expert, ExpertPool
 from rsrouter.core import NetworkError, VoteRequest
 from rsrouter.core.errors import InputError
 from rsrouter.experts.small_resnet import SmallResNet
+from rsrouter.router import DeferralRouter, Voter
 from rsrouter.sampling import Engine, Execution, VoteModel, image_identity
 from rsrouter.sampling.execution import prepare
 
@@ -281,3 +283,38 @@ def test_one_model_at_several_sigmas_is_on_the_device_once():
     assert engine.runner("a").module is engine.runner("b").module
     assert engine.runner("a").module is not engine.runner("c").module
     assert engine.runner("a").model.sigma != engine.runner("b").model.sigma
+
+
+class Timed(nn.Module):
+    """A user's wrapper that keeps a whole number which no digest sees, and turns the logits around from 400 on."""
+
+    def __init__(self, inner, sigma):
+        super().__init__()
+        self.inner, self.t = inner, round(1000 * sigma)
+
+    def forward(self, x):
+        out = self.inner(x)
+        return out if self.t < 400 else out.flip(1)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_networks_that_only_look_the_same_are_not_run_as_one(first):
+    net = network()
+    models = [model(Timed(net, sigma), name=f"at_{sigma:g}", sigma=sigma) for sigma in (0.25, 0.5)]
+    engine = Engine(models, SHAPE, seed=0)
+    engine.runner(models[first].name)
+    x = images(2)
+    for m in models:
+        assert torch.allclose(engine.runner(m.name).module(x), m.module(x), atol=1e-4)
+
+
+def test_heads_that_vote_for_other_stages_are_not_run_as_one():
+    trunk = Expert(network(), sigma=0.25, num_classes=4, input_shape=SHAPE, name="trunk")
+    voters = [Voter("trunk"), Voter("trunk", 0.5, "head"), Voter("trunk", None, "head"), Voter("trunk", 0.5)]
+    head = nn.Linear(trunk.module.fc.in_features + 4, 4)
+    models = DeferralRouter(voters, (0.9, 0.9, 0.9), {"head": head}).bind(ExpertPool([trunk])).models
+    engine, x = Engine(models, SHAPE, seed=0), images(1)
+    for m in models:
+        prepared = engine.runner(m.name).module(x)
+        for ours, theirs in zip(prepared, m.module(x), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4)
