@@ -45,14 +45,13 @@ class DeferralRecipe:
         floor, strictness: see `Goal`.
     """
 
-    copies: int = 16
+    copies: int = 8
     tune_copies: int = 200
     levels: tuple[float, ...] = (1.1, 1.2)
     heads: tuple[HeadRecipe, ...] = (
-        HeadRecipe(steps=3000, cross_entropy=0.01),
-        HeadRecipe(steps=3000, cross_entropy=0.1),
-        HeadRecipe(steps=3000, cross_entropy=0.1, tilt=3.0),
-        HeadRecipe(steps=3000, cross_entropy=0.3),
+        HeadRecipe(steps=2000, cross_entropy=0.03),
+        HeadRecipe(steps=2000, cross_entropy=0.1),
+        HeadRecipe(steps=2000, cross_entropy=0.1, tilt=3.0),
     )
     stages: int = 3
     floor: float = 0.915
