@@ -361,7 +361,7 @@ def write_study(
             routed=[best, *references],
             experts=experts,
             title=title,
-            radii=RADII,
+            radii=RADII[COVERED],  # those that coverage is about
         )
     print(head, "", *lines, sep="\n")
 
