@@ -22,6 +22,18 @@ class Routed:
     tree: Tree
     models: tuple[VoteModel, ...]
 
+    def __post_init__(self) -> None:
+        """A router of one's own must not draw at another sigma than its stages are certified for."""
+        wanted = {(s.network, s.name, float(s.sigma), s.num_outcomes) for s in self.tree.stages.values()}
+        voting = [(m.name, s, float(m.sigma), w + 1) for m in self.models for s, w in zip(m.stages, m.widths, strict=True)]
+        if len(voting) != len(wanted) or set(voting) != wanted:
+            raise InputError(
+                "The networks of a router do not fit its stages",
+                expected=f"(network, stage, sigma, outcomes): {sorted(wanted - set(voting))}",
+                received=str(sorted(set(voting) - wanted)),
+                remedy="give each stage one network of the same sigma, with a logit for every outcome but the invalid one",
+            )
+
 
 class Router(ABC):
     """Decides which expert answers; only its own parameters are ever trained.

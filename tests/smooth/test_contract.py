@@ -27,6 +27,9 @@ from rsrouter import (
     label_images,
 )
 from rsrouter.core import binom_lower, vote_radius
+from rsrouter.core.tree import Tree, expert_stage
+from rsrouter.router.base import Routed
+from rsrouter.sampling import VoteModel
 
 SHAPE = (1, 6, 6)
 
@@ -241,3 +244,11 @@ def test_wrong_types_get_typed_errors_too(routed, images):
         routed.certify(images, plan=FixedPlan(10, 100), ids=3)
     with pytest.raises(RSRouterError):
         CascadeRouter(0.6)
+
+
+@pytest.mark.parametrize(("sigma", "stages", "width"), [(0.25, ("s",), 3), (1.0, ("s",), 2), (1.0, ("t",), 3)])
+def test_a_router_whose_networks_are_not_those_of_its_stages_is_refused(sigma, stages, width):
+    tree = Tree.of([expert_stage("s", 1.0, 3)])
+    with pytest.raises(InputError, match="do not fit its stages"):
+        Routed(tree, (VoteModel("s", linear(), sigma, stages, (width,), "digest"),))
+    Routed(tree, (VoteModel("s", linear(), 1.0, ("s",), (3,), "digest"),))
