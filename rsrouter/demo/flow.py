@@ -53,7 +53,7 @@ class Settings:
     head_images: int = 6000
     head_steps: int = 1000
     validation_images: int = 400
-    flat_images: int = 1000
+    flat_images: int = 800
     label_votes: int = 50
     test_images: int = 100
     n_max: int = 10_000
