@@ -65,8 +65,8 @@ DEFERRAL_RECIPES: dict[str, DeferralRecipe] = {
     "quick": DeferralRecipe(
         copies=8,
         tune_copies=150,
-        levels=(1.15,),
-        heads=(HeadRecipe(cross_entropy=0.1), HeadRecipe(cross_entropy=0.2)),
+        levels=(1.2,),
+        heads=(HeadRecipe(cross_entropy=0.03), HeadRecipe(cross_entropy=0.1, tilt=3.0)),
         stages=2,
     ),
 }
