@@ -161,7 +161,7 @@ def train_head(
             whole[:, pool.names.index(name)] = radius[:, k]
         return Labels(whole, np.zeros(whole.shape, dtype=np.int64))
 
-    made = replace(RECIPES[recipe], redraw=12, **settings)
+    made = replace(RECIPES[recipe], redraw=12, radius_weight="none", **settings)  # as the committed table was made
     train_flat(pool, router, train[0], labels(train[1]), COVERED.tolist(), 0, made, None, (validation[0], labels(validation[1])))
     return router.module
 
