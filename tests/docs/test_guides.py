@@ -181,7 +181,7 @@ def test_blocks_run(page, tmp_path, monkeypatch, call, request):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     quick = DEFERRAL_RECIPES["quick"]
-    shorter = replace(quick, copies=4, tune_copies=40, consistency=(2.0,), head=replace(quick.head, steps=20))
+    shorter = replace(quick, copies=4, tune_copies=40, heads=tuple(replace(head, steps=20) for head in quick.heads))
     monkeypatch.setitem(DEFERRAL_RECIPES, "quick", shorter)
     FOLDERS.get(page, lambda request: None)(request)
     smaller = dict(SMALLER.get(page, {}))

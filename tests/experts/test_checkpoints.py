@@ -254,7 +254,7 @@ def test_weights_that_diverged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({}, "sigma, mean"),
+        ({}, "sigma, normalisation"),
         ({"normalisation": "cifar10"}, "sigma"),
         ({"sigma": 0.25}, "mean"),
         ({"sigma": 0.25, "mean": MEAN}, "half a normalisation"),

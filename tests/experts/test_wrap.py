@@ -120,7 +120,7 @@ def test_spec_pins_the_commit_a_tag_means(hub: HubServer, cohen: Path, tmp_path:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("[[expert]]\nsource = 'a.pth.tar'\n", "sigma, mean"),
+        ("[[expert]]\nsource = 'a.pth.tar'\n", "sigma, normalisation"),
         ("[[expert]]\nsource = 'a.pth.tar'\nsigma = 0.25\n", "mean"),
         ("[[expert]]\nsource = 'a.pth.tar'\nnormalisation = 'none'\n", "sigma"),
         ("[[expert]]\nsource = 'a.pth.tar'\nnormalisation = 'none'\nsigma = 64\n", "/255"),
