@@ -74,8 +74,9 @@ def _votes(
         "torch": run.versions.get("torch"),
         "numpy": run.versions.get("numpy"),
         "threads": run.threads,
+        "instructions": run.instructions,
     }
-    differs = same_environment(recorded, here)
+    differs, share = same_environment(recorded, here), ROUNDING_SHARE.get(str(run.execution.get("dtype")), 0.005)
     if (run.device == "cpu") != (here["device"] == "cpu"):
         state.skip(
             "votes",
@@ -105,7 +106,7 @@ def _votes(
             if other < moved:
                 named, moved = False, other
         total += drawn
-        allowed = max(ROUNDING_VOTES, int(ROUNDING_SHARE * drawn)) if differs else 0
+        allowed = max(ROUNDING_VOTES, int(share * drawn)) if differs else 0
         if moved > allowed:
             found.append((idx, f"{moved} of {drawn} votes are not those that seed {run.seed} gives for this image"))
     how = f"to rounding ({'; '.join(differs)})" if differs else "bit for bit"

@@ -11,7 +11,7 @@ import torch
 
 from rsrouter._version import __version__
 from rsrouter.audit.report import FAILED, PASSED, SKIPPED, Check, Finding
-from rsrouter.sampling.execution import resolve_device
+from rsrouter.sampling.execution import instructions, resolve_device
 
 #: called with (what is being done, how far, of how many)
 Progress = Callable[[str, int, int], None]
@@ -56,5 +56,6 @@ def environment(device: str | None) -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),
+        "instructions": instructions(where),
         "rsrouter": __version__,
     }

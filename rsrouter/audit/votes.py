@@ -20,8 +20,9 @@ from rsrouter.sampling.engine import Engine, image_identity
 
 AUDIT = "audit"
 
-#: How close the counts of one noise stream come on two versions of the same libraries (rounding moves a few votes).
-ROUNDING_SHARE, ROUNDING_VOTES = 0.005, 3
+#: How close the counts of one noise stream come on two versions of the same libraries or two processors: rounding moves a
+#: few votes, more of them with fewer bits.
+ROUNDING_SHARE, ROUNDING_VOTES = {"float32": 0.005, "bfloat16": 0.02, "float16": 0.01}, 3
 
 #: Outcomes compared in one row, about, for the statement of what the test would detect.
 STAGE_TESTS = 10
@@ -234,5 +235,5 @@ def repeated_rows(tables: Sequence[tuple[int, Votes]], level: float = 1e-3) -> l
 
 def same_environment(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What differs between two environments, of what decides bits."""
-    keys = ("device", "torch", "numpy", "threads")
+    keys = ("device", "torch", "numpy", "threads", "instructions")
     return [f"{k} {recorded.get(k)} against {here.get(k)}" for k in keys if recorded.get(k) not in (None, here.get(k))]

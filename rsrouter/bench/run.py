@@ -18,7 +18,7 @@ from rsrouter.bench.timing import Figure
 from rsrouter.bench.votes import moved_votes, noise_costs, throughput
 from rsrouter.experts import Expert, ExpertPool, build_architecture
 from rsrouter.router import CascadeRouter, Router
-from rsrouter.sampling.execution import KERNELS, resolve_device
+from rsrouter.sampling.execution import KERNELS, instructions, resolve_device
 
 #: What `--quick` changes: a minute, for tests and a first look.
 QUICK: dict[str, Any] = {"repeats": 1, "n": 200, "n_max": 1_000, "certificates": 2, "fixed_images": 1, "most": 1_000}
@@ -83,7 +83,7 @@ def run_bench(
         "device": "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(where),
         "platform": platform.platform(),
         "kernels": dict(KERNELS),
         "settings": {"repeats": repeats, "n": n, "n_max": n_max, "certificates": len(images[:certificates]), "most": most},

@@ -186,6 +186,9 @@ def train(
     alpha: Alpha = 1e-3,
     seed: Seed = 0,
     device: Device = "cpu",
+    execution: ExecutionFile = None,
+    dtype: Dtype = None,
+    execution_batch: ExecutionBatch = None,
     format: OutputFormat = Format.text,
 ) -> None:
     """Train a router over frozen experts for the radii you care about; a killed run goes on when started again.
@@ -194,10 +197,11 @@ def train(
 
     rsrouter train pool.json --data train.npz --kind deferral --recipe quick --out first-try
     """
-    from rsrouter import ExpertPool, FlatRouter, RoutedSmooth
+    from rsrouter import Execution, ExpertPool, FlatRouter, RoutedSmooth
     from rsrouter.router.stored import load_labels
     from rsrouter.serialise import resolve_source
-    from rsrouter.training import train_router
+    from rsrouter.training import DEFERRAL_RECIPES, train_router
+    from rsrouter.training.work import expected_votes
 
     if not data:
         raise InputError(
@@ -242,7 +246,13 @@ def train(
                 remedy="train on the images that were labelled",
             )
         notes["labels"] = {k: metadata[k] for k in ("kind", "n", "seed", "unseen", "source", "tables") if k in metadata}
-    with _votes_bar("experts' votes") as step:
+    held = len(chosen[0]) if chosen is not None else 0 if router == "flat" else len(images) // 5
+    given = DEFERRAL_RECIPES.get(recipe or "deferral")
+    count_of = len(images) if chosen is not None or router == "flat" else len(images) - held
+    total = expected_votes(
+        experts, router, given, count_of, held, parse_radii(radii), plan_n=n, alpha=alpha, labelled=routing is not None
+    )
+    with _votes_bar("experts' votes", total) as step:
         routed = train_router(
             experts,
             router,
@@ -257,6 +267,7 @@ def train(
             plan_n=n,
             alpha=alpha,
             device=device,
+            execution=choose_execution(Execution() if old is None else old.execution, execution, dtype, execution_batch),
             votes=step,
             notes=notes,
             parent=old,
@@ -270,6 +281,8 @@ def train(
         if "chosen" in line:
             scores = ", ".join(f"{who} {score:.3f}" for who, score in line["candidates"].items())
             typer.echo(f"chosen: {line['chosen']} (scores on {line['on']}: {scores})")
+    if kind == "deferral" and routed.router.kind != kind:
+        typer.echo("no trained head was worth asking on the validation images: plain experts in a row did better")
     if "chain" in last:
         typer.echo("chain: " + " -> ".join(who if tau is None else f"{who} ({tau:g})" for who, tau in last["chain"]))
         typer.echo(f"coverage of the experts' envelope on {last['images']} validation images (simulated): {last['coverage']:.3f}")

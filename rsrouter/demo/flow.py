@@ -25,10 +25,10 @@ from rsrouter.report import write_report
 from rsrouter.results import Table
 from rsrouter.router import Labels, label_votes
 from rsrouter.router.labels import target_radii
-from rsrouter.sampling import resolve_device
+from rsrouter.sampling import Execution, native_dtype
 from rsrouter.smooth import RoutedSmooth, Smooth
 from rsrouter.training import train_router
-from rsrouter.training.deferral import DEFERRAL_RECIPES
+from rsrouter.training.deferral import DEFERRAL_RECIPES, chain_votes
 
 T = TypeVar("T")
 #: Radii of the running estimate.
@@ -48,11 +48,13 @@ class Settings:
         test_images, n_max: images certified, and the most votes a stage may draw.
         alpha: failure probability of each certificate.
         seed: of the labels' noise and of training. Certification's own seed derives from digests.
+        device: where networks run.
+        dtype: how they run; a run takes what the processor is fast at (`native_dtype`), and the router records it.
     """
 
     head_images: int = 6000
     head_steps: int = 1000
-    validation_images: int = 400
+    validation_images: int = 1000
     flat_images: int = 800
     label_votes: int = 50
     test_images: int = 100
@@ -60,6 +62,7 @@ class Settings:
     alpha: float = 0.001
     seed: int = 0
     device: str = "cpu"
+    dtype: str = "float32"
 
 
 QUICK = {"head_images": 1000, "head_steps": 300, "validation_images": 100, "flat_images": 250, "test_images": 25, "n_max": 2_000}
@@ -162,8 +165,9 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
         ResultsError: the folder holds something else. InputError: an unusable device.
     """
     folder, bars, seconds = Path(out), _Bars(show), {}
-    resolve_device(device)
-    settings = Settings(**{**(QUICK if quick else {}), "seed": int(seed), "device": str(device or "cpu")})  # type: ignore[arg-type]
+    execution = Execution(dtype=native_dtype(device))
+    chosen = {"seed": int(seed), "device": str(device or "cpu"), "dtype": execution.dtype}
+    settings = Settings(**{**(QUICK if quick else {}), **chosen})  # type: ignore[arg-type]
     _prepare(folder, settings)
 
     def timed(name: str, work: Callable[[], T]) -> T:
@@ -185,12 +189,13 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
         images, labels = load_slice(name).batch(range(count))
         return images, torch.as_tensor(labels)
 
-    common: dict[str, Any] = {"radii": RADII, "seed": settings.seed, "device": device}
+    common: dict[str, Any] = {"radii": RADII, "seed": settings.seed, "device": device, "execution": execution}
     common |= {"plan_n": settings.n_max, "alpha": settings.alpha}
 
     def label(x: Tensor, y: Tensor) -> Labels:
         with bars.votes("label", len(x) * len(pool) * settings.label_votes) as bar:
-            votes = label_votes(pool, x, n=settings.label_votes, seed=settings.seed, device=device, progress=bar.update)
+            drawn: dict[str, Any] = {"n": settings.label_votes, "seed": settings.seed, "device": device, "execution": execution}
+            votes = label_votes(pool, x, progress=bar.update, **drawn)
         return target_radii(votes, y.numpy(), pool.sigmas, plan_n=settings.n_max, alpha=settings.alpha)
 
     def fit_flat() -> RoutedSmooth:
@@ -213,7 +218,8 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
         heads, validation = slice_of("train", settings.head_images), slice_of("validation", settings.validation_images)
         quick = DEFERRAL_RECIPES["quick"]
         recipe = replace(quick, heads=tuple(replace(head, steps=settings.head_steps) for head in quick.heads))
-        with bars.votes("train") as bar:
+        passes = chain_votes(pool, recipe, len(heads[0]), len(validation[0]), RADII, settings.n_max, settings.alpha)
+        with bars.votes("train", passes) as bar:
             chain: dict[str, Any] = {"recipe": recipe, "validation": validation, "out": folder / "router", "votes": bar.update}
             return timed("train", lambda: train_router(pool, "deferral", heads[0], heads[1], **chain, **common))
 
@@ -247,7 +253,8 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
     table = timed("certify", lambda: certify(routed, folder / "certificates.tsv", ROUTED))
     other = timed("certify Dual RS", lambda: certify(paper, folder / "dual-rs.tsv", PAPER, "min"))
     experts = timed(
-        "certify experts", lambda: tuple(certify(Smooth(e), folder / "experts" / f"{e.name}.tsv", e.name) for e in pool)
+        "certify experts",
+        lambda: tuple(certify(Smooth(e, execution=execution), folder / "experts" / f"{e.name}.tsv", e.name) for e in pool),
     )
     pictures = {i: test.image(i) for i in rows}
     page = timed(

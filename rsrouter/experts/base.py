@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rsrouter.core.errors import InputError
+from rsrouter.core.errors import InputError, NetworkError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
@@ -258,7 +258,20 @@ class Expert:
     @cached_property
     def digest(self) -> str:
         """sha256 of everything that decides a vote: weights, structure, sigma, normalisation."""
+        return self._fresh_digest()
+
+    def _fresh_digest(self) -> str:
         return module_digest(self.module, self.sigma, self.num_classes, self.input_shape, self.mean, self.std)
+
+    def check_unchanged(self) -> None:
+        """Raises NetworkError if weights or settings are no longer those that `digest` stands for (it is taken once)."""
+        if "digest" in self.__dict__ and self._fresh_digest() != self.digest:
+            raise NetworkError(
+                f"Expert {self.name!r} was changed after it was wrapped",
+                expected=f"what has digest {self.digest}",
+                received=f"digest {self._fresh_digest()}",
+                remedy="make a new Expert of the changed module; experts are frozen",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes: the weights travel, the way to fetch them does not."""

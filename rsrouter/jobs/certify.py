@@ -14,12 +14,15 @@ import torch
 
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import Plan
-from rsrouter.jobs.run import Images, Running, make_executor, run_job, stored_threads
+from rsrouter.jobs.run import Images, Running, load_task, make_executor, run_job, stored_threads
 from rsrouter.jobs.work import CertifyWork
 from rsrouter.results import Table
 from rsrouter.sampling.execution import KERNELS, default_batch
 from rsrouter.sampling.noise import CHUNK, SHARED
 from rsrouter.smooth import RoutedSmooth, Smooth
+
+#: Images that stand for a data set that knows no fingerprint.
+SAMPLED = 8
 
 
 def describe_indices(order: Sequence[int]) -> dict[str, Any]:
@@ -31,9 +34,21 @@ def describe_indices(order: Sequence[int]) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(repr(list(order)).encode()).hexdigest()}
 
 
-def describe_data(images: Images, data: dict[str, Any] | None) -> dict[str, Any]:
-    """The data set for the metadata: what the caller says, its size, fingerprint and preprocessing where it knows them."""
+def describe_data(images: Images, data: dict[str, Any] | None, order: Sequence[int]) -> dict[str, Any]:
+    """The data set for the metadata: what the caller says, its size, fingerprint and preprocessing where it knows them.
+
+    A plain list or a torch data set knows no fingerprint; a few of the job's images, spread over it, stand for all, so that
+    a table is not continued over others.
+    """
     described: dict[str, Any] = {**(data or {}), "images": len(images)}
+    if not getattr(images, "fingerprint", None):
+        few = tuple(dict.fromkeys(order[at] for at in np.linspace(0, len(order) - 1, SAMPLED).round().astype(int)))
+        digest = hashlib.sha256(repr(few).encode())
+        for i in few:
+            task, labels = load_task(images, (i,))
+            digest.update(repr((i, labels, str(task.images.dtype), tuple(task.images.shape))).encode())
+            digest.update(task.images.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        described["sample"] = digest.hexdigest()
     for key in ("fingerprint", "preprocessing"):
         if key not in described and getattr(images, key, None):
             described[key] = getattr(images, key)
@@ -236,7 +251,7 @@ def certify_table(
             sides=sides,
             device=device,
             name=name or (smoothed.expert.name if isinstance(smoothed, Smooth) else "routed"),
-            data=describe_data(images, data),
+            data=describe_data(images, data, order),
             order=order,
             facts=facts,
             threads=executor.threads,

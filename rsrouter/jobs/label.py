@@ -116,7 +116,7 @@ def label_table(
                 "source": source,
                 "images": len(mine),
                 "indices": describe_indices(order),
-                "data": describe_data(images, None),
+                "data": describe_data(images, None, order),
                 "device": facts["device"],
                 "versions": facts["versions"],
                 **({} if shard is None else {"shard": {"index": shard[0], "count": shard[1], "images": len(order)}}),

@@ -24,8 +24,9 @@ from rsrouter.experts.base import ExpertPool
 from rsrouter.results import Row
 from rsrouter.router.labels import label_engine, label_votes
 from rsrouter.sampling.engine import Engine
-from rsrouter.sampling.execution import Execution, resolve_device
-from rsrouter.smooth import Progress, RoutedSmooth, Smooth
+from rsrouter.sampling.execution import Execution, instructions, resolve_device
+from rsrouter.smooth import RoutedSmooth, Smooth
+from rsrouter.smoothed import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def machine_facts(device: str | None) -> dict[str, Any]:
     return {
         "device": "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where),
         # kernels differ with the vector instructions; on an accelerator they do not
-        "instructions": torch.backends.cpu.get_cpu_capability() if where.type == "cpu" else "",
+        "instructions": instructions(where),
         "versions": {"rsrouter": __version__, "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
     }
 

@@ -32,7 +32,7 @@ class Run:
         noise: kind of noise.
         role: "routed" or "expert".
         execution: how the networks ran.
-        device, versions, threads: where.
+        device, versions, threads, instructions: where.
     """
 
     digest: str
@@ -47,6 +47,7 @@ class Run:
     device: str
     versions: Mapping[str, str]
     threads: int | None
+    instructions: str | None
 
     @classmethod
     def of(cls, table: Table) -> Run:
@@ -70,6 +71,7 @@ class Run:
                 device=str(data["device"]),
                 versions={str(k): str(v) for k, v in data["versions"].items()},
                 threads=data.get("info", {}).get("threads"),
+                instructions=data.get("info", {}).get("instructions"),
             )
         except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
             raise ResultsError(

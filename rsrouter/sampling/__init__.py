@@ -1,7 +1,7 @@
 """Votes from networks: noise streams and the engine that turns requests into counts."""
 
 from rsrouter.sampling.engine import Engine, VoteModel, image_identity
-from rsrouter.sampling.execution import Execution, resolve_device
+from rsrouter.sampling.execution import Execution, native_dtype, resolve_device
 from rsrouter.sampling.memo import VoteMemo
 from rsrouter.sampling.noise import CHUNK, GaussianNoise, SoundNoise, make_noise, stream_key
 
@@ -15,6 +15,7 @@ __all__ = [
     "VoteModel",
     "image_identity",
     "make_noise",
+    "native_dtype",
     "resolve_device",
     "stream_key",
 ]

@@ -154,6 +154,26 @@ def keep_freed_memory() -> None:
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
+def native_dtype(device: str | torch.device | None = None) -> str:
+    """`"bfloat16"` on a processor with instructions that multiply it (AVX-512 BF16, AMX), twice as fast as float32 there;
+    else `"float32"`.
+
+    A fact of the machine, never a timing, so that two runs on one machine agree. Accelerators stay with float32 (nothing was
+    measured there; `rsrouter calibrate --dtype fastest` measures).
+    """
+    if resolve_device(device).type != "cpu":
+        return "float32"
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if known.get("avx512_bf16") or known.get("amx_bf16") else "float32"
+
+
+def instructions(device: str | torch.device | None = None) -> str:
+    """The vector instructions that decide how a CPU's kernels round, such as `"AVX512 BF16"`; empty for an accelerator."""
+    if resolve_device(device).type != "cpu":
+        return ""
+    return torch.backends.cpu.get_cpu_capability() + (" BF16" if native_dtype(device) == "bfloat16" else "")
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """A usable device; None means CPU.
 

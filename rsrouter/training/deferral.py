@@ -99,6 +99,22 @@ def head_voters(
     ]
 
 
+def chain_votes(
+    pool: ExpertPool,
+    recipe: DeferralRecipe,
+    images: int,
+    validation: int,
+    radii: Sequence[float],
+    plan_n: int = 10_000,
+    alpha: float = 1e-3,
+) -> int:
+    """Forward passes of single experts that `train_deferral` makes for so many images: what its progress adds up to."""
+    wanted = head_voters(pool, radii, recipe, plan_n, alpha) if max(radii) > 0 else []
+    readers = {voter.sigma: 1 + len(voter.others) for voter, _ in wanted}
+    each = images * recipe.copies + validation * recipe.tune_copies
+    return validation * recipe.tune_copies * len(pool) + each * sum(readers.values())
+
+
 def _named(say: Callable[[dict[str, Any]], None], name: str, line: dict[str, Any]) -> None:
     say({"head": name, **line})
 

@@ -17,6 +17,7 @@ from rsrouter.core.requests import SELECT
 from rsrouter.core.tree import Tree, expert_stage, flat_tree
 from rsrouter.experts.base import ExpertPool
 from rsrouter.router.flat import STAGE, FlatRouter
+from rsrouter.sampling.execution import Execution
 from rsrouter.training.features import noisy_features
 from rsrouter.training.simulate import SimulatedVotes, accuracy
 from rsrouter.training.tune import TUNE, Goal, goal_of
@@ -59,6 +60,7 @@ class FlatCurve:
         radii: the radii the user cares about.
         copies: noisy copies of each image for the router's votes.
         plan_n, n0, alpha: the certification that is simulated.
+        device, execution: where and how the router's trunk runs.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class FlatCurve:
         alpha: float = 1e-3,
         seed: int = 0,
         device: str | None = None,
+        execution: Execution | None = None,
     ) -> None:
         self.router, self.labels, self.copies, self.seed, self.alpha = router, labels.numpy(), copies, seed, alpha
         self.plan_n, self.n0, self.images = plan_n, n0, images
@@ -89,9 +92,8 @@ class FlatCurve:
         self.width = len(names)
         self.features: Tensor | None = None
         if router.trunk is not None:
-            self.features = noisy_features(
-                [pool[router.trunk]], router.sigma, images, copies, seed=seed, purpose=TUNE, device=device
-            )
+            running: dict[str, Any] = {"device": device, "execution": execution}
+            self.features = noisy_features([pool[router.trunk]], router.sigma, images, copies, seed=seed, purpose=TUNE, **running)
 
     @torch.inference_mode()
     def router_votes(self, module: nn.Module) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ from rsrouter.results.metadata import write_atomically
 from rsrouter.router.base import Router
 from rsrouter.router.checkpoint import Checkpoint, unit_key
 from rsrouter.router.labels import Labels
+from rsrouter.sampling.execution import Execution
 from rsrouter.smooth import RoutedSmooth
 from rsrouter.training.deferral import DeferralRecipe
 from rsrouter.training.flat import Recipe
@@ -84,6 +85,7 @@ def describe_job(
     plan_n: int,
     alpha: float,
     parent: RoutedSmooth | None,
+    execution: Execution,
 ) -> dict[str, Any]:
     """Everything that decides what a training ends with, as digests."""
 
@@ -101,6 +103,7 @@ def describe_job(
         "seed": seed,
         "votes": [label_n, plan_n],
         "alpha": alpha,
+        "execution": execution.to_dict(),
         "parent": None if parent is None else parent.router.digest,
         "torch": [torch.__version__, torch.get_num_threads()],
     }

@@ -16,6 +16,7 @@ from rsrouter.router.base import Router
 from rsrouter.router.checkpoint import resuming
 from rsrouter.router.flat import FlatRouter
 from rsrouter.router.labels import Labels
+from rsrouter.sampling.execution import Execution
 from rsrouter.smooth import RoutedSmooth
 from rsrouter.training.deferral import DEFERRAL_RECIPES, DeferralRecipe
 from rsrouter.training.flat import RECIPES, Recipe
@@ -45,6 +46,7 @@ def train_router(
     plan_n: int = 10_000,
     alpha: float = 1e-3,
     device: str | None = None,
+    execution: Execution | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     votes: Callable[[int], None] | None = None,
     notes: dict[str, Any] | None = None,
@@ -71,6 +73,8 @@ def train_router(
             nothing.
         plan_n, alpha: the certification that thresholds are chosen for.
         device: where experts vote.
+        execution: how experts vote, and how the routed classifier is to run, which records it (a dtype moves votes, and
+            thresholds are chosen for these). None: the parent's, or the default.
         progress: called with (epoch, epochs, loss) of a flat router.
         votes: called with the number of forward passes of experts since the last call.
         notes: written into the first line of `training.jsonl` (a parent and its revision, the data's name).
@@ -110,13 +114,19 @@ def train_router(
     if validation is not None:
         xv = check_images(validation[0], pool.input_shape)
         validation = (xv, check_labels(validation[1], len(xv), pool.num_classes))
-    job = describe_job(pool, router, x, target, validation, routing_labels, recipe, grid, seed, label_n, plan_n, alpha, parent)
+    if execution is None:
+        execution = Execution() if parent is None else parent.execution
+    job = describe_job(
+        pool, router, x, target, validation, routing_labels, recipe, grid, seed, label_n, plan_n, alpha, parent, execution
+    )
     with (
         RunLog(folder, job) as log,
         resuming(log.checkpoint),
         starting_from({} if parent is None else parent_heads(parent.router)),
     ):
-        work = Work(pool, x, target, validation, grid, seed, label_n, plan_n, alpha, device, votes, progress, log.add, parent)
+        work = Work(
+            pool, x, target, validation, grid, seed, label_n, plan_n, alpha, device, execution, votes, progress, log.add, parent
+        )
         if isinstance(router, str) and router != "flat":
             router = work.choose(router, recipe if isinstance(recipe, DeferralRecipe) else None, routing_labels)
         else:
@@ -128,7 +138,7 @@ def train_router(
             if isinstance(router, FlatRouter) and isinstance(recipe, Recipe):
                 router.bind(pool)
                 work.flat(router, recipe, x, target, routing_labels)
-        routed = RoutedSmooth(pool, router)
+        routed = RoutedSmooth(pool, router, execution=execution)
         if folder is not None:
             head = {
                 **(notes or {}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ from rsrouter.router.cascade import CascadeRouter
 from rsrouter.router.flat import FlatRouter
 from rsrouter.router.labels import LABEL, Labels, label_votes, target_radii
 from rsrouter.router.trunk import Trunk, has_trunk
+from rsrouter.sampling.execution import Execution
 from rsrouter.smooth import RoutedSmooth
-from rsrouter.training.deferral import DeferralRecipe, train_deferral
+from rsrouter.training.deferral import DeferralRecipe, chain_votes, train_deferral
 from rsrouter.training.flat import RECIPES, Recipe, train_flat
 from rsrouter.training.parent import adapt_flat, descend, parent_chain
 from rsrouter.training.replay import FlatCurve
@@ -31,6 +32,8 @@ from rsrouter.training.tune import TUNE, Goal, goal_of, simulate_pool, tune_casc
 TUNE_VOTES = 400
 #: Training images that `auto`'s flat candidate is labelled and trained on, unless labels are given.
 FLAT_IMAGES = 2000
+#: At most so many votes per expert for each of their labels.
+FLAT_LABEL_VOTES = 50
 #: Validation images of the curve of a flat router with a backbone of its own.
 CURVE_IMAGES = 200
 
@@ -58,6 +61,37 @@ def default_flat(pool: ExpertPool, seed: int) -> FlatRouter:
     return FlatRouter(head, sigma=trunk.sigma, trunk=trunk.name)
 
 
+def expected_votes(
+    pool: ExpertPool,
+    kind: str,
+    recipe: DeferralRecipe | None,
+    images: int,
+    validation: int,
+    radii: Sequence[float],
+    *,
+    label_n: int = 100,
+    plan_n: int = 10_000,
+    alpha: float = 1e-3,
+    labelled: bool = False,
+) -> int:
+    """Forward passes of single experts that a training makes, for a progress bar that knows its end; what a killed run
+    has done already is counted as well.
+
+    Args:
+        pool, kind, recipe, radii, label_n, plan_n, alpha: as in `train_router`.
+        images, validation: how many train, and how many choose.
+        labelled: whether a flat router's labels are given.
+    """
+    if kind == "cascade":
+        return validation * TUNE_VOTES * len(pool)
+    if kind == "flat":
+        return (validation + (0 if labelled else images)) * label_n * len(pool)
+    votes = chain_votes(pool, recipe or DeferralRecipe(), images, validation, radii, plan_n, alpha)
+    if kind == "auto" and not labelled and any(has_trunk(e.module) for e in pool):
+        votes += min(images, FLAT_IMAGES) * min(label_n, FLAT_LABEL_VOTES) * len(pool)
+    return votes
+
+
 @dataclass
 class Work:
     """One training run: what `train_router` was given, after its checks."""
@@ -72,10 +106,16 @@ class Work:
     plan_n: int
     alpha: float
     device: str | None
+    execution: Execution
     votes: Callable[[int], None] | None
     progress: Callable[[int, int, float], None] | None
     log: Callable[[dict[str, Any]], None]
     parent: RoutedSmooth | None
+
+    def draw(self, part: Tensor, n: int, purpose: str) -> NDArray[np.int64]:
+        """`(N, K, classes + 1)` votes of every expert on `part (N, C, H, W)`."""
+        how: dict[str, Any] = {"device": self.device, "execution": self.execution, "progress": self.votes}
+        return label_votes(self.pool, part, n=n, seed=self.seed, purpose=purpose, **how)
 
     def choose(self, kind: str, recipe: DeferralRecipe | None, routing_labels: Labels | None) -> Router:
         """The cascade, deferral or `auto` router that is best on the validation images."""
@@ -101,6 +141,7 @@ class Work:
             alpha=self.alpha,
             seed=self.seed,
             device=self.device,
+            execution=self.execution,
             progress=self.votes,
             log=log,
         )
@@ -122,7 +163,7 @@ class Work:
 
     def cascade(self, xv: Tensor, yv: Tensor) -> CascadeRouter:
         """A tuned cascade; with a parent's chain, that one's thresholds searched further where this is better."""
-        votes = label_votes(self.pool, xv, n=TUNE_VOTES, seed=self.seed, device=self.device, purpose=TUNE, progress=self.votes)
+        votes = self.draw(xv, TUNE_VOTES, TUNE)
         found: dict[str, Any] = {}
         options: dict[str, Any] = {"plan_n": self.plan_n, "alpha": self.alpha, "seed": self.seed}
         router = tune_cascade(self.pool, xv, yv, self.radii, votes=votes, log=found.update, **options)
@@ -153,7 +194,7 @@ class Work:
             self.x[few],
             self.target[few],
             routing_labels,
-            label_n=min(self.label_n, 50),
+            label_n=min(self.label_n, FLAT_LABEL_VOTES),
             copies=recipe.tune_copies,
             tune_n=recipe.tune_copies,
             goal=(recipe.floor, recipe.strictness),
@@ -180,13 +221,10 @@ class Work:
         """Trains `router` in place; its curve on the validation images, None without them."""
         label_n = self.label_n if label_n is None else label_n
 
-        def draw(part: Tensor, n: int, purpose: str) -> NDArray[np.int64]:
-            return label_votes(self.pool, part, n=n, seed=self.seed, device=self.device, purpose=purpose, progress=self.votes)
-
         def labels(votes: NDArray[np.int64], classes: Tensor) -> Labels:
             return target_radii(votes, classes.numpy(), self.pool.sigmas, plan_n=self.plan_n, alpha=self.alpha)
 
-        training = labels(draw(x, label_n, LABEL), target) if routing_labels is None else routing_labels
+        training = labels(self.draw(x, label_n, LABEL), target) if routing_labels is None else routing_labels
         if training.radius.shape != (len(x), len(self.pool)):
             raise InputError(
                 "Routing labels do not fit",
@@ -197,7 +235,7 @@ class Work:
         curve, watched = None, None
         if self.validation is not None:
             xv, yv = self.validation
-            votes = draw(xv, label_n, LABEL) if tune_n is None else draw(xv, tune_n, TUNE)
+            votes = self.draw(xv, label_n, LABEL) if tune_n is None else self.draw(xv, tune_n, TUNE)
             watched = (xv, labels(votes, yv))
             shown = len(xv) if router.trunk is not None else min(len(xv), CURVE_IMAGES)
             curve = FlatCurve(
@@ -212,6 +250,7 @@ class Work:
                 alpha=self.alpha,
                 seed=self.seed,
                 device=self.device,
+                execution=self.execution,
             )
             if goal is not None:
                 curve.goal = Goal(curve.goal.radii, curve.goal.envelope, *goal)

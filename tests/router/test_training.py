@@ -31,10 +31,12 @@ from rsrouter.jobs import Running, label_table
 from rsrouter.router import DeferralRouter, ResidualHead, Voter, label_votes
 from rsrouter.router.labels import radii_from_votes, target_radii
 from rsrouter.router.stored import labels_from_tables, load_votes
+from rsrouter.sampling import Execution
 from rsrouter.training import DeferralRecipe, good_sets, train_deferral, tune_cascade, utility_loss
 from rsrouter.training.heads import HeadRecipe
 from rsrouter.training.simulate import SimulatedVotes, chain_radius
 from rsrouter.training.tune import goal_of, search_chain
+from rsrouter.training.work import expected_votes
 
 SHAPE, CLASSES, RADII = (1, 4, 4), 3, (0.0, 0.25, 0.5, 1.0)
 QUICK = DeferralRecipe(copies=6, tune_copies=40, heads=(HeadRecipe(hidden=8, steps=60),), stages=2)
@@ -179,6 +181,42 @@ def test_experts_are_unchanged_to_the_bit(kind: str, tmp_path: Path) -> None:
     x, _ = images(4, 2)
     plan = FixedPlan(20, 200)
     assert again.certify(x, plan=plan) == routed.certify(x, plan=plan)
+
+
+@pytest.mark.parametrize("kind", ["auto", "deferral", "cascade", "flat"])
+def test_the_votes_of_a_training_are_known_beforehand(kind: str) -> None:
+    drawn: list[int] = []
+    recipe = QUICK if kind in ("auto", "deferral") else None
+    train_router(pool(), kind, *images(60), radii=RADII, recipe=recipe, validation=images(40, 1), votes=drawn.append)
+    assert sum(drawn) == expected_votes(pool(), kind, recipe, 60, 40, RADII) > 0
+
+
+@pytest.mark.parametrize("kind", ["auto", "cascade", "flat"])
+def test_a_router_records_the_execution_it_was_trained_for(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts vote under it while thresholds are chosen, the file keeps it, and a child router inherits it."""
+    from rsrouter.sampling import engine
+
+    ran: set[str] = set()
+    prepare = engine.prepare
+    monkeypatch.setattr(engine, "prepare", lambda m, how, *rest: (ran.add(how.dtype), prepare(m, how, *rest))[1])
+    how = Execution(dtype="bfloat16", batch=40)
+    options = {"radii": RADII, "recipe": QUICK if kind == "auto" else None, "validation": images(40, 1), "plan_n": 1000}
+    routed = train_router(pool(), kind, *images(), execution=how, out=tmp_path / "router", **options)
+    assert ran == {"bfloat16"}
+    assert routed.execution == RoutedSmooth.from_pretrained(tmp_path / "router").execution == how
+    child = train_router(pool(), kind, *images(), parent=routed, **options)
+    assert child.execution == how
+
+
+def test_an_unfinished_training_of_another_execution_is_refused(tmp_path: Path) -> None:
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    options = {"radii": RADII, "out": tmp_path / "r", "plan_n": 1000, "votes": stop}
+    with pytest.raises(KeyboardInterrupt):
+        train_router(pool(), "cascade", *images(), **options)
+    with pytest.raises(ResultsError, match=r"unfinished.*other execution"):
+        train_router(pool(), "cascade", *images(), execution=Execution(dtype="bfloat16"), **options)
 
 
 def test_training_repeats_and_the_seed_matters() -> None:

@@ -15,7 +15,7 @@ from rsrouter.experts.small_resnet import SmallResNet
 from rsrouter.sampling import Engine, Execution, VoteModel, image_identity
 from rsrouter.sampling.calibrate import DTYPES, calibrate
 from rsrouter.sampling.engine import CHECK_EVERY
-from rsrouter.sampling.execution import KERNELS, default_batch, fixed_kernels
+from rsrouter.sampling.execution import KERNELS, default_batch, fixed_kernels, native_dtype
 
 SHAPE = (1, 6, 6)
 LOW = ("bfloat16", "float16")
@@ -200,6 +200,33 @@ def test_a_network_that_changes_ends_certify_and_predict():
         smooth().predict(x, n=500)
 
 
+def test_networks_changed_in_place_are_refused(tmp_path):
+    """Digests, seeds and tables would stand for the weights that were."""
+    from rsrouter import Expert, FixedPlan, Smooth
+    from rsrouter.jobs import certify_table
+
+    x, plan = torch.full((1, *SHAPE), 0.5), FixedPlan(50, 100)
+    module = Flat()
+    expert = Expert(module, sigma=0.5, num_classes=4, input_shape=SHAPE, name="e")
+    smooth = Smooth(expert)
+    before = smooth.certify(x, plan=plan)
+    old = module.fc.bias.data.clone()
+    module.fc.bias.data += 1.0  # which no version counter sees
+    table = tmp_path / "t.tsv"
+    for use in (
+        lambda: smooth.certify(x, plan=plan),
+        lambda: smooth.predict(x, n=50),
+        lambda: certify_table(smooth, [(x[0], 1)], table, plan=plan),
+    ):
+        with pytest.raises(NetworkError, match="'e' was changed after it was bound"):
+            use()
+    assert not table.exists()
+    with pytest.raises(NetworkError, match="'e' was changed after it was wrapped"):
+        Smooth(expert)
+    module.fc.bias.data.copy_(old)
+    assert smooth.certify(x, plan=plan) == before
+
+
 class OutOfMemory(Flat):
     """Runs out of memory above `limit` rows, or, where `after` is given, after so many calls."""
 
@@ -298,3 +325,14 @@ def test_calibrate_stores_an_execution_that_certify_reads_and_a_table_keeps(tmp_
     answers = rsrouter("predict", tmp_path / "router", "--data", tmp_path / "data.npz", "--n", 50, "--execution", out)
     assert answers.exit_code == 0
     assert isinstance(rsrouter("calibrate", tmp_path / "no.json", "--save").exception, InputError)
+
+
+def test_the_native_dtype_is_a_fact_of_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False}, raising=False)
+    assert native_dtype() == native_dtype("cpu") == "bfloat16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True}, raising=False)
+    assert native_dtype() == "float32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert native_dtype() == "float32"
+    with pytest.raises(InputError):
+        native_dtype("nonsense")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rsrouter import CascadeRouter, Expert, ExpertPool, FixedPlan, RoutedSmooth
-from rsrouter.core.errors import InputError, PlanError
+from rsrouter.core.errors import InputError, PlanError, ResultsError
 from rsrouter.jobs import certify_table
 
 SHAPE = (1, 4, 4)
@@ -102,3 +102,19 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     whole = certify_table(routed(), Images(), tmp_path / "b.tsv", **arguments)
     assert again.idx.tolist() == [0, 1, 2, 3]
     assert list(again.counts_text) == list(whole.counts_text)
+
+
+def test_a_table_is_not_continued_over_other_images(tmp_path: Path) -> None:
+    """A plain list knows no fingerprint; some of its images and labels do."""
+    job: dict[str, Any] = {"plan": FixedPlan(10, 50), "seed": 1}
+    same = [(torch.full(SHAPE, i / 40), i % 3) for i in range(40)]
+    path = tmp_path / "t.tsv"
+    certify_table(routed(), same[:40], path, **job)
+    certify_table(routed(), list(same), path, **job)
+    for other in (
+        [(image * 0.5, label) for image, label in same],
+        [(image, (label + 1) % 3) for image, label in same],
+        [*same[:-1], (torch.ones(SHAPE), 0)],
+    ):
+        with pytest.raises(ResultsError, match="data"):
+            certify_table(routed(), other, path, **job)
