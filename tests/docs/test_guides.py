@@ -14,6 +14,7 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from typer.main import get_command
 
 import rsrouter
-from rsrouter import CascadeRouter, ExpertPool, RoutedSmooth, register_architecture
+from rsrouter import CascadeRouter, ExpertPool, RoutedSmooth, load_expert, register_architecture
 from rsrouter.cli import app, main
 from rsrouter.demo import load_pool
 from rsrouter.training import DEFERRAL_RECIPES
@@ -123,12 +124,22 @@ def publication(request: pytest.FixtureRequest) -> None:
     np.savez("test.npz", images=pixels, labels=data.labels.numpy())
 
 
+def choosing() -> None:
+    """The tables of the repository, and a pool with images."""
+    Path("model_cards").symlink_to(ROOT / "model_cards")
+    checkpoints()
+    how: dict[str, Any] = {"architecture": "docs_tiny", "normalisation": "none"}
+    levels = {"0.25": 0.25, "0.50": 0.5, "1.00": 1.0}
+    experts = [load_expert(f"models/noise_{name}/checkpoint.pth.tar", sigma=s, **how) for name, s in levels.items()]
+    ExpertPool(experts).save("pool.json")
+
+
 FOLDERS = {
     "install.md": lambda request: cascade("demo-run/router"),
     "guide/researcher.md": lambda request: checkpoints(),
     "guide/deploy.md": lambda request: cascade("router"),
     "guide/publish.md": publication,
-    "guide/choosing.md": lambda request: Path("model_cards").symlink_to(ROOT / "model_cards"),
+    "guide/choosing.md": lambda request: choosing(),
 }
 SMALLER = {
     "guide/researcher.md": {
@@ -145,6 +156,7 @@ SMALLER = {
     },
     "guide/publish.md": {"cifar_resnet110": "docs_tiny", "--rows 4": "--rows 1 --fresh-votes 200 --attack-steps 2"},
     "guide/deploy.md": {"batch(range(4))": "batch(range(1))", "n=1000": "n=100"},
+    "guide/choosing.md": {"train pool.json --data": "train pool.json --recipe quick --n 600 --radii 0:0.5:0.25 --data"},
     "install.md": {"--n 2000": "--n 500 --radii 0:0.25:0.25"},
 }
 
