@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from routing_study import BEST, PUBLISHED, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
+from routing_study import BEST, HEADS, PUBLISHED, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
 from torch import Tensor
 from train_cifar_experts import read_cifar
 
@@ -28,12 +28,17 @@ from rsrouter.training.heads import HeadRecipe
 
 SEED = 20261123
 SIGMAS = (0.25, 0.5, 1.0)
-#: Of the committed table. Heads trained for radii (`HEADS`, as in study 1) came later.
 RECIPE = DeferralRecipe(
     copies=6,
     tune_copies=400,
-    levels=(1.07, 1.23),
-    heads=tuple(HeadRecipe("consistency", steps=2000, consistency=weight) for weight in (2.0, 5.0, 10.0)),
+    levels=(1.07, 1.15, 1.25),
+    heads=(
+        *HEADS,
+        HeadRecipe(steps=3000, cross_entropy=0.005),
+        HeadRecipe(steps=3000, cross_entropy=0.002),
+        HeadRecipe("consistency", steps=3000, consistency=10.0),
+        HeadRecipe("consistency", steps=3000, consistency=20.0),
+    ),
     floor=0.0,
 )
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rsrouter._version import __version__
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
@@ -95,12 +96,20 @@ def save_routed(folder: Path, pool: ExpertPool, router: Router, execution: Execu
         "execution": execution.to_dict(),
         "noise": noise,
     }
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in router.modules.state_dict().items()}
+    tensors = {k: _compact(v.detach().cpu().contiguous().clone()) for k, v in router.modules.state_dict().items()}
     _replace(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
     _replace(
         folder / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     )
     return folder
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """In float16 where that loses nothing (as trained heads are rounded to); loading gives the same float32 numbers back."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    half = tensor.half()
+    return half if torch.equal(half.float(), tensor) else tensor
 
 
 def _replace(path: Path, write: Any) -> None:

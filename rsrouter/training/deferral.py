@@ -23,7 +23,7 @@ from rsrouter.router.labels import label_votes
 from rsrouter.router.trunk import has_trunk
 from rsrouter.sampling.execution import Execution
 from rsrouter.training.features import noisy_features
-from rsrouter.training.heads import HeadGoal, HeadRecipe, train_head
+from rsrouter.training.heads import HeadGoal, HeadRecipe, as_stored, train_head
 from rsrouter.training.simulate import SimulatedVotes, accuracy, chain_radius
 from rsrouter.training.tune import TUNE, Goal, goal_of, search_chain
 
@@ -198,14 +198,16 @@ def train_deferral(
         trained: dict[str, nn.Module] = {}
         for voter, how in members:
             name = str(voter.head)
-            trained[name] = train_head(
-                features,
-                labels,
-                pool.num_classes,
-                recipe=how,
-                goal=HeadGoal(level, grid, tuple(goal.envelope.tolist())),
-                seed=seed,
-                log=partial(_named, say, name),
+            trained[name] = as_stored(
+                train_head(
+                    features,
+                    labels,
+                    pool.num_classes,
+                    recipe=how,
+                    goal=HeadGoal(level, grid, tuple(goal.envelope.tolist())),
+                    seed=seed,
+                    log=partial(_named, say, name),
+                )
             )
         del features
         held_out = noisy_features(readers, level, xv, recipe.tune_copies, seed=seed, purpose=TUNE, **running)

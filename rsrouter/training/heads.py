@@ -59,6 +59,17 @@ class HeadRecipe:
         return f"u{self.cross_entropy:g}".replace(".", "_") + ("" if self.tilt == 1.0 else f"t{self.tilt:g}".replace(".", "_"))
 
 
+@torch.no_grad()
+def as_stored(head: nn.Module) -> nn.Module:
+    """`head`, its parameters rounded to numbers of float16 in place: `save_pretrained` then keeps them in half the space, and
+    what votes are drawn from is what is stored. Parameters that float16 cannot hold stay as they are."""
+    for parameter in head.parameters():
+        rounded = parameter.half().to(parameter.dtype)
+        if torch.isfinite(rounded).all():
+            parameter.copy_(rounded)
+    return head
+
+
 @dataclass(frozen=True)
 class HeadGoal:
     """What a head trained for `"utility"` is to certify.

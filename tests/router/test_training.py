@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rsrouter import (
@@ -33,7 +34,7 @@ from rsrouter.router.labels import radii_from_votes, target_radii
 from rsrouter.router.stored import labels_from_tables, load_votes
 from rsrouter.sampling import Execution
 from rsrouter.training import DeferralRecipe, good_sets, train_deferral, tune_cascade, utility_loss
-from rsrouter.training.heads import HeadRecipe
+from rsrouter.training.heads import HeadRecipe, as_stored
 from rsrouter.training.simulate import SimulatedVotes, chain_radius
 from rsrouter.training.tune import goal_of, search_chain
 from rsrouter.training.work import expected_votes
@@ -231,6 +232,36 @@ def test_deferral_training_repeats() -> None:
     x, y = images()
     results = [train_deferral(pool(), x, y, images(40, 1), RADII, recipe=QUICK, plan_n=1000) for _ in range(2)]
     assert results[0].digest == results[1].digest
+
+
+def test_heads_are_stored_in_half_the_space_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def take_a_head(simulated: dict[str, SimulatedVotes], *_: object, **__: object) -> tuple[object, float]:
+        return ((next(name for name in simulated if name.startswith("level")), None),), 1.0
+
+    monkeypatch.setattr("rsrouter.training.deferral.search_chain", take_a_head)
+    x, y = images()
+    router = train_deferral(pool(), x, y, images(40, 1), RADII, recipe=QUICK, plan_n=1000)
+    assert isinstance(router, DeferralRouter)
+    RoutedSmooth(pool(), router).save_pretrained(tmp_path)
+    kept = load_file(tmp_path / "router.safetensors")
+    trained = dict(router.modules.named_parameters())
+    assert trained
+    assert {kept[name].dtype for name in trained} == {torch.float16}
+    again = RoutedSmooth.from_pretrained(tmp_path).router
+    assert again.digest == router.digest
+    assert all(torch.equal(p, trained[name]) and p.dtype == torch.float32 for name, p in again.modules.named_parameters())
+
+
+def test_what_float16_cannot_hold_is_stored_as_it_is(tmp_path: Path) -> None:
+    head = nn.Linear(2, 3)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1e6, 0.1], [float("nan"), 2.0], [1.0, -0.0]]))
+        head.bias.copy_(torch.tensor([0.5, -0.0, 1e-7]))
+    before = [p.detach().clone() for p in head.parameters()]
+    as_stored(head)
+    assert torch.equal(head.weight.nan_to_num(), before[0].nan_to_num())
+    assert torch.equal(head.bias, before[1].half().float())
+    assert torch.signbit(head.bias[1])
 
 
 def test_deferral_router_with_shared_and_fused_networks(tmp_path: Path) -> None:
