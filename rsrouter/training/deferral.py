@@ -49,6 +49,7 @@ class DeferralRecipe:
     tune_copies: int = 200
     levels: tuple[float, ...] = (1.1, 1.2)
     heads: tuple[HeadRecipe, ...] = (
+        HeadRecipe(steps=2000, cross_entropy=0.005),
         HeadRecipe(steps=2000, cross_entropy=0.03),
         HeadRecipe(steps=2000, cross_entropy=0.1),
         HeadRecipe(steps=2000, cross_entropy=0.1, tilt=3.0),
