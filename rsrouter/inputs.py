@@ -20,11 +20,16 @@ def check_images(images: object, shape: tuple[int, ...]) -> Tensor:
     if not images.is_floating_point():
         raise InputError("Images must hold floats", expected=wanted, received=str(images.dtype), remedy="images.float() / 255")
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(shape):
+        size = " x ".join(map(str, shape[1:]))
+        remedies = {
+            3: "one image needs a batch dimension too: image[None]; channels come first",
+            4: f"resize or crop the images to {size} (`--size` does, to a square), or use experts of this size; channels first",
+        }
         raise InputError(
             "Images have the wrong shape",
             expected=wanted,
             received=str(tuple(images.shape)),
-            remedy="one image needs a batch dimension too: image[None]; channels come first",
+            remedy=remedies.get(images.ndim, "stack the images into one tensor; channels come first"),
         )
     if images.numel():
         low, high = (float(v) for v in torch.aminmax(images))

@@ -14,6 +14,7 @@ import torch
 
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import Plan
+from rsrouter.inputs import check_images
 from rsrouter.jobs.run import Images, Running, load_task, make_executor, run_job, stored_threads
 from rsrouter.jobs.work import CertifyWork
 from rsrouter.results import Table
@@ -238,6 +239,7 @@ def certify_table(
         **arguments,
     )
     mine = take_shard(order, shard)
+    check_images(load_task(images, (mine[0],))[0].images, smoothed.shape)  # of another size: no table is begun
     seed = smoothed.default_seed(plan, alpha, rule, sides) if seed is None else int(seed)
     path = Path(out)
     with make_executor(workers, ray, device, stored_threads(path, device, threads)) as executor:

@@ -14,9 +14,9 @@ from torch import Tensor
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import check_whole
 from rsrouter.experts.base import ExpertPool
-from rsrouter.inputs import check_seed
+from rsrouter.inputs import check_images, check_seed
 from rsrouter.jobs.certify import check_order, describe_data, describe_indices, take_shard
-from rsrouter.jobs.run import Images, Running, make_executor, run_job, stored_threads
+from rsrouter.jobs.run import Images, Running, load_task, make_executor, run_job, stored_threads
 from rsrouter.jobs.work import LabelWork
 from rsrouter.results.metadata import metadata_path, normalise
 from rsrouter.router.labels import LABEL
@@ -95,6 +95,7 @@ def label_table(
     n, seed = check_whole("n", n, 1), check_seed(seed)
     order = check_order(images, indices, block)
     mine = take_shard(order, shard)
+    check_images(load_task(images, (mine[0],))[0].images, pool.input_shape)
     path = Path(out)
     part = path.with_name(f"{path.name}.part.tsv")
     chosen = execution or Execution()

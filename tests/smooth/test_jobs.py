@@ -118,3 +118,10 @@ def test_a_table_is_not_continued_over_other_images(tmp_path: Path) -> None:
     ):
         with pytest.raises(ResultsError, match="data"):
             certify_table(routed(), other, path, **job)
+
+
+def test_images_of_another_size_begin_no_table(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="wrong shape") as caught:
+        certify_table(routed(), [(torch.zeros(1, 5, 5), 0)], tmp_path / "t.tsv", plan=FixedPlan(10, 50))
+    assert "4 x 4" in caught.value.remedy
+    assert not list(tmp_path.iterdir())
