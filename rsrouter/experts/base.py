@@ -140,7 +140,9 @@ def module_digest(module: nn.Module, *extra: object) -> str:
     and what classes keep as plain attributes, as many papers' normalisation layers do: tensors, arrays, floats, strings,
     and where the constructor takes them (`num_heads`) also whole numbers and flags; tuples, lists and mappings of them."""
     digest = hashlib.sha256()
-    digest.update(repr((type(module).__module__, type(module).__qualname__, str(module), *extra)).encode())
+    # a script's own classes stand in `__mp_main__` in the processes it starts
+    home = {"__mp_main__": "__main__"}.get(type(module).__module__, type(module).__module__)
+    digest.update(repr((home, type(module).__qualname__, str(module), *extra)).encode())
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for path, key, value in _attributes(module):
         if isinstance(value, Tensor):

@@ -395,3 +395,37 @@ def test_routed_classifiers_can_be_sent() -> None:
     routed = small.routed(pool())
     assert isinstance(again := pickle.loads(pickle.dumps(routed)), RoutedSmooth)
     assert again.digest == routed.digest
+
+
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+from rsrouter import Expert, FixedPlan, Smooth
+from rsrouter.jobs import certify_table
+
+
+class Mine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    expert = Expert(Mine(), sigma=0.5, num_classes=3, input_shape=(1, 4, 4), name="mine")
+    images = [(torch.full((1, 4, 4), i / 4), 1) for i in range(4)]
+    table = certify_table(Smooth(expert), images, sys.argv[1], plan=FixedPlan(10, 50), workers=1)
+    print(len(table))
+"""
+
+
+def test_a_network_that_a_script_defines_is_the_same_in_its_workers(tmp_path):
+    """There its class belongs to `__mp_main__`, which must not make it another network."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, script, tmp_path / "t.tsv"], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "4", done.stderr
