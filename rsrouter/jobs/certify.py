@@ -48,7 +48,7 @@ def describe_data(images: Images, data: dict[str, Any] | None, order: Sequence[i
         for i in few:
             task, labels = load_task(images, (i,))
             digest.update(repr((i, labels, str(task.images.dtype), tuple(task.images.shape))).encode())
-            digest.update(task.images.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(task.images.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         described["sample"] = digest.hexdigest()
     for key in ("fingerprint", "preprocessing"):
         if key not in described and getattr(images, key, None):

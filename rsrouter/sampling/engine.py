@@ -34,7 +34,7 @@ from rsrouter.sampling.execution import (
 from rsrouter.sampling.noise import SHARED, NoiseStream, check_eight_bit, make_noise, stream_key
 
 #: After so many batches a network is asked again whether it still gives the bits it gave before the first vote.
-CHECK_EVERY = 256
+CHECK_EVERY = 64
 
 
 @dataclass(frozen=True)
