@@ -23,7 +23,7 @@ from rsrouter.experts.base import Expert, ExpertPool
 from rsrouter.router.base import Router, single_tree
 from rsrouter.sampling.execution import Execution
 from rsrouter.serialise import load_routed, save_routed
-from rsrouter.smoothed import OnCertificate, Progress, Smoothed
+from rsrouter.smoothed import OnCertificate, Progress, Smoothed, describe_stages
 
 
 class Smooth(Smoothed):
@@ -118,8 +118,12 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
                 received=f"{type(pool).__name__} and {type(router).__name__}",
                 remedy="ExpertPool([...]), FlatRouter(...)",
             )
-        super().__init__(router.bind(pool), pool.experts, pool.input_shape, execution, noise)
         self.pool, self.router = pool, router
+        super().__init__(router.bind(pool), pool.experts, pool.input_shape, execution, noise)
+
+    def _settings(self) -> dict[str, str]:
+        # bound again: thresholds, voters and sigmas of now, whatever kind of router it is
+        return {**super()._settings(), "the router": repr(describe_stages(self.router.bind(self.pool).tree))}
 
     def certify(
         self,

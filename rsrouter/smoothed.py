@@ -18,6 +18,7 @@ from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import InputError, NetworkError
 from rsrouter.core.plans import Plan
 from rsrouter.core.policy import CertifyPolicy, VoteRequest
+from rsrouter.core.tree import Tree
 from rsrouter.core.types import Certificate
 from rsrouter.experts.base import Expert, module_digest
 from rsrouter.inputs import check_ids, check_images, check_seed
@@ -46,6 +47,11 @@ class Progress:
 OnCertificate = Callable[[int, Certificate, float], None]
 
 
+def describe_stages(tree: Tree) -> list[tuple[object, ...]]:
+    """What the stages of a tree are, for digests and comparisons."""
+    return [(s.name, s.sigma, s.kind, s.tau, s.leads_to, s.network) for s in tree.stages.values()]
+
+
 class Smoothed:
     """Certify and predict for any tree of stages."""
 
@@ -53,9 +59,10 @@ class Smoothed:
         self, routed: Routed, experts: Sequence[Expert], shape: tuple[int, ...], execution: Execution | None, noise: str
     ) -> None:
         self._routed, self._shape, self.execution, self.noise = routed, shape, execution or Execution(), noise
+        self._experts = tuple(experts)
         for expert in experts:
             expert.check_unchanged()
-        self._bound = self._functions()
+        self._bound = self._state()
         self.metadata: dict[str, Any] = {}
         self._kept: tuple[object, Engine] | None = None
         #: votes to share with other classifiers that certify the same images; None: draw them all
@@ -77,7 +84,7 @@ class Smoothed:
     @property
     def digest(self) -> str:
         """sha256 over everything that decides the smoothed classifier: networks, sigmas, stages."""
-        stages = [(s.name, s.sigma, s.kind, s.tau, s.leads_to, s.network) for s in self._routed.tree.stages.values()]
+        stages = describe_stages(self._routed.tree)
         models = [(m.name, m.digest) for m in self._routed.models]
         return hashlib.sha256(repr((stages, self._routed.tree.root, models)).encode()).hexdigest()
 
@@ -89,19 +96,29 @@ class Smoothed:
         text = repr((self.digest, sorted(plan.to_dict().items()), float(alpha), rule, sides, self.noise))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
-    def _functions(self) -> tuple[str, ...]:
-        return tuple(module_digest(m.module) for m in self._routed.models)
+    def _settings(self) -> dict[str, str]:
+        """What else digests and tables name, by what it belongs to."""
+        return {f"expert {e.name!r}": repr((e.name, e.sigma, e.num_classes, e.input_shape, e.mean, e.std)) for e in self._experts}
+
+    def _state(self) -> dict[str, str]:
+        return {**{f"network {m.name!r}": module_digest(m.module) for m in self._routed.models}, **self._settings()}
 
     def check_unchanged(self) -> None:
-        """Refuses networks that were changed in place since they were bound: digests, seeds and tables would name others."""
-        now = self._functions()
-        changed = [m.name for m, a, b in zip(self._routed.models, self._bound, now, strict=True) if a != b]
+        """Refuses weights and settings that were changed in place since they were bound: digests, seeds and tables would name
+        others. It sees what digests see (`module_digest`); hooks and functions that were put in are not noticed.
+
+        Raises:
+            NetworkError: something differs.
+        """
+        now = self._state()
+        changed = [who for who in {**self._bound, **now} if self._bound.get(who) != now.get(who)]
         if changed:
             raise NetworkError(
-                f"Network {changed[0]!r} was changed after it was bound",
+                f"{changed[0][0].upper()}{changed[0][1:]} was changed after it was bound",
                 expected="the weights and settings it had",
                 received=f"others, in {', '.join(changed)}",
-                remedy="make a new Smooth or RoutedSmooth (of a new Expert, where an expert changed) and certify that",
+                remedy="make a new Smooth or RoutedSmooth (of a new Expert, where an expert changed) and certify that; "
+                "a network may not keep anything of its last input",
             )
 
     def _engine(self, seed: int, device: str | None) -> Engine:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,8 +85,8 @@ def attack(
         `(B, C, H, W)` points in [0,1], each less than `radius` from its image.
     """
     generator = torch.Generator(x.device).manual_seed(seed)
-    for model in models:
-        model.module.eval()
+    # copies: what a user's module keeps of a forward pass, and its mode, stay as they are
+    models = [replace(model, module=copy.deepcopy(model.module).eval()) for model in models]
     limit = (radius * (1.0 - 1e-4)).to(x.dtype).view(-1, 1, 1, 1)
     # a first push in a random direction: at the image itself gradients may vanish
     delta = _onto(torch.randn(x.shape, generator=generator, device=x.device), 0.1 * limit, exactly=True)

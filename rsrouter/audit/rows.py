@@ -95,7 +95,7 @@ def _votes(
     engine = _engine(subject, run.seed, state.settings.device)
     found: list[tuple[int | None, str]] = []
     named = True
-    total = 0
+    total, most = 0, 0.0
     for at, (i, _) in enumerate(rows):
         state.tell("votes", at, len(rows))
         idx, stored = int(table.idx[i]), table.counts(i)
@@ -105,11 +105,13 @@ def _votes(
             other, _ = moved_votes(stored, rederive(subject.tree, engine, [pixels[i]], [None], [stored])[0])
             if other < moved:
                 named, moved = False, other
-        total += drawn
+        total, most = total + drawn, max(most, moved / max(1, drawn))
         allowed = max(ROUNDING_VOTES, int(share * drawn)) if differs else 0
         if moved > allowed:
             found.append((idx, f"{moved} of {drawn} votes are not those that seed {run.seed} gives for this image"))
-    how = f"to rounding ({'; '.join(differs)})" if differs else "bit for bit"
+    how = "bit for bit"
+    if differs:
+        how = f"to rounding, up to {share:.1%} of a row's votes, of which {most:.2%} moved at most ({'; '.join(differs)})"
     state.add(
         "votes",
         table.name,
@@ -118,6 +120,7 @@ def _votes(
         exact=not differs,
         differs=differs,
         votes=total,
+        moved_share=most,
     )
 
 

@@ -74,6 +74,8 @@ def card(
         echo_json({"card": path, "files": sorted(p.relative_to(out) for p in Path(out).rglob("*") if p.is_file())})
         return
     typer.echo(f"Card: {path}")
+    if not any((path.parent / "certificates").glob("*.tsv")):
+        typer.echo("note: no certificates beside the router; give --certificates, or a run folder with router/ in it", err=True)
 
 
 def audit(

@@ -279,14 +279,36 @@ def train(
     last = lines[-1]
     for line in lines:
         if "chosen" in line:
-            scores = ", ".join(f"{who} {score:.3f}" for who, score in line["candidates"].items())
-            typer.echo(f"chosen: {line['chosen']} (scores on {line['on']}: {scores})")
+            for who, score in line["candidates"].items():
+                chosen_word = " <- chosen" if who == line["chosen"] else ""
+                typer.echo(f"{who}: score {score:.3f}, coverage {line['coverages'][who]:.3f} (on {line['on']}){chosen_word}")
+            weakest = f"what the weakest radius lacks to {line['floor']:g} of the envelope"
+            typer.echo(f"score: coverage less {line['strictness']:g} times {weakest}")
     if kind == "deferral" and routed.router.kind != kind:
         typer.echo("no trained head was worth asking on the validation images: plain experts in a row did better")
     if "chain" in last:
         typer.echo("chain: " + " -> ".join(who if tau is None else f"{who} ({tau:g})" for who, tau in last["chain"]))
         typer.echo(f"coverage of the experts' envelope on {last['images']} validation images (simulated): {last['coverage']:.3f}")
+    for text in _explain(routed):
+        typer.echo(text)
     typer.echo(f"{routed.router.kind} router: {out}")
+
+
+def _explain(routed: Any) -> list[str]:
+    """What heads are and what tables call them, and which experts nobody asks."""
+    voters = getattr(routed.router, "voters", None)
+    if voters is None:
+        return []
+    lines, asked = [], set()
+    for voter, stage in zip(voters, reversed(routed.tree.order), strict=True):
+        asked |= {voter.expert, *voter.others}
+        if voter.head is not None:
+            sigma = routed.tree.stages[stage].sigma
+            experts = " and ".join((voter.expert, *voter.others))
+            lines.append(f"{voter.head}: a head on {experts}, smoothed at {sigma:g}; tables and reports call it {stage}")
+    if unused := [name for name in routed.pool.names if name not in asked]:
+        lines.append(f"not asked: {', '.join(unused)} (nothing on the validation images was gained by it)")
+    return lines
 
 
 def register(app: typer.Typer) -> None:

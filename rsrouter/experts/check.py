@@ -51,8 +51,9 @@ class NoisyCheck:
         """What is wrong and what to do, None if nothing looks wrong."""
         if self.better is not None:
             return (
-                f"expert {self.name!r} looks wrongly normalised: accuracy {self.accuracy:.1%} under noise {self.sigma:g}, "
-                f"but {self.alternatives[self.better]:.1%} with normalisation={self.better!r}. Use that, if the paper agrees"
+                f"expert {self.name!r} looks wrongly normalised, or has another sigma: accuracy {self.accuracy:.1%} under noise "
+                f"{self.sigma:g}, but {self.alternatives[self.better]:.1%} with normalisation={self.better!r}. Check sigma, then "
+                "use that normalisation if the paper agrees"
             )
         if self.near_chance:
             return (

@@ -93,6 +93,8 @@ def label_table(
         WorkerError: workers that die again and again.
     """
     n, seed = check_whole("n", n, 1), check_seed(seed)
+    for expert in pool:
+        expert.check_unchanged()
     order = check_order(images, indices, block)
     mine = take_shard(order, shard)
     check_images(load_task(images, (mine[0],))[0].images, pool.input_shape)

@@ -7,6 +7,7 @@ an executor (`rsrouter.jobs.executor`), what runs next by the scheduler (`rsrout
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -112,6 +113,10 @@ def with_batch(smoothed: Smooth | RoutedSmooth, batch: int) -> Smooth | RoutedSm
     return settled
 
 
+#: Seconds that finished rows wait for the next check of their networks.
+ROWS_WAIT = 2.0
+
+
 @dataclass
 class CertifyWork:
     """Certificates of a smoothed classifier. Arguments as `RoutedSmooth.certify`, all of them resolved.
@@ -136,18 +141,32 @@ class CertifyWork:
         self._engine = self.smoothed._engine(self.seed, device)
 
     def run(self, images: Tensor, ids: Sequence[int], emit: Emit) -> None:
+        """Rows wait until every network that voted for them has given the bits it was checked with once more: those of a
+        network that changed on the way belong to no fixed classifier, and no table gets them."""
         rule = self.rule if isinstance(self.smoothed, RoutedSmooth) else ""
         rows: list[Row] = []
-        votes = 0
+        votes, flushed, cost = 0, time.monotonic(), 0.0
 
         def keep(position: int, certificate: Certificate, seconds: float) -> None:
             rows.append(Row.from_certificate(certificate, idx=ids[position], seconds=seconds, rule=rule, seed=self.seed))
 
+        def flush() -> None:
+            nonlocal flushed, cost
+            start = time.monotonic()
+            assert self._engine is not None
+            self._engine.check_again()
+            flushed = time.monotonic()
+            cost = flushed - start
+            emit(Step(0, tuple(rows)))
+            rows.clear()
+
         def step(progress: Progress) -> None:
             nonlocal votes
-            emit(Step(progress.votes - votes, tuple(rows)))
+            emit(Step(progress.votes - votes, ()))
             votes = progress.votes
-            rows.clear()
+            # a crash loses these seconds; checks take a fiftieth of the time at most
+            if rows and time.monotonic() - flushed >= max(ROWS_WAIT, 50.0 * cost):
+                flush()
 
         self.smoothed._certify(
             images,
@@ -163,6 +182,7 @@ class CertifyWork:
             progress=step,
             engine=self._engine,
         )
+        flush()
 
 
 @dataclass

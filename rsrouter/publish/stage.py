@@ -43,7 +43,9 @@ def check_pinned(experts: Sequence[Mapping[str, Any]]) -> None:
             expected="every expert in a Hub repository at a commit hash of 40 hex digits",
             received="; ".join(loose),
             remedy="write each one with `rsrouter convert CHECKPOINT --out FOLDER`, upload that folder "
-            "(`hf upload org/expert FOLDER`), wrap hf-hub:org/expert instead, and build the router on that pool",
+            "(`hf upload org/expert FOLDER`), wrap hf-hub:org/expert instead, and save the router over that pool "
+            "(`RoutedSmooth(ExpertPool('pool.json'), old.router, execution=old.execution).save_pretrained(...)`: equal weights "
+            "keep its certificates). Meanwhile `rsrouter card` writes files and card on this machine",
         )
 
 

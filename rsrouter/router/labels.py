@@ -38,6 +38,8 @@ class Labels(NamedTuple):
 
 def label_engine(pool: ExpertPool, *, seed: int = 0, device: str | None = None, execution: Execution | None = None) -> Engine:
     """The engine of `label_votes`, for callers that draw in many calls."""
+    for expert in pool:
+        expert.check_unchanged()
     return Engine([vote_model(e) for e in pool], pool.input_shape, seed=seed, device=device, execution=execution)
 
 

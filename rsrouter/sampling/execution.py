@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,11 +168,19 @@ def native_dtype(device: str | torch.device | None = None) -> str:
     return "bfloat16" if known.get("avx512_bf16") or known.get("amx_bf16") else "float32"
 
 
+#: What oneDNN chooses kernels of fewer bits by, as torch names it.
+_FEW_BITS = {"avx512_bf16": "BF16", "amx_bf16": "AMX-BF16", "avx512_fp16": "FP16", "amx_fp16": "AMX-FP16"}
+
+
 def instructions(device: str | torch.device | None = None) -> str:
-    """The vector instructions that decide how a CPU's kernels round, such as `"AVX512 BF16"`; empty for an accelerator."""
+    """The vector instructions that decide how a CPU's kernels round, such as `"AVX512 BF16"`, with oneDNN's cap where the
+    environment sets one; empty for an accelerator."""
     if resolve_device(device).type != "cpu":
         return ""
-    return torch.backends.cpu.get_cpu_capability() + (" BF16" if native_dtype(device) == "bfloat16" else "")
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
+    found = [text for flag, text in _FEW_BITS.items() if known.get(flag)]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *found, *([f"oneDNN<={cap}"] if cap else [])])
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -84,8 +84,11 @@ def train_router(
 
     Raises:
         InputError: images, labels, radii, kind or recipe that do not fit.
+        NetworkError: an expert that was changed after it was wrapped.
         ResultsError: `out` already holds a router, or an unfinished training of something else.
     """
+    for expert in pool:
+        expert.check_unchanged()
     x = check_images(images, pool.input_shape)
     target = check_labels(labels, len(x), pool.num_classes)
     grid = _check_grid(radii)

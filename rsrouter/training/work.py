@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ def default_flat(pool: ExpertPool, seed: int) -> FlatRouter:
         )
     trunk = readable[-1]
     with torch.no_grad():
-        width = sum(part.shape[1] for part in Trunk(trunk).eval()(torch.zeros(1, *pool.input_shape)))
+        width = sum(part.shape[1] for part in copy.deepcopy(Trunk(trunk)).eval()(torch.zeros(1, *pool.input_shape)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = build_architecture("mlp_head", len(pool), {"in_features": width})
@@ -147,12 +148,15 @@ class Work:
         )
         if kind != "auto" or not any(has_trunk(e.module) for e in self.pool):
             return best
-        flat, score = self.flat_candidate(recipe, routing_labels)
+        flat, score, coverage = self.flat_candidate(recipe, routing_labels)
         chosen = flat if score > float(last["score"]) else best
         self.log(
             {
                 "chosen": chosen.kind,
                 "candidates": {best.kind: float(last["score"]), flat.kind: score},
+                "coverages": {best.kind: float(last["coverage"]), flat.kind: coverage},
+                "floor": recipe.floor,
+                "strictness": recipe.strictness,
                 "on": f"{len(self.validation[0])} validation images, simulated",
             }
         )
@@ -181,8 +185,8 @@ class Work:
         self.log(found)
         return router
 
-    def flat_candidate(self, recipe: DeferralRecipe, routing_labels: Labels | None) -> tuple[FlatRouter, float]:
-        """A flat router for `auto`, and its score on the validation images by the same goal as the chain's."""
+    def flat_candidate(self, recipe: DeferralRecipe, routing_labels: Labels | None) -> tuple[FlatRouter, float, float]:
+        """A flat router for `auto`, its score on the validation images by the same goal as the chain's, and its coverage."""
         adapted = None
         if self.parent is not None and isinstance(self.parent.router, FlatRouter):
             adapted = adapt_flat(self.parent.router, self.parent.pool, self.pool, self.seed)
@@ -200,10 +204,10 @@ class Work:
             goal=(recipe.floor, recipe.strictness),
         )
         if curve is None:
-            return router, float("-inf")
+            return router, float("-inf"), 0.0
         found = curve.look(router.module)
         self.log({"kind": "flat", **found})
-        return router, float(found["score"])
+        return router, float(found["score"]), float(found["coverage"])
 
     def flat(
         self,

@@ -11,7 +11,7 @@ import small_router as small
 import torch
 from safetensors.torch import load_file, save_file
 
-from rsrouter import AdaptivePlan, ExpertPool, FixedPlan, InputError, RoutedSmooth, Smooth
+from rsrouter import AdaptivePlan, Expert, ExpertPool, FixedPlan, InputError, RoutedSmooth, Smooth
 from rsrouter.audit import AuditReport, audit
 from rsrouter.data import ImageData
 from rsrouter.jobs import certify_table
@@ -255,6 +255,7 @@ def test_other_versions_are_compared_to_rounding(run: Path, data: ImageData) -> 
     assert report.ok
     assert not votes.details["exact"]
     assert "torch 1.0 against" in votes.summary
+    assert "up to 0.5% of a row's votes, of which 0.00% moved at most" in votes.summary
     edit(run / "certificates.json", lambda m: m.update(device="Some GPU"))
     votes = next(c for c in audit(run, data=data, seed=8, attack_steps=0).checks if c.name == "votes")
     assert votes.status == "skipped"
@@ -383,3 +384,53 @@ def small_change(expert):
         std=expert.std,
         name=expert.name,
     )
+
+
+@pytest.mark.parametrize("key", ["threads", "instructions"])
+def test_another_processor_is_compared_to_rounding(run: Path, data: ImageData, key: str) -> None:
+    edit(run / "certificates.json", lambda m: m["info"].update({key: 99 if key == "threads" else "AVX9"}))
+    votes = next(c for c in audit(run, data=data, seed=8, attack_steps=0).checks if c.name == "votes")
+    assert votes.status == "passed"
+    assert f"{key} " in votes.summary
+    assert not votes.details["exact"]
+
+
+@pytest.mark.parametrize("differs", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moved_votes_are_allowed_for_rounding_alone(
+    run: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch, differs: bool, dtype: str
+) -> None:
+    """None on the same machine; elsewhere a share of the row's votes that depends on the dtype, and not one more."""
+    from rsrouter.audit import rows
+
+    edit(run / "certificates.json", lambda m: m["execution"].update(dtype=dtype))
+    if differs:
+        edit(run / "certificates.json", lambda m: m["versions"].update(torch="1.0"))
+    share = {"float32": 0.005, "bfloat16": 0.01}[dtype]
+
+    def fails(moved: int) -> bool:
+        monkeypatch.setattr(rows, "moved_votes", lambda stored, again: (moved, 10_000))
+        return "votes" in {c.name for c in audit(run, data=data, seed=8, attack_steps=0).checks if c.status == "failed"}
+
+    assert not fails(0)
+    assert fails(1) is not differs
+    assert fails(int(share * 10_000)) is not differs
+    assert fails(int(share * 10_000) + 1)
+
+
+def test_an_attack_leaves_the_users_modules_alone(data: ImageData) -> None:
+    from rsrouter.audit.attack import attack
+
+    class Keeps(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = x.detach().clone()
+            return super().forward(x)
+
+    expert = small.expert(0.25)
+    kept = Keeps(expert.module).train()
+    smooth = Smooth(Expert(kept, sigma=0.25, num_classes=expert.num_classes, input_shape=expert.input_shape))
+    x = small.pixels(data)[:2]
+    attack(smooth.tree, smooth._routed.models, x, torch.zeros(2, dtype=torch.int64), torch.ones(2), steps=2)
+    assert kept.training
+    assert not hasattr(kept, "last")
+    smooth.predict(x, n=20)

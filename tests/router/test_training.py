@@ -196,10 +196,12 @@ def test_the_votes_of_a_training_are_known_beforehand(kind: str) -> None:
 def test_a_router_records_the_execution_it_was_trained_for(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts vote under it while thresholds are chosen, the file keeps it, and a child router inherits it."""
     from rsrouter.sampling import engine
+    from rsrouter.training import features
 
     ran: set[str] = set()
     prepare = engine.prepare
-    monkeypatch.setattr(engine, "prepare", lambda m, how, *rest: (ran.add(how.dtype), prepare(m, how, *rest))[1])
+    for module in (engine, features):
+        monkeypatch.setattr(module, "prepare", lambda m, how, *rest: (ran.add(how.dtype), prepare(m, how, *rest))[1])
     how = Execution(dtype="bfloat16", batch=40)
     options = {"radii": RADII, "recipe": QUICK if kind == "auto" else None, "validation": images(40, 1), "plan_n": 1000}
     routed = train_router(pool(), kind, *images(), execution=how, out=tmp_path / "router", **options)

@@ -15,7 +15,7 @@ from rsrouter.experts.small_resnet import SmallResNet
 from rsrouter.sampling import Engine, Execution, VoteModel, image_identity
 from rsrouter.sampling.calibrate import DTYPES, calibrate
 from rsrouter.sampling.engine import CHECK_EVERY
-from rsrouter.sampling.execution import KERNELS, default_batch, fixed_kernels, native_dtype
+from rsrouter.sampling.execution import KERNELS, default_batch, fixed_kernels, instructions, native_dtype
 
 SHAPE = (1, 6, 6)
 LOW = ("bfloat16", "float16")
@@ -336,3 +336,16 @@ def test_the_native_dtype_is_a_fact_of_the_processor(monkeypatch):
     assert native_dtype() == "float32"
     with pytest.raises(InputError):
         native_dtype("nonsense")
+
+
+def test_instructions_tell_processors_of_other_kernels_apart(monkeypatch):
+    capability = torch.backends.cpu.get_cpu_capability()
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    told = []
+    for flags in ({}, {"avx512_bf16": True}, {"avx512_bf16": True, "amx_bf16": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        told.append(instructions())
+    assert told == [capability, f"{capability} BF16", f"{capability} BF16 AMX-BF16"]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert instructions() == f"{capability} BF16 AMX-BF16 oneDNN<=AVX2"

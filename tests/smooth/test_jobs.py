@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsrouter import CascadeRouter, Expert, ExpertPool, FixedPlan, RoutedSmooth
-from rsrouter.core.errors import InputError, PlanError, ResultsError
-from rsrouter.jobs import certify_table
+from rsrouter import CascadeRouter, Execution, Expert, ExpertPool, FixedPlan, RoutedSmooth, Smooth, train_router
+from rsrouter.core.errors import InputError, NetworkError, PlanError, ResultsError
+from rsrouter.jobs import certify_table, label_table
+from rsrouter.results import Table, read_table
+from rsrouter.router import label_votes
 
 SHAPE = (1, 4, 4)
 
@@ -124,4 +126,71 @@ def test_images_of_another_size_begin_no_table(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="wrong shape") as caught:
         certify_table(routed(), [(torch.zeros(1, 5, 5), 0)], tmp_path / "t.tsv", plan=FixedPlan(10, 50))
     assert "4 x 4" in caught.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+class Drifts(nn.Module):
+    """Names another class after so many calls."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 3)
+        self.calls, self._after = 0, after  # no digest sees either
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        logits = self.fc(x.flatten(1))
+        return logits.roll(1, 1) if self.calls > self._after else logits
+
+
+@pytest.mark.parametrize("wait", [0.0, 1e9])
+def test_no_row_of_a_network_that_changed_on_the_way_reaches_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: float
+) -> None:
+    """Rows wait for a check after their votes; what is on disk after the error is what an honest network gives."""
+    monkeypatch.setattr("rsrouter.jobs.work.ROWS_WAIT", wait)
+    images = [(torch.full(SHAPE, i / 60), i % 3) for i in range(60)]
+
+    def certify(after: int, path: Path) -> Table:
+        torch.manual_seed(0)
+        expert = Expert(Drifts(after), sigma=0.5, num_classes=3, input_shape=SHAPE, name="e")
+        smooth = Smooth(expert, execution=Execution(batch=20, fold=False))
+        return certify_table(smooth, images, path, plan=FixedPlan(10, 100), seed=1, block=6)
+
+    honest = certify(10**9, tmp_path / "honest.tsv")
+    with pytest.raises(NetworkError, match="changed while it was voting"):
+        certify(200, tmp_path / "t.tsv")
+    left = read_table(tmp_path / "t.tsv")
+    assert 0 < len(left) < len(honest)
+    for row in range(len(left)):
+        at = honest.idx.tolist().index(int(left.idx[row]))
+        assert left.counts_text[row] == honest.counts_text[at]
+
+
+def test_settings_changed_in_place_are_refused() -> None:
+    """The table would name the router and the sigma of now, and its certificates be those of before."""
+    x, plan = torch.full((1, *SHAPE), 0.5), FixedPlan(10, 50)
+    changed = routed()
+    changed.router.thresholds = (0.7,)  # type: ignore[attr-defined]
+    with pytest.raises(NetworkError, match="The router was changed"):
+        changed.certify(x, plan=plan)
+    moved = routed()
+    moved.pool[0].sigma = 1.0
+    with pytest.raises(NetworkError, match=r"Expert 'sigma_0\.25' was changed"):
+        moved.predict(x, n=10)
+
+
+def test_labels_and_training_refuse_a_changed_expert(tmp_path: Path) -> None:
+    pool = routed().pool
+    images = torch.rand(12, *SHAPE)
+    labels = torch.arange(12) % 3
+    with torch.no_grad():
+        pool[0].module[1].bias += 1.0  # type: ignore[index]
+    for use in (
+        lambda: label_votes(pool, images, n=10),
+        lambda: label_table(pool, list(zip(images, labels.tolist(), strict=True)), tmp_path / "l.npz", n=10),
+        lambda: train_router(pool, "cascade", images, labels, radii=(0.0, 0.5)),
+    ):
+        with pytest.raises(NetworkError, match="was changed after it was wrapped"):
+            use()
     assert not list(tmp_path.iterdir())
