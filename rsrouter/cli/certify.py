@@ -25,7 +25,7 @@ from rsrouter.cli.jobs import (
     say_estimate,
 )
 from rsrouter.cli.jobs import ray_address as address_of
-from rsrouter.cli.options import DEFAULT_RADII, Alpha, Device, Format, OutputFormat, Radii, echo_json, make_plan
+from rsrouter.cli.options import DEFAULT_RADII, DEFAULT_VOTES, Alpha, Device, Format, OutputFormat, Radii, echo_json, make_plan
 from rsrouter.core.errors import InputError
 
 Source = Annotated[
@@ -62,7 +62,7 @@ def certify(
     plan: Annotated[
         str, typer.Option("--plan", help="adaptive (stops when the radius is settled) or fixed (Cohen's CERTIFY).")
     ] = "adaptive",
-    n: Annotated[int, typer.Option("--n", help="Votes per stage: the most (adaptive) or exactly (fixed).")] = 100_000,
+    n: Annotated[int, typer.Option("--n", help="Votes per stage: the most (adaptive) or exactly (fixed).")] = DEFAULT_VOTES,
     n0: Annotated[int, typer.Option("--n0", help="Selection votes per stage.")] = 100,
     radii: Radii = DEFAULT_RADII,
     alpha: Alpha = 1e-3,

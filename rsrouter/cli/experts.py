@@ -104,7 +104,7 @@ def wrap(
         origin = expert.provenance
         where = "" if origin is None else f"{origin.location}@{origin.revision[:12]}" if origin.revision else origin.filename
         accuracy = f"  noisy accuracy {checks[expert.name].accuracy:.1%}" if expert.name in checks else ""
-        typer.echo(f"{expert.name:24} sigma {expert.sigma:<6g} {expert.digest[:12]}  {where}{accuracy}")
+        typer.echo(f"{expert.name:24} sigma {expert.sigma:<6g} digest {expert.digest[:12]}  {where}{accuracy}")
     for warning in wrapped.warnings:
         typer.secho(f"warning: {warning}", err=True, fg="yellow")
     typer.echo(f"Pool: {out}")

@@ -26,6 +26,8 @@ Out = Annotated[Path, typer.Option("--out", help="Where to write; nothing there 
 Alpha = Annotated[float, typer.Option("--alpha", help="Failure probability of each certificate.")]
 Radii = Annotated[str, typer.Option("--radii", help="Radii you care about: '0,0.25,0.5' or 'start:stop:step', stop included.")]
 DEFAULT_RADII = "0:2:0.25"
+#: Votes per stage of `certify`, the field's number.
+DEFAULT_VOTES = 100_000
 #: No figure or plan needs more.
 MOST_RADII = 10_000
 
@@ -87,13 +89,21 @@ def check_out(out: Path | None) -> None:
 
 
 def parse_numbers(text: str, what: str) -> list[float]:
-    """Numbers from `"0.25,0.5"`; InputError names the option `what`."""
+    """Numbers from `"0.25,0.5"` or `"64/255"`; InputError names the option `what`."""
     try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
+        return [_number(part) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError) as error:
         raise InputError(
-            f"--{what} cannot be read", expected="numbers separated by commas", received=repr(text), remedy="such as 0.25,0.5"
+            f"--{what} cannot be read",
+            expected="numbers or fractions separated by commas",
+            received=repr(text),
+            remedy="such as 0.25,0.5 or 64/255",
         ) from error
+
+
+def _number(text: str) -> float:
+    above, slash, below = text.partition("/")
+    return float(above) / float(below) if slash else float(text)
 
 
 def _shape(text: str) -> list[int]:

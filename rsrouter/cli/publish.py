@@ -26,6 +26,8 @@ def publish(
 ) -> None:
     """Publish a router, its pinned experts, certificates and card to the Hub, in one commit.
 
+    A dry run ends with status 2 where the publication would be refused.
+
     Example: rsrouter publish run org/router --dry-run
     """
     from rsrouter.publish import publish as send
@@ -42,6 +44,8 @@ def publish(
     )
     if format is Format.json:
         echo_json(done.to_dict())
+        if done.refused is not None:
+            raise typer.Exit(2)
         return
     typer.echo(f"{'Would publish' if done.dry_run else 'Published'} to {done.repo_id}:")
     for file in done.files:
@@ -50,6 +54,9 @@ def publish(
         typer.echo(f"  {'removed':>10}  {'':12}  {path}")
     if done.dry_run:
         typer.echo("\n--- README.md ---\n" + done.card)
+        if done.refused is not None:
+            typer.echo("\nThe publication itself would be refused:\n" + done.refused, err=True)
+            raise typer.Exit(2)
     else:
         typer.echo(f"commit {done.commit}\n{done.url}")
 

@@ -30,6 +30,7 @@ from rsrouter.cli.jobs import (
 from rsrouter.cli.jobs import ray_address as address_of
 from rsrouter.cli.options import (
     DEFAULT_RADII,
+    DEFAULT_VOTES,
     Alpha,
     Count,
     Data,
@@ -51,7 +52,8 @@ Pool = Annotated[str, typer.Argument(metavar="POOL", help="pool.json or a spec f
 @contextmanager
 def _votes_bar(title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """A progress bar over votes; it ends its line before an error is told."""
-    with tqdm(desc=title, total=total, unit="vote", unit_scale=True, file=sys.stderr) as bar:
+    pause = 0.1 if sys.stderr.isatty() else 30.0  # a line each: a log does not want ten a second
+    with tqdm(desc=title, total=total, unit="vote", unit_scale=True, file=sys.stderr, mininterval=pause) as bar:
 
         def step(count: int) -> None:
             bar.update(count)
@@ -292,6 +294,8 @@ def train(
     for text in _explain(routed):
         typer.echo(text)
     typer.echo(f"{routed.router.kind} router: {out}")
+    if routed.router.kind != "flat":
+        typer.echo(f"its thresholds are tuned for `rsrouter certify --n {n}` (that command's default is {DEFAULT_VOTES})")
 
 
 def _explain(routed: Any) -> list[str]:

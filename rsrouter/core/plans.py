@@ -150,11 +150,13 @@ class Plan(ABC):
         if beyond:
             need = votes_for(self, tree, split, sides, beyond[-1])
             remedy = "use a larger sigma" if need is None else f"draw n_max = {need} votes or more"
+            kept = [f"{r:g}" for r in self.radii if r <= reach]
+            fits = f"or keep the radii that fit: {','.join(kept)}" if 0 < len(kept) <= 20 else "or drop the radius"
             raise PlanError(
                 f"No vote of this plan can certify radius {beyond[0]:g}",
                 expected=f"radii up to {reach:.4f} at n_max = {self.n_max}",
                 received=f"radii {', '.join(f'{r:g}' for r in beyond)}",
-                remedy=f"{remedy}, or drop the radius",
+                remedy=f"{remedy}, {fits}",
             )
 
     @abstractmethod

@@ -86,7 +86,7 @@ def expert_from_dict(entry: Mapping[str, Any], folder: Path | None = None, *, la
             "An expert's entry is incomplete",
             expected=f"an object with {list(_EXPERT_KEYS)}",
             received=f"without {missing}" if isinstance(entry, Mapping) else type(entry).__name__,
-            remedy="write pools with ExpertPool.save",
+            remedy="write pools with `rsrouter wrap` or ExpertPool.save",
         )
     provenance = _absolute(Provenance.from_dict(entry["provenance"]), Path(os.path.abspath(folder or Path())))
     expert = make_expert(provenance, entry)
@@ -114,7 +114,7 @@ def pool_from_dict(content: Mapping[str, Any], folder: Path | None = None, *, la
             "This is not a pool",
             expected="an object with schema_version and experts",
             received=type(content).__name__,
-            remedy="write pools with ExpertPool.save",
+            remedy="write pools with `rsrouter wrap` or ExpertPool.save",
         )
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
@@ -167,14 +167,14 @@ def load_pool(path: str | os.PathLike[str], *, lazy: bool = False) -> ExpertPool
             "No pool there",
             expected="a pool.json, a folder with one, or a spec file",
             received=str(file),
-            remedy="write it with ExpertPool.save or `rsrouter wrap`",
+            remedy="write it with `rsrouter wrap` or ExpertPool.save",
         ) from error
     except ValueError as error:
         raise InputError(
             "The pool file is not JSON",
             expected="a JSON object",
             received=f"{file}: {error}",
-            remedy="write pools with ExpertPool.save",
+            remedy="write pools with `rsrouter wrap` or ExpertPool.save",
         ) from error
     return pool_from_dict(content, Path(os.path.abspath(file.parent)), lazy=lazy)
 
@@ -189,7 +189,7 @@ def provenance_from_dict(content: Mapping[str, Any]) -> Provenance:
             "A provenance is incomplete",
             expected=f"an object with {sorted(names)}",
             received=f"without {missing}" if isinstance(content, Mapping) else type(content).__name__,
-            remedy="write pools with ExpertPool.save",
+            remedy="write pools with `rsrouter wrap` or ExpertPool.save",
         )
     if unknown := sorted(content.keys() - names):
         warnings.warn(f"provenance: unknown keys {unknown} are ignored; they may need a newer rsrouter", stacklevel=4)

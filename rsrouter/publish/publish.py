@@ -16,8 +16,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from rsrouter._version import __version__
 from rsrouter.core.errors import HubError, InputError
 from rsrouter.hub import explained
-from rsrouter.publish.stage import stage
-from rsrouter.serialise import find_tables, router_folder
+from rsrouter.publish.stage import check_pinned, stage
+from rsrouter.serialise import find_tables, read_config, router_folder
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Publication:
         parent: the commit it stands on; None for a dry run.
         url: of the commit, or of the pull request.
         dry_run: nothing was sent.
+        refused: of a dry run: why the publication itself would be refused (experts that are not on the Hub); None: it would not.
     """
 
     repo_id: str
@@ -50,6 +51,7 @@ class Publication:
     parent: str | None = None
     url: str | None = None
     dry_run: bool = False
+    refused: str | None = None
     card: str = field(default="", repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +84,8 @@ def publish(
         certificates: a results table, or a folder of them; default: those found in `folder`.
         private: visibility of a new repository; None leaves it to the account's default.
         create_pr: open a pull request instead of committing to `branch`.
-        dry_run: check and render everything, send nothing, make no request.
+        dry_run: check and render everything, send nothing, make no request. Experts that are not pinned on the Hub are then
+            told in `Publication.refused`, beside files and card, instead of raised.
         branch: where to commit; must exist unless it is `main`.
         licence: of the router, for the card.
         title: heading of the card.
@@ -107,9 +110,11 @@ def publish(
         )
     with tempfile.TemporaryDirectory(prefix="rsrouter-publish-") as scratch:
         fresh = Path(scratch)
-        paths, card, _ = stage(source, fresh, repo_id, tables=_tables(given, source, certificates), licence=licence, title=title)
+        tables = _tables(given, source, certificates)
+        refused = _refused(source) if dry_run else None
+        paths, card, _ = stage(source, fresh, repo_id, tables=tables, licence=licence, title=title, pinned=refused is None)
         files = tuple(_describe(fresh, path) for path in paths)
-        plan = Publication(repo_id, files, dry_run=True, card=card.text)
+        plan = Publication(repo_id, files, dry_run=True, refused=refused, card=card.text)
         if dry_run:
             return plan
         text = message or f"Publish router and certificates (rsrouter {__version__})"
@@ -164,6 +169,15 @@ def write_card(
         stage(source, fresh, repo_id, tables=tables, licence=licence, title=title, pinned=False)
         shutil.copytree(fresh, target, dirs_exist_ok=True)
     return target / "README.md"
+
+
+def _refused(source: Path) -> str | None:
+    """What `publish` would say about the router's experts."""
+    try:
+        check_pinned(read_config(source)["pool"]["experts"])
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _tables(given: Path, source: Path, certificates: str | Path | None) -> list[Path]:
@@ -227,11 +241,11 @@ def _send(
         if landed is None:
             raise
         return Publication(
-            repo_id, plan.files, stale, landed, info.sha, f"{api.endpoint}/{repo_id}/commit/{landed}", False, plan.card
+            repo_id, plan.files, stale, landed, info.sha, f"{api.endpoint}/{repo_id}/commit/{landed}", card=plan.card
         )
     _read_back(api, repo_id, done.oid, fresh, plan.files)
     url = str(done.pr_url or done.commit_url)
-    return Publication(repo_id, plan.files, stale, done.oid, info.sha, url, False, plan.card)
+    return Publication(repo_id, plan.files, stale, done.oid, info.sha, url, card=plan.card)
 
 
 def _landed(api: HfApi, plan: Publication, fresh: Path, branch: str, parent: str) -> str | None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rsrouter.report import curves
+from rsrouter.report.answering import answering_stages
 from rsrouter.report.summary import Summary
 from rsrouter.results import Table
 
@@ -151,8 +152,8 @@ def shares_csv(summary: Summary) -> bytes:
     """Who answers and what limits the radius, of every table: `table kind name radius share` (of all its images)."""
     rows: list[Sequence[object]] = [("table", "kind", "name", "radius", "share")]
     for table in summary.tables:
-        for kind, column in (("expert", table.expert), ("bound_by", table.bound_by)):
-            if not any(column):
+        for kind, column in (("expert", table.expert), ("stage", answering_stages(table)), ("bound_by", table.bound_by)):
+            if column is None or not any(column):
                 continue
             for name, share in curves.shares_by_radius(column, table, summary.radii).items():
                 rows += [(table.name, kind, name, _number(float(r)), _number(float(v))) for r, v in zip(summary.radii, share)]

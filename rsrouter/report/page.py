@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rsrouter.core.errors import ResultsError
 from rsrouter.report import charts, curves
+from rsrouter.report.answering import answering_stages
 from rsrouter.report.losses import page_rows
 from rsrouter.report.overview import numbers_csv, report_json, runs, shares_csv, whole_table
 from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Source, Summary, load_tables, plan_radii, summarise
@@ -175,7 +176,7 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
         made=[(t.name, summary.roles[t.name], _made(t)) for t in summary.tables],
         sure=whole_table(main, summary.radii),
         every_run=runs(summary),
-        only=_only_expert(main),
+        only=_only(main),
         printed=[t.name for t in summary.tables if not t.ours],
         zip=zip,
         digits=1 if len(main) >= 2000 else 0,
@@ -194,10 +195,17 @@ def _chart_files(summary: Summary) -> dict[str, bytes]:
     }
 
 
-def _only_expert(table: Table) -> str:
-    """The expert that got every image; "" where several did, or none is named."""
-    names = {str(e) for e in table.expert if e}
-    return names.pop() if len(names) == 1 and any(table.rule) else ""
+def _answering(table: Table) -> tuple[str, NDArray[np.object_]]:
+    """`("expert" or "stage", who answered each image)`: the stage where all of a chain's stages read one expert."""
+    stages = answering_stages(table) if len({e for e in table.expert if e}) == 1 else None
+    return ("expert", table.expert) if stages is None else ("stage", stages)
+
+
+def _only(table: Table) -> tuple[str, str] | None:
+    """`("expert" or "stage", name)` of what answered every image; None where several did, or none is named."""
+    kind, column = _answering(table)
+    names = {str(name) for name in column if name}
+    return (kind, names.pop()) if len(names) == 1 and any(table.rule) else None
 
 
 def _best(summary: Summary) -> list[float]:
@@ -292,7 +300,7 @@ def _part_colours(table: Table, summary: Summary) -> dict[str, str]:
     """A colour for every expert and stage of `table`; an expert with a curve of its own keeps that curve's."""
     colour = charts.colours(summary)
     taken = {t.name: colour[t.name] for t in summary.named(EXPERT)}
-    names = sorted({str(n) for n in (*table.expert, *table.bound_by) if n})
+    names = sorted({str(n) for n in (*table.expert, *table.bound_by, *_answering(table)[1]) if n})
     parts = {name: taken[name] for name in names if name in taken}
     free = [c for c in (f"c{i}" for i in range(8)) if c not in parts.values()] or ["c7"]
     # routing stages first: they are not experts, so they get the routed line's colour where it is free
@@ -312,8 +320,10 @@ def _stack(table: Table, summary: Summary, column: NDArray[np.object_], among: N
 
 
 def _who(table: Table, summary: Summary) -> Any:
-    """Share sent to each expert, of all images."""
-    return _stack(table, summary, table.expert, np.ones(len(table), bool), "Images certified, by the expert that answers")
+    """Share answered by each expert (or stage), of all images."""
+    kind, column = _answering(table)
+    found = _stack(table, summary, column, np.ones(len(table), bool), f"Images certified, by the {kind} that answers")
+    return found and {**found, "kind": kind}
 
 
 def _bound(table: Table, summary: Summary) -> Any:

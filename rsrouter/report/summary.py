@@ -246,9 +246,13 @@ def _columns(tables: Sequence[Table], roles: Mapping[str, str]) -> Array:
 
 
 def _last_radius(tables: Sequence[Table], columns: Array) -> float:
-    """Where the figure ends: a little past the last headline radius that anything reaches, at most past all."""
+    """Where the figure ends: a little past the last headline radius that anything reaches, at most past all.
+
+    Past the last radius that an adaptive plan settles, its votes stop where they happen to: nothing there can be compared.
+    """
     largest = max(float(t.radius.max()) for t in tables)
-    almost_all = max(float(np.quantile(t.radius, 0.995)) for t in tables)
+    settled = [float(grid[-1]) for t in tables if (grid := plan_radii(t)) is not None]
+    almost_all = min([max(float(np.quantile(t.radius, 0.995)) for t in tables), *([max(settled)] if settled else [])])
     return max(min(max(almost_all, float(columns[-1])), largest) * 1.03, 1e-3)
 
 

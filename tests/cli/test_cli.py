@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from rsrouter import CascadeRouter, ExpertPool, RoutedSmooth, read_table
 from rsrouter.cli import app
-from rsrouter.cli.options import parse_radii
+from rsrouter.cli.options import parse_numbers, parse_radii
 from rsrouter.core.errors import InputError
 from rsrouter.demo import load_pool, load_slice
 
@@ -166,3 +166,10 @@ def test_radii():
     for text in ("0:inf:1", "0:1e9:1e-3", "", "1:0:0.5", "0:1:0", "x"):
         with pytest.raises(InputError):
             parse_radii(text)
+
+
+def test_a_fraction_is_a_number() -> None:
+    assert parse_numbers("0.25,64/255", "sigma") == [0.25, 64 / 255]
+    for text in ("64/0", "a/b", "1/2/3", "", "1,,2"):
+        with pytest.raises(InputError, match="--sigma cannot be read"):
+            parse_numbers(text, "sigma")

@@ -14,6 +14,7 @@ import torch
 from hub_server import HubServer
 
 from rsrouter import ExpertPool, FixedPlan, HubError, InputError, IntegrityError, ResultsError, RoutedSmooth, Smooth
+from rsrouter.cli import main
 from rsrouter.experts import loaders
 from rsrouter.jobs import certify_table
 from rsrouter.publish import publish
@@ -158,6 +159,30 @@ def test_unpinned_experts_are_refused(hub: HubServer, pool: ExpertPool, tmp_path
     (tmp_path / "branch" / CONFIG).write_text(json.dumps(config))
     with pytest.raises(InputError, match="not pinned"):
         publish(tmp_path / "branch", "org/router")
+
+
+def test_a_dry_run_over_experts_on_disk_shows_everything_and_the_refusal(
+    hub: HubServer, pool: ExpertPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small.routed(ExpertPool([small.expert(0.25), pool[1]])).save_pretrained(tmp_path / "loose")
+    hub.requests.clear()
+    shown = publish(tmp_path / "loose", "org/router", dry_run=True)
+    assert not any(path.startswith("/api/models/org") for _, path in hub.requests)
+    assert {"README.md", "config.json", "router.safetensors"} <= {f.path for f in shown.files}
+    assert shown.refused is not None
+    assert "sigma_0.25 (local" in shown.refused
+    words = ["rsrouter", "publish", str(tmp_path / "loose"), "org/router", "--dry-run"]
+    for more in ([], ["--format", "json"]):
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        out, err = capsys.readouterr()
+        if more:
+            assert json.loads(out)["refused"] == shown.refused
+        else:
+            assert shown.card in out
+            assert "would be refused" in err
 
 
 @pytest.mark.parametrize("claim", ["It is certified at 99.9 % of all images.", "Robust accuracy: 98.1%"])

@@ -14,7 +14,7 @@ def make_table(
     name: str, radius: Sequence[float], correct: Sequence[int], *, idx: Sequence[int] | None = None,
     abstain: Sequence[bool] | None = None,
     expert: Sequence[str] | None = None, bound_by: Sequence[str] | None = None, n_drawn: Sequence[int] | None = None,
-    counts: str = "", metadata: dict[str, Any] | None = None, rule: str = "",
+    counts: str | Sequence[str] = "", metadata: dict[str, Any] | None = None, rule: str = "",
 ) -> Table:  # fmt: skip
     """A table over classes 0 and 1: the label is always 1; `correct` -1 hides it."""
     n = len(radius)
@@ -32,5 +32,5 @@ def make_table(
         correct=held, time=np.ones(n), expert=words(expert), rule=words([rule] * n), r_router=np.full(n, np.inf),
         r_expert=np.zeros(n),
         n_drawn=np.full(n, -1) if n_drawn is None else np.array(n_drawn), seed=np.full(n, None), bound_by=words(bound_by),
-        counts_text=words([counts] * n),
+        counts_text=words([counts] * n if isinstance(counts, str) else counts),
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,7 +15,9 @@ from scipy import stats
 from test_page import HOSTILE, tables
 
 from rsrouter.report import curves, summarise, write_report
+from rsrouter.report.answering import answering_stages
 from rsrouter.report.overview import report_json, run_of, runs, whole_table
+from rsrouter.results import Table
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -105,3 +108,43 @@ def test_a_run_in_which_one_expert_answers_says_so(tmp_path: Path) -> None:
     routed = make_table("routed", [1.0, 0.5], [1, 1], expert=["big", "big"], rule="tree", n_drawn=[5, 5],
                         metadata={"plan": {"kind": "fixed", "n": 5}})  # fmt: skip
     assert "every image was sent to big" in write_report(routed, tmp_path).read_text()
+
+
+def chain(rows: list[tuple[int, int]], **extra: Any) -> Table:
+    """A routed table of a two-stage chain on one expert: per row, votes of the first stage's class and of the second's."""
+    counts = [json.dumps({"select": {"e": [a, 10 - a, 0], "e:2": [b, 10 - b, 0]}, "estimate": {}}) for a, b in rows]
+    stages = [{"name": "e", "kind": "threshold", "tau": 0.8}, {"name": "e:2", "kind": "plurality", "tau": None}]
+    return make_table("routed", [1.0] * len(rows), [1] * len(rows), expert=["e"] * len(rows), rule="tree", counts=counts,
+                      bound_by=["e:2"] * len(rows), n_drawn=[20] * len(rows), metadata={"stages": stages, **extra})  # fmt: skip
+
+
+def test_stages_that_read_one_expert_are_told_apart(tmp_path: Path) -> None:
+    found = answering_stages(chain([(8, 2), (7, 9), (5, 5), (2, 1)]))
+    assert found is not None
+    assert found.tolist() == ["e", "e:2", "e:2", "e"]  # at tau the stage answers, with whichever class has the votes
+    folder = write_report(chain([(8, 2), (7, 9), (5, 5), (2, 1)]), tmp_path).parent
+    page = (folder / "index.html").read_text()
+    assert "by the stage that named the class" in page
+    assert "every image was" not in page
+    shares = [r for r in read_csv(folder / "shares.csv") if r["kind"] == "stage" and r["radius"] == "0"]
+    assert {r["name"]: float(r["share"]) for r in shares} == {"e": 0.5, "e:2": 0.5}
+    only = write_report(chain([(9, 2), (10, 0)]), tmp_path / "only").read_text()
+    assert "every image was answered by stage e." in only
+
+
+def test_who_answers_is_not_guessed() -> None:
+    rows = [(8, 2), (7, 9)]
+    assert answering_stages(make_table("t", [1.0], [1])) is None
+    assert answering_stages(chain(rows, stages=[{"name": "e", "kind": "plurality", "tau": None}])) is None
+    router = [{"name": n, "kind": "plurality", "tau": None} for n in ("e", "e:2")]
+    assert answering_stages(chain(rows, stages=router)) is None  # a router's outcomes lead to experts: no chain
+    other = [{"name": "x", "kind": "threshold", "tau": 0.8}, {"name": "e:2", "kind": "plurality", "tau": None}]
+    assert answering_stages(chain(rows, stages=other)) is None  # no votes of the stage
+
+
+def test_the_figure_ends_where_the_plan_does() -> None:
+    plan = {"kind": "adaptive", "n_max": 100, "radii": [0.5, 1.0]}
+    cut = summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": plan}), make_table("e", [3.0, 2.0, 1.0], [1, 1, 1])])
+    assert cut.grid[-1] == pytest.approx(1.03)
+    whole = summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1]), make_table("e", [3.0, 2.0, 1.0], [1, 1, 1])])
+    assert whole.grid[-1] > 2.9
