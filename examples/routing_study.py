@@ -72,6 +72,7 @@ def train_all(
     recipe: DeferralRecipe,
     execution: Execution,
     only: Sequence[str] = (),
+    chosen_on: Labelled | None = None,
 ) -> None:
     """Trains every router into `work/NAME`, each once, resumable; every choice is made on `validation`.
 
@@ -84,6 +85,7 @@ def train_all(
         recipe: of the deferral router; the tuned cascade draws as many votes.
         execution: how the experts run.
         only: names of the routers to train; empty: all of them.
+        chosen_on: what the deferral router is chosen on; default: `validation`.
     """
     radii = tuple(RADII[COVERED])
 
@@ -106,7 +108,9 @@ def train_all(
         return RoutedSmooth(pool, tune_cascade(pool, *validation, radii, n=recipe.tune_copies, execution=execution, log=log))
 
     def deferral(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
-        return RoutedSmooth(pool, train_deferral(pool, *heads, validation, radii, recipe=recipe, execution=execution, log=log))
+        return RoutedSmooth(
+            pool, train_deferral(pool, *heads, chosen_on or validation, radii, recipe=recipe, execution=execution, log=log)
+        )
 
     def own(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
         labels = target_radii(label_votes(pool, unseen[0], n=100, execution=execution), unseen[1].numpy(), pool.sigmas)

@@ -32,12 +32,14 @@ class Voter:
         head: name of the head on the expert's features that casts the vote; None: the expert's logits.
         others: experts that look at the same noisy image; their features and logits come before the expert's own in
             the head's input.
+        grid: how the experts' feature maps are pooled for the head (`Trunk`): 1 as for their own last layer, 2 to four cells.
     """
 
     expert: str
     sigma: float | None = None
     head: str | None = None
     others: tuple[str, ...] = ()
+    grid: int = 1
 
 
 class _Votes(nn.Module):
@@ -95,6 +97,13 @@ def check_voters(voters: Sequence[Voter], pool: ExpertPool, heads: Mapping[str, 
             received=str([v for v in voters if v.others]),
             remedy="give the voter a head, or leave out others",
         )
+    if any(isinstance(v.grid, bool) or not isinstance(v.grid, int) or v.grid < 1 or (v.grid > 1 and not v.head) for v in voters):
+        raise InputError(
+            "A voter cannot read features like this",
+            expected="grid: a whole number of at least 1, and 1 without a head",
+            received=str([v.grid for v in voters]),
+            remedy="give the voter a head, or leave out grid",
+        )
     if any(a == b for a, b in pairwise(voters)):
         raise InputError(
             "A cascade asks the same expert twice in a row",
@@ -129,20 +138,21 @@ def bind_chain(
     heads = {} if heads is None else heads
     check_voters(voters, pool, heads)
     thresholds = check_thresholds(thresholds, len(voters))
-    groups: dict[tuple[str, float, tuple[str, ...]], list[int]] = {}
+    groups: dict[tuple[str, float, tuple[str, ...], int], list[int]] = {}
     for position, voter in enumerate(voters):
         sigma = pool[voter.expert].sigma if voter.sigma is None else float(voter.sigma)
-        groups.setdefault((voter.expert, sigma, voter.others), []).append(position)
+        groups.setdefault((voter.expert, sigma, voter.others, voter.grid), []).append(position)
     stages: dict[int, Stage] = {}
     models = []
-    for (name, sigma, others), positions in groups.items():
+    for (name, sigma, others, grid), positions in groups.items():
         expert = pool[name]
-        network = "+".join((name, *others)) + ("" if sigma == expert.sigma else f"@{sigma:g}")
+        cells = "" if grid == 1 else f"/{grid}x{grid}"
+        network = "+".join((name, *others)) + cells + ("" if sigma == expert.sigma else f"@{sigma:g}")
         titles = [network if k == 0 else f"{network}:{k + 1}" for k in range(len(positions))]
         for title, position in zip(titles, positions, strict=True):
             stages[position] = expert_stage(title, sigma, pool.num_classes, network=network, expert=name)
         wanted = [voters[p].head for p in positions]
-        models.append(_network(expert, [pool[o] for o in others], network, sigma, titles, wanted, heads))
+        models.append(_network(expert, [pool[o] for o in others], network, sigma, grid, titles, wanted, heads))
     return Routed(cascade_tree([stages[p] for p in range(len(voters))], thresholds), tuple(models))
 
 
@@ -151,6 +161,7 @@ def _network(
     others: Sequence[Expert],
     network: str,
     sigma: float,
+    grid: int,
     titles: Sequence[str],
     wanted: Sequence[str | None],
     heads: Mapping[str, nn.Module] | nn.ModuleDict,
@@ -165,11 +176,12 @@ def _network(
         *(module_digest(heads[h], h) for h in used),
         repr(sigma),
         repr(list(wanted)),
+        *([] if grid == 1 else [f"grid {grid}"]),
     ]
     if not used:
         module: nn.Module = _Votes(expert.network(), [0] * len(wanted), single=True)
     else:
         picks = [0 if h is None else 1 + used.index(h) for h in wanted]
-        module = _Votes(HeadedTrunk(expert, [heads[h] for h in used], others=others), picks, single=False)
+        module = _Votes(HeadedTrunk(expert, [heads[h] for h in used], others=others, grid=grid), picks, single=False)
     classes = expert.num_classes
     return VoteModel(network, module, sigma, tuple(titles), (classes,) * len(titles), sha256("".join(parts).encode()).hexdigest())

@@ -60,12 +60,16 @@ class DeferralRouter(Router):
         return {
             "kind": self.kind,
             "thresholds": list(self.thresholds),
-            "voters": [{"expert": v.expert, "sigma": v.sigma, "head": v.head, "others": list(v.others)} for v in self.voters],
+            "voters": [
+                {"expert": v.expert, "sigma": v.sigma, "head": v.head, "others": list(v.others)}
+                | ({} if v.grid == 1 else {"grid": v.grid})
+                for v in self.voters
+            ],
             "heads": {name: describe_module(head) for name, head in self.heads.items()},
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DeferralRouter:
         """The router `to_config` described, heads freshly initialised."""
-        voters = [Voter(v["expert"], v["sigma"], v["head"], tuple(v["others"])) for v in config["voters"]]
+        voters = [Voter(v["expert"], v["sigma"], v["head"], tuple(v["others"]), v.get("grid", 1)) for v in config["voters"]]
         return cls(voters, config["thresholds"], {name: build_module(d) for name, d in config["heads"].items()})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rsrouter.core.errors import InputError
 from rsrouter.experts.base import Expert, Normalise
@@ -17,14 +19,29 @@ def has_trunk(module: nn.Module) -> bool:
     return all(callable(getattr(module, name, None)) for name in ("forward_features", "forward_head", "get_classifier"))
 
 
+def has_grid(expert: Expert, grid: int) -> bool:
+    """Whether the expert's features are a map `(B, F, h, w)` with at least `grid` cells each way."""
+    if not has_trunk(expert.module):
+        return False
+    trunk = copy.deepcopy(Trunk(expert)).cpu().eval()  # a mode that is set here is nobody else's
+    with torch.inference_mode():
+        shape = trunk.module.forward_features(trunk.normalise(torch.zeros(1, *expert.input_shape))).shape
+    return len(shape) == 4 and shape[1] == getattr(expert.module, "num_features", None) and min(shape[2:]) >= grid
+
+
 class Trunk(nn.Module):
     """Pixels in [0,1] to `(features (B, F), logits (B, C))` of a frozen expert.
 
+    Args:
+        expert: whose module is read.
+        grid: 1: the features that the expert's own last layer reads; more: the mean of its feature map over each of
+            `grid x grid` cells, `F = num_features * grid ** 2`, which keeps where in the image something was.
+
     Raises:
-        InputError: the expert's module does not expose its features.
+        InputError: the expert's module does not expose its features, or (when it is run) not as a map.
     """
 
-    def __init__(self, expert: Expert) -> None:
+    def __init__(self, expert: Expert, grid: int = 1) -> None:
         super().__init__()
         if not has_trunk(expert.module):
             raise InputError(
@@ -37,10 +54,25 @@ class Trunk(nn.Module):
         if expert.mean is not None and expert.std is not None:
             self.normalise = Normalise(expert.mean, expert.std)
         self.module: Any = expert.module
+        self._name, self._grid = expert.name, grid
+
+    def extra_repr(self) -> str:
+        return "" if self._grid == 1 else f"grid={self._grid}"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.module.forward_head(self.module.forward_features(self.normalise(x)), pre_logits=True)
-        return features, self.module.get_classifier()(features)
+        features = self.module.forward_features(self.normalise(x))
+        pooled = self.module.forward_head(features, pre_logits=True)
+        logits = self.module.get_classifier()(pooled)
+        if self._grid == 1:
+            return pooled, logits
+        if features.dim() != 4 or features.shape[1] != pooled.shape[1] or min(features.shape[2:]) < self._grid:
+            raise InputError(
+                f"Expert {self._name!r} has no feature map of that many cells",
+                expected=f"forward_features to (B, {pooled.shape[1]}, h, w), h and w of at least {self._grid}",
+                received=str(tuple(features.shape)),
+                remedy="use grid=1",
+            )
+        return F.adaptive_avg_pool2d(features, self._grid).flatten(1), logits
 
 
 class FusedTrunk(nn.Module):
@@ -49,9 +81,9 @@ class FusedTrunk(nn.Module):
     `everything` is features and logits of each expert, those of the first one last; `logits` are the first one's.
     """
 
-    def __init__(self, experts: Sequence[Expert]) -> None:
+    def __init__(self, experts: Sequence[Expert], grid: int = 1) -> None:
         super().__init__()
-        self.trunks = nn.ModuleList(Trunk(e) for e in reversed(experts))
+        self.trunks = nn.ModuleList(Trunk(e, grid) for e in reversed(experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         parts = [part for trunk in self.trunks for part in trunk(x)]
@@ -66,10 +98,16 @@ class HeadedTrunk(nn.Module):
     """
 
     def __init__(
-        self, expert: Expert, heads: Sequence[nn.Module], *, with_expert: bool = True, others: Sequence[Expert] = ()
+        self,
+        expert: Expert,
+        heads: Sequence[nn.Module],
+        *,
+        with_expert: bool = True,
+        others: Sequence[Expert] = (),
+        grid: int = 1,
     ) -> None:
         super().__init__()
-        self.trunk, self.heads, self.with_expert = FusedTrunk([expert, *others]), nn.ModuleList(heads), with_expert
+        self.trunk, self.heads, self.with_expert = FusedTrunk([expert, *others], grid), nn.ModuleList(heads), with_expert
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         both, logits = self.trunk(x)

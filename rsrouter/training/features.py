@@ -23,6 +23,7 @@ def noisy_features(
     *,
     seed: int,
     purpose: str,
+    grid: int = 1,
     device: str | None = None,
     execution: Execution | None = None,
     progress: Callable[[int], None] | None = None,
@@ -38,6 +39,7 @@ def noisy_features(
         images: `(N, C, H, W)` pixels in [0,1].
         copies: noisy copies per image.
         seed, purpose: key the noise.
+        grid: how feature maps are pooled (`Trunk`).
         device, execution: where and how the experts run.
         progress: called with the number of forward passes since the last call.
 
@@ -46,7 +48,7 @@ def noisy_features(
     """
     where = resolve_device(device)
     execution = execution or Execution()
-    trunk = prepare(FusedTrunk(experts).eval(), execution, where)
+    trunk = prepare(FusedTrunk(experts, grid).eval(), execution, where)
     key = stream_key(
         purpose, seed, *(e.digest for e in experts), repr(float(sigma)), images.shape[0], images[:1].cpu().numpy().tobytes()
     )
@@ -55,7 +57,7 @@ def noisy_features(
     rows = torch.arange(len(images)).repeat_interleave(copies)
     store = current()
     content = images.detach().cpu().contiguous().numpy().tobytes()
-    name = unit_key("features", key, copies, content, batch, repr(execution), str(where))
+    name = unit_key("features", key, copies, content, batch, repr(execution), str(where), *([] if grid == 1 else [grid]))
     parts: list[Tensor] = []
     done = saved = number = 0
     while (found := store.get(f"{name}-{number}")) is not None:

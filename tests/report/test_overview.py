@@ -144,7 +144,9 @@ def test_who_answers_is_not_guessed() -> None:
 
 def test_the_figure_ends_where_the_plan_does() -> None:
     plan = {"kind": "adaptive", "n_max": 100, "radii": [0.5, 1.0]}
-    cut = summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": plan}), make_table("e", [3.0, 2.0, 1.0], [1, 1, 1])])
+    cut = summarise(
+        [make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": plan}), make_table("e", [3.0, 2.0, 1.0], [1, 1, 1])]
+    )
     assert cut.grid[-1] == pytest.approx(1.03)
     whole = summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1]), make_table("e", [3.0, 2.0, 1.0], [1, 1, 1])])
     assert whole.grid[-1] > 2.9
