@@ -175,7 +175,7 @@ def train(
     ] = None,
     radii: Radii = DEFAULT_RADII,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Flat: utility, coverage, dual-rs; others: deferral, quick.")
+        str | None, typer.Option("--recipe", help="Flat: utility, coverage, dual-rs; others: deferral, deferral-grid, quick.")
     ] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help="Of a flat router: what `rsrouter label` wrote.")] = None,
     parent: Annotated[

@@ -67,7 +67,7 @@ def train_router(
         out: folder to save to (`config.json`, `router.safetensors`, `training.jsonl`); must not hold another router. A run
             that was killed leaves its log and a state there; the same call goes on from it and ends at the same bits.
         recipe: of a flat router a `Recipe` or a name in `RECIPES` (default `"utility"`), else a
-            `DeferralRecipe` or a name in `DEFERRAL_RECIPES` (`"deferral"`, `"quick"`).
+            `DeferralRecipe` or a name in `DEFERRAL_RECIPES` (`"deferral"`, `"deferral-grid"`, `"quick"`).
         routing_labels: of a flat router: labels made before; None: made here with `label_n` votes per expert and image.
         validation: images and labels that choices are made on; None: the last fifth of `images`, which then train
             nothing.
