@@ -79,6 +79,8 @@ def test_a_cascade_goes_on_from_its_parent(call: Any, files: Path, tmp_path: Pat
     status, text, err = call("train", *words, "--radii", "0,0.5", "--n", 1000, "--out", tmp_path / "router")
     assert status == 0, err
     assert "coverage of the experts' envelope" in text
+    assert "tuned for `rsrouter certify --n 1000`" in text
+    assert err.count("\r") < 5  # a log does not want ten lines a second
     lines = [json.loads(line) for line in (tmp_path / "router" / "training.jsonl").read_text().splitlines()]
     start = next(line for line in lines if line.get("start") == "parent")
     assert lines[-1]["score"] >= start["score"]

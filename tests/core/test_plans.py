@@ -87,10 +87,14 @@ def test_unreachable_radii_are_refused_with_the_votes_that_would_do():
     split = AlphaSplit.even(1e-3, ONE.paths)
     with pytest.raises(PlanError, match="n_max = ") as caught:
         AdaptivePlan(1000, [0.5, 1.5], last_share=0.9).check(ONE, split, "one")
+    assert "keep the radii that fit: 0.5" in caught.value.remedy
+    assert "1.5" not in caught.value.remedy.split("fit:")[1]
     need = int(caught.value.remedy.split("n_max = ")[1].split()[0])
     AdaptivePlan(need, [0.5, 1.5], last_share=0.9).check(ONE, split, "one")
     with pytest.raises(PlanError):
         AdaptivePlan(int(need * 0.99), [0.5, 1.5], last_share=0.9).check(ONE, split, "one")
+    with pytest.raises(PlanError, match="or drop the radius"):
+        AdaptivePlan(1000, [1.5]).check(ONE, split, "one")
     FixedPlan(100, 10).check(ONE, split)
     AdaptivePlan(1000, [0.5, 1.5]).within(1.2).check(ONE, split, "one")
 
