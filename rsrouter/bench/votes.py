@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -35,13 +37,20 @@ def reference_loop(module: nn.Module, image: Tensor, sigma: float, n: int, class
     return counts
 
 
+@dataclass
 class Drawing:
     """Pieces of work that draw `n` votes of one expert on one image."""
 
-    def __init__(self, expert: Expert, image: Tensor, n: int, device: torch.device) -> None:
-        self.expert, self.image, self.n, self.device = expert, image, n, device
-        self.on_device = image.to(device)
-        self._prepared: dict[str, nn.Module] = {}
+    expert: Expert
+    image: Tensor
+    n: int
+    device: torch.device
+    _prepared: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def on_device(self) -> Tensor:
+        """The image where networks run."""
+        return self.image.to(self.device)
 
     def _module(self, execution: Execution) -> nn.Module:
         if execution.dtype not in self._prepared:
@@ -53,7 +62,8 @@ class Drawing:
         """Pure forward passes of the prepared network on a batch that exists already; or with noise made for each."""
         module = self._module(execution)
         shape, batch = self.expert.input_shape, execution.batch
-        noisy = as_input(self.on_device + self.expert.sigma * torch.randn((batch, *shape), device=self.device), execution)
+        image, sigma = self.on_device, self.expert.sigma
+        noisy = as_input(image + sigma * torch.randn((batch, *shape), device=self.device), execution)
         stream, out = make_noise("gaussian", shape, self.device), torch.empty((batch, *shape), device=self.device)
 
         @torch.inference_mode()
@@ -61,7 +71,7 @@ class Drawing:
             with fixed_kernels():
                 for i in range(-(-self.n // batch)):
                     if noise:
-                        stream.add(self.on_device, self.expert.sigma, b"bench", i * batch, out)
+                        stream.add(image, sigma, b"bench", i * batch, out)
                         module(as_input(out, execution))
                     else:
                         module(noisy)
@@ -81,10 +91,30 @@ class Drawing:
         requests, identity = [VoteRequest(0, self.expert.name, "bench", 0, self.n)], [image_identity(self.image)]
         return lambda: engine.run(self.image[None], identity, requests)
 
+    def side_by_side(self, execution: Execution, lanes: int) -> Callable[[], object]:
+        """The same number of votes by `lanes` engines at once, a CPU thread each: what `--workers` does in processes."""
+        part = replace(self, n=-(-self.n // lanes))
+        engines = [part.engine(execution) for _ in range(lanes)]
+
+        def alone(draw: Callable[[], object], threads: int) -> None:
+            torch.set_num_threads(1)  # of this thread, and what threads to come start with
+            try:
+                draw()
+            finally:
+                torch.set_num_threads(threads)
+
+        def work() -> None:
+            with ThreadPoolExecutor(lanes) as workers:
+                for done in [workers.submit(alone, draw, torch.get_num_threads()) for draw in engines]:
+                    done.result()
+
+        return work
+
     def reference(self) -> Callable[[], object]:
         """The papers' loop: float32, the module as its authors wrote it."""
         plain = self.expert.network().eval().to(self.device)
-        return lambda: reference_loop(plain, self.on_device, self.expert.sigma, self.n, self.expert.num_classes)
+        image = self.on_device
+        return lambda: reference_loop(plain, image, self.expert.sigma, self.n, self.expert.num_classes)
 
     def best(self, dtype: str) -> Execution:
         """The batch with most pure forward passes a second."""
@@ -109,6 +139,10 @@ def throughput(
         works[f"forward {dtype}"] = drawing.forward(execution)
         works[f"both {dtype}"] = drawing.forward(execution, noise=True)
         works[f"engine {dtype}"] = drawing.engine(execution)
+    lanes = torch.get_num_threads() if device.type == "cpu" else 1
+    for dtype, execution in best.items():
+        if lanes > 1:
+            works[f"lanes {dtype}"] = drawing.side_by_side(execution, lanes)
     works["engine default"] = drawing.engine(Execution())
     times = in_turn(works, repeats, device)
 
@@ -139,6 +173,9 @@ def throughput(
                 f"{name}: engine / reference loop", ratios(times, "reference", f"engine {dtype}"), least=3.0 if bars else None
             ),
         ]
+        if lanes > 1:
+            name = f"{name}: {lanes} engines side by side, a thread each (as with --workers {lanes})"
+            found.append(figure(f"{name} / reference loop", ratios(times, "reference", f"lanes {dtype}")))
     found.append(
         figure(
             f"{label}: engine as installed (float32, default batch) / reference loop",
