@@ -62,8 +62,8 @@ class DeferralRecipe:
     strictness: float = 5.0
 
 
-#: By name: `deferral` (some ten minutes for 6,000 and 1,000 small images on one core), `deferral-grid` (heads see where in the image
-#: something is; for tens of thousands of images) and `quick` (about a minute for 6,000 and 400).
+#: By name: `deferral` (some ten minutes for 6,000 and 1,000 small images on one core), `deferral-grid` (heads see where in the
+#: image something is; for tens of thousands of images) and `quick` (about a minute for 6,000 and 400).
 DEFERRAL_RECIPES: dict[str, DeferralRecipe] = {
     "deferral": DeferralRecipe(),
     "deferral-grid": DeferralRecipe(grid=2, heads=tuple(replace(h, hidden=56, steps=3000) for h in DeferralRecipe().heads)),
