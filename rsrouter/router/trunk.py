@@ -23,10 +23,13 @@ def has_grid(expert: Expert, grid: int) -> bool:
     """Whether the expert's features are a map `(B, F, h, w)` with at least `grid` cells each way."""
     if not has_trunk(expert.module):
         return False
-    trunk = copy.deepcopy(Trunk(expert)).cpu().eval()  # a mode that is set here is nobody else's
-    with torch.inference_mode():
-        shape = trunk.module.forward_features(trunk.normalise(torch.zeros(1, *expert.input_shape))).shape
-    return len(shape) == 4 and shape[1] == getattr(expert.module, "num_features", None) and min(shape[2:]) >= grid
+    trunk = copy.deepcopy(Trunk(expert, grid)).cpu().eval()  # a mode that is set here is nobody else's
+    try:
+        with torch.inference_mode():
+            trunk(torch.zeros(1, *expert.input_shape))
+    except InputError:
+        return False
+    return True
 
 
 class Trunk(nn.Module):

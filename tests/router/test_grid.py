@@ -57,8 +57,6 @@ def test_an_expert_without_a_map_has_no_cells() -> None:
     class Tokens(nn.Module):
         """As a vision transformer's features: `(B, tokens, F)`."""
 
-        num_features = 4
-
         def __init__(self) -> None:
             super().__init__()
             self.last = nn.Linear(4, CLASSES)
