@@ -172,12 +172,12 @@ def parse_radii(text: str) -> tuple[float, ...]:
     """
     try:
         if ":" in text:
-            start, stop, step = (float(part) for part in text.split(":"))
+            start, stop, step = (_number(part) for part in text.split(":"))
             if not (step > 0 and stop >= start and (stop - start) / step <= MOST_RADII):
                 raise ValueError
             return tuple(round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-9) + 1))
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
+        return tuple(_number(part) for part in text.split(","))
+    except (ValueError, ZeroDivisionError) as error:
         raise InputError(
             "Radii cannot be read",
             expected="'0,0.25,0.5' or 'start:stop:step'",

@@ -45,6 +45,7 @@ def publish(
     if format is Format.json:
         echo_json(done.to_dict())
         if done.refused is not None:
+            typer.echo(done.refused, err=True)
             raise typer.Exit(2)
         return
     typer.echo(f"{'Would publish' if done.dry_run else 'Published'} to {done.repo_id}:")

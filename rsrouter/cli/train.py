@@ -294,7 +294,7 @@ def train(
     for text in _explain(routed):
         typer.echo(text)
     typer.echo(f"{routed.router.kind} router: {out}")
-    if routed.router.kind != "flat":
+    if getattr(routed.router, "thresholds", ()):
         typer.echo(f"its thresholds are tuned for `rsrouter certify --n {n}` (that command's default is {DEFAULT_VOTES})")
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from rsrouter._version import __version__
-from rsrouter.core.errors import HubError, InputError
+from rsrouter.core.errors import HubError, InputError, RSRouterError
 from rsrouter.hub import explained
 from rsrouter.publish.stage import check_pinned, stage
 from rsrouter.serialise import find_tables, read_config, router_folder
@@ -85,7 +85,7 @@ def publish(
         private: visibility of a new repository; None leaves it to the account's default.
         create_pr: open a pull request instead of committing to `branch`.
         dry_run: check and render everything, send nothing, make no request. Experts that are not pinned on the Hub are then
-            told in `Publication.refused`, beside files and card, instead of raised.
+            told in `Publication.refused`, beside files and card, instead of raised (raised where these cannot be shown).
         branch: where to commit; must exist unless it is `main`.
         licence: of the router, for the card.
         title: heading of the card.
@@ -112,7 +112,12 @@ def publish(
         fresh = Path(scratch)
         tables = _tables(given, source, certificates)
         refused = _refused(source) if dry_run else None
-        paths, card, _ = stage(source, fresh, repo_id, tables=tables, licence=licence, title=title, pinned=refused is None)
+        try:
+            paths, card, _ = stage(source, fresh, repo_id, tables=tables, licence=licence, title=title, pinned=refused is None)
+        except RSRouterError as error:
+            if refused is not None:  # the first thing to mend
+                check_pinned(read_config(source)["pool"]["experts"])
+            raise error
         files = tuple(_describe(fresh, path) for path in paths)
         plan = Publication(repo_id, files, dry_run=True, refused=refused, card=card.text)
         if dry_run:

@@ -25,6 +25,9 @@ from rsrouter.results.metadata import flatten, is_leftover, write_atomically
 #: Marks a folder as ours, so that a report may be made again over an earlier one.
 GENERATOR = "rsrouter report"
 
+#: Whether experts or stages are told apart, and the one that named each image's class.
+Answering = tuple[str, NDArray[np.object_]]
+
 #: The page first: it marks the folder as ours. Charts that a report does not have are not there.
 CHARTS = ("who.svg", "bound.svg", "votes.svg")
 FILES = ("index.html", "curve.svg", "curve.png", "curve.csv", "numbers.csv", "shares.csv", "report.json", *CHARTS)
@@ -154,7 +157,7 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
     environment.filters["signed"] = lambda value: f"{100 * value:+.1f}".replace("-", "\u2212")
     main = summary.main
     colour = charts.colours(summary)
-    best = _best(summary)
+    best, answering = _best(summary), _answering(main)
     return environment.get_template("report.html.j2").render(
         title=title,
         generator=GENERATOR,
@@ -166,8 +169,8 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
         lead=_lead(summary),
         curve=charts.curve(summary),
         readout=_readout(summary, colour),
-        who=_who(main, summary),
-        bound=_bound(main, summary),
+        who=_who(main, summary, answering),
+        bound=_bound(main, summary, answering),
         votes=_votes(main),
         pictures=pictures or {},
         runs=_differences(summary),
@@ -176,7 +179,7 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
         made=[(t.name, summary.roles[t.name], _made(t)) for t in summary.tables],
         sure=whole_table(main, summary.radii),
         every_run=runs(summary),
-        only=_only(main),
+        only=_only(main, answering),
         printed=[t.name for t in summary.tables if not t.ours],
         zip=zip,
         digits=1 if len(main) >= 2000 else 0,
@@ -186,7 +189,8 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
 def _chart_files(summary: Summary) -> dict[str, bytes]:
     """The page's smaller charts as SVG files with the light colours; those that the main table has."""
     main = summary.main
-    found = {"who.svg": _who(main, summary), "bound.svg": _bound(main, summary), "votes.svg": _votes(main)}
+    answering = _answering(main)
+    found = {"who.svg": _who(main, summary, answering), "bound.svg": _bound(main, summary, answering), "votes.svg": _votes(main)}
     style = str(jinja2.PackageLoader("rsrouter.report", "templates").get_source(jinja2.Environment(), "report.css")[0])
     return {
         name: standalone(part["chart"], style, [(who, colour) for who, _, colour in part.get("rows", ())]).encode()
@@ -195,17 +199,17 @@ def _chart_files(summary: Summary) -> dict[str, bytes]:
     }
 
 
-def _answering(table: Table) -> tuple[str, NDArray[np.object_]]:
-    """`("expert" or "stage", who answered each image)`: the stage where all of a chain's stages read one expert."""
+def _answering(table: Table) -> Answering:
+    """`("expert" or "stage", which one named each image's class)`: the stage where all of a chain's stages read one expert."""
     stages = answering_stages(table) if len({e for e in table.expert if e}) == 1 else None
     return ("expert", table.expert) if stages is None else ("stage", stages)
 
 
-def _only(table: Table) -> tuple[str, str] | None:
-    """`("expert" or "stage", name)` of what answered every image; None where several did, or none is named."""
-    kind, column = _answering(table)
-    names = {str(name) for name in column if name}
-    return (kind, names.pop()) if len(names) == 1 and any(table.rule) else None
+def _only(table: Table, answering: Answering) -> tuple[str, str] | None:
+    """`("expert" or "stage", name)` of what named every image's class; None where several did, or some row does not tell."""
+    kind, column = answering
+    names = {str(name) for name in column if name or kind == "stage"}
+    return (kind, names.pop()) if len(names) == 1 and any(table.rule) and "" not in names else None
 
 
 def _best(summary: Summary) -> list[float]:
@@ -296,11 +300,11 @@ def _readout(summary: Summary, colour: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _part_colours(table: Table, summary: Summary) -> dict[str, str]:
+def _part_colours(table: Table, summary: Summary, answering: Answering) -> dict[str, str]:
     """A colour for every expert and stage of `table`; an expert with a curve of its own keeps that curve's."""
     colour = charts.colours(summary)
     taken = {t.name: colour[t.name] for t in summary.named(EXPERT)}
-    names = sorted({str(n) for n in (*table.expert, *table.bound_by, *_answering(table)[1]) if n})
+    names = sorted({str(n) for n in (*table.expert, *table.bound_by, *answering[1]) if n})
     parts = {name: taken[name] for name in names if name in taken}
     free = [c for c in (f"c{i}" for i in range(8)) if c not in parts.values()] or ["c7"]
     # routing stages first: they are not experts, so they get the routed line's colour where it is free
@@ -308,9 +312,11 @@ def _part_colours(table: Table, summary: Summary) -> dict[str, str]:
     return {**parts, **{name: free[i % len(free)] for i, name in enumerate(others)}}
 
 
-def _stack(table: Table, summary: Summary, column: NDArray[np.object_], among: NDArray[np.bool_], what: str) -> Any:
+def _stack(
+    table: Table, summary: Summary, answering: Answering, column: NDArray[np.object_], among: NDArray[np.bool_], what: str
+) -> Any:
     """A stacked chart and shares by name; None unless there is more than one name."""
-    colour = _part_colours(table, summary)
+    colour = _part_colours(table, summary, answering)
     names = [name for name in colour if np.any(column == name)]
     if len(names) < 2:
         return None
@@ -319,16 +325,18 @@ def _stack(table: Table, summary: Summary, column: NDArray[np.object_], among: N
     return {"chart": charts.stacked(table, column, summary.grid, names, colour, what), "rows": rows}
 
 
-def _who(table: Table, summary: Summary) -> Any:
+def _who(table: Table, summary: Summary, answering: Answering) -> Any:
     """Share answered by each expert (or stage), of all images."""
-    kind, column = _answering(table)
-    found = _stack(table, summary, column, np.ones(len(table), bool), f"Images certified, by the {kind} that answers")
+    kind, column = answering
+    found = _stack(table, summary, answering, column, np.ones(len(table), bool), f"Images certified, by the {kind} that answers")
     return found and {**found, "kind": kind}
 
 
-def _bound(table: Table, summary: Summary) -> Any:
+def _bound(table: Table, summary: Summary, answering: Answering) -> Any:
     """Which stage limits the radius, of the certified images."""
-    return _stack(table, summary, table.bound_by, ~table.abstained, "Images certified, by the stage that limits the radius")
+    return _stack(
+        table, summary, answering, table.bound_by, ~table.abstained, "Images certified, by the stage that limits the radius"
+    )
 
 
 def _votes(table: Table) -> Any:

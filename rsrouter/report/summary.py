@@ -240,7 +240,9 @@ def _columns(tables: Sequence[Table], roles: Mapping[str, str]) -> Array:
     first = min(tables, key=lambda t: ROLES.index(roles[t.name]))
     grid = plan_radii(first)
     if grid is None or len(grid) > 16:
-        return curves.default_radii(tables)
+        round_ones = curves.default_radii(tables)
+        settled = round_ones if grid is None else round_ones[round_ones <= grid[-1]]
+        return settled if len(settled) > 1 else round_ones
     largest = max(float(t.radius.max()) for t in tables)
     return grid[: max(int(np.sum(grid <= largest)), 2)]
 
@@ -248,11 +250,13 @@ def _columns(tables: Sequence[Table], roles: Mapping[str, str]) -> Array:
 def _last_radius(tables: Sequence[Table], columns: Array) -> float:
     """Where the figure ends: a little past the last headline radius that anything reaches, at most past all.
 
-    Past the last radius that an adaptive plan settles, its votes stop where they happen to: nothing there can be compared.
+    Not past the last radius that any plan settled, where each of them names radii: beyond, votes stop where they happen to.
     """
     largest = max(float(t.radius.max()) for t in tables)
-    settled = [float(grid[-1]) for t in tables if (grid := plan_radii(t)) is not None]
-    almost_all = min([max(float(np.quantile(t.radius, 0.995)) for t in tables), *([max(settled)] if settled else [])])
+    almost_all = max(float(np.quantile(t.radius, 0.995)) for t in tables)
+    settled = [0.0 if (grid := plan_radii(t)) is None else float(grid[-1]) for t in tables]
+    if min(settled) > 0.0:
+        almost_all = min(almost_all, max(settled))
     return max(min(max(almost_all, float(columns[-1])), largest) * 1.03, 1e-3)
 
 

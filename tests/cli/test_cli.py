@@ -170,6 +170,7 @@ def test_radii():
 
 def test_a_fraction_is_a_number() -> None:
     assert parse_numbers("0.25,64/255", "sigma") == [0.25, 64 / 255]
+    assert parse_radii("0,64/255") == (0.0, 64 / 255)
     for text in ("64/0", "a/b", "1/2/3", "", "1,,2"):
         with pytest.raises(InputError, match="--sigma cannot be read"):
             parse_numbers(text, "sigma")

@@ -185,6 +185,13 @@ def test_a_dry_run_over_experts_on_disk_shows_everything_and_the_refusal(
             assert "would be refused" in err
 
 
+def test_a_dry_run_that_cannot_show_files_tells_the_refusal(hub: HubServer, pool: ExpertPool, tmp_path: Path) -> None:
+    small.routed(ExpertPool([small.expert(0.25), pool[1]])).save_pretrained(tmp_path / "loose")
+    (tmp_path / "loose" / "README.md").write_text("It is certified at 99.9 % of all images.")
+    with pytest.raises(InputError, match="not pinned"):
+        publish(tmp_path / "loose", "org/router", dry_run=True)
+
+
 @pytest.mark.parametrize("claim", ["It is certified at 99.9 % of all images.", "Robust accuracy: 98.1%"])
 def test_a_card_may_not_claim_more_than_its_tables(run: Path, claim: str) -> None:
     rendered = publish(run, "org/router", dry_run=True).card

@@ -125,11 +125,11 @@ def test_stages_that_read_one_expert_are_told_apart(tmp_path: Path) -> None:
     folder = write_report(chain([(8, 2), (7, 9), (5, 5), (2, 1)]), tmp_path).parent
     page = (folder / "index.html").read_text()
     assert "by the stage that named the class" in page
-    assert "every image was" not in page
+    assert "every image" not in page
     shares = [r for r in read_csv(folder / "shares.csv") if r["kind"] == "stage" and r["radius"] == "0"]
     assert {r["name"]: float(r["share"]) for r in shares} == {"e": 0.5, "e:2": 0.5}
     only = write_report(chain([(9, 2), (10, 0)]), tmp_path / "only").read_text()
-    assert "every image was answered by stage e." in only
+    assert "every image got its class from stage e." in only
 
 
 def test_who_answers_is_not_guessed() -> None:
@@ -145,8 +145,19 @@ def test_who_answers_is_not_guessed() -> None:
 def test_the_figure_ends_where_the_plan_does() -> None:
     plan = {"kind": "adaptive", "n_max": 100, "radii": [0.5, 1.0]}
     cut = summarise(
-        [make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": plan}), make_table("e", [3.0, 2.0, 1.0], [1, 1, 1])]
+        [
+            make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": plan}),
+            make_table("e", [3.0, 2.0, 1.0], [1, 1, 1], metadata={"plan": plan}),
+        ]
     )
     assert cut.grid[-1] == pytest.approx(1.03)
+    fixed = make_table("e", [3.0, 2.0, 1.0], [1, 1, 1])  # its votes settle every radius
+    assert summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": plan}), fixed]).grid[-1] > 2.9
+    only_zero = make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": {**plan, "radii": [0.0]}})
+    assert summarise([only_zero]).grid[-1] > 2.9
+    many = [round(0.02 * i, 2) for i in range(1, 26)]
+    fine = summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": {**plan, "radii": many}})])
+    assert fine.grid[-1] == pytest.approx(0.515)
+    assert 0.0 < fine.radii.max() <= 0.5
     whole = summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1]), make_table("e", [3.0, 2.0, 1.0], [1, 1, 1])])
     assert whole.grid[-1] > 2.9
