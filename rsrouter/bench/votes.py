@@ -141,7 +141,7 @@ def throughput(
         works[f"engine {dtype}"] = drawing.engine(execution)
     lanes = torch.get_num_threads() if device.type == "cpu" else 1
     for dtype, execution in best.items():
-        if lanes > 1:
+        if lanes > 1 and n >= lanes * execution.batch:  # fewer votes would be padding
             works[f"lanes {dtype}"] = drawing.side_by_side(execution, lanes)
     works["engine default"] = drawing.engine(Execution())
     times = in_turn(works, repeats, device)
@@ -173,7 +173,7 @@ def throughput(
                 f"{name}: engine / reference loop", ratios(times, "reference", f"engine {dtype}"), least=3.0 if bars else None
             ),
         ]
-        if lanes > 1:
+        if f"lanes {dtype}" in works:
             name = f"{name}: {lanes} engines side by side, a thread each (as with --workers {lanes})"
             found.append(figure(f"{name} / reference loop", ratios(times, "reference", f"lanes {dtype}")))
     found.append(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from rsrouter.core.errors import InputError
@@ -30,6 +30,33 @@ def has_grid(expert: Expert, grid: int) -> bool:
     except InputError:
         return False
     return True
+
+
+# Shapes are looked at in functions that tracing does not enter: a trunk that cannot be traced runs its BatchNorm unfolded.
+@fx.wrap
+def _cells(features: Tensor, pooled: Tensor, grid: int, name: str) -> Tensor:
+    """`(B, F * grid ** 2)`: the feature map `(B, F, h, w)` averaged over cells."""
+    if features.dim() != 4 or features.shape[1] != pooled.shape[1] or min(features.shape[2:]) < grid:
+        raise InputError(
+            f"Expert {name!r} has no feature map of that many cells",
+            expected=f"forward_features to (B, {pooled.shape[1]}, h, w), h and w of at least {grid}",
+            received=str(tuple(features.shape)),
+            remedy="use grid=1",
+        )
+    return F.adaptive_avg_pool2d(features, grid).flatten(1)
+
+
+@fx.wrap
+def _fitting(features: Tensor, wanted: int | None) -> Tensor:
+    """`features (B, F)` as they are; InputError where a head reads another width."""
+    if wanted is not None and features.shape[1] != wanted:
+        raise InputError(
+            "A head does not fit the features it is to read",
+            expected=f"{wanted} features and logits, as the head was made for",
+            received=str(features.shape[1]),
+            remedy="name the experts (and grid) that it was trained on",
+        )
+    return features
 
 
 class Trunk(nn.Module):
@@ -66,16 +93,7 @@ class Trunk(nn.Module):
         features = self.module.forward_features(self.normalise(x))
         pooled = self.module.forward_head(features, pre_logits=True)
         logits = self.module.get_classifier()(pooled)
-        if self._grid == 1:
-            return pooled, logits
-        if features.dim() != 4 or features.shape[1] != pooled.shape[1] or min(features.shape[2:]) < self._grid:
-            raise InputError(
-                f"Expert {self._name!r} has no feature map of that many cells",
-                expected=f"forward_features to (B, {pooled.shape[1]}, h, w), h and w of at least {self._grid}",
-                received=str(tuple(features.shape)),
-                remedy="use grid=1",
-            )
-        return F.adaptive_avg_pool2d(features, self._grid).flatten(1), logits
+        return pooled if self._grid == 1 else _cells(features, pooled, self._grid, self._name), logits
 
 
 class FusedTrunk(nn.Module):
@@ -114,8 +132,14 @@ class HeadedTrunk(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         both, logits = self.trunk(x)
-        outputs = tuple(head(both) for head in self.heads)
+        outputs = tuple(head(_fitting(both, _width(head))) for head in self.heads)
         return (logits, *outputs) if self.with_expert else outputs
+
+
+def _width(head: nn.Module) -> int | None:
+    """How many features and logits one of our heads reads; None for anyone else's."""
+    first = head.layers[0] if isinstance(head, MLPHead | ResidualHead) else None
+    return first.in_features if isinstance(first, nn.Linear) else None
 
 
 class MLPHead(nn.Module):

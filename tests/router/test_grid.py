@@ -17,6 +17,7 @@ from rsrouter.demo import load_pool, load_slice
 from rsrouter.experts import build_architecture
 from rsrouter.router import DeferralRouter, Voter
 from rsrouter.router.trunk import ResidualHead, Trunk, has_grid
+from rsrouter.sampling.execution import Execution, prepare
 from rsrouter.training import DEFERRAL_RECIPES
 from rsrouter.training.deferral import train_deferral
 from rsrouter.training.features import noisy_features
@@ -108,6 +109,21 @@ def test_cells_that_cannot_be_read_are_refused(grid: Any, head: str | None) -> N
     router = DeferralRouter([Voter("sigma_1", 0.7, head, (), grid), "sigma_0.25"], [0.6], heads)
     with pytest.raises(InputError, match="cannot read features"):
         RoutedSmooth(load_pool(), router)
+
+
+@pytest.mark.parametrize("grid", [1, 2])
+def test_batchnorm_is_folded_whatever_heads_read(grid: int) -> None:
+    (model,) = voters(grid).bind(load_pool()).models
+    prepared = prepare(model.module, Execution(), torch.device("cpu"), (1, 28, 28))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in prepared.modules())
+
+
+def test_a_head_for_other_features_is_refused() -> None:
+    router = voters(2)
+    wrong = DeferralRouter([replace(v, grid=1) for v in router.voters], router.thresholds, dict(router.heads.items()))
+    x, _ = load_slice("test").batch(range(1))
+    with pytest.raises(InputError, match="does not fit the features"):
+        RoutedSmooth(load_pool(), wrong).certify(x, plan=FixedPlan(20, 100), alpha=0.01)
 
 
 def test_heads_are_trained_on_what_votes_are_cast_on() -> None:
