@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import CLASSES, SHAPE, images, pool
+from test_training import CLASSES, pool
 from torch import nn
 
-from rsrouter import CascadeRouter, Expert, ExpertPool, FixedPlan, InputError, RoutedSmooth
+from rsrouter import Expert, ExpertPool, FixedPlan, InputError, RoutedSmooth
 from rsrouter.demo import load_pool, load_slice
 from rsrouter.experts import build_architecture
 from rsrouter.router import DeferralRouter, Voter
 from rsrouter.router.trunk import ResidualHead, Trunk, has_grid
 from rsrouter.sampling.execution import Execution, prepare
 from rsrouter.training import DEFERRAL_RECIPES
-from rsrouter.training.deferral import train_deferral
+from rsrouter.training.deferral import head_voters, train_deferral
 from rsrouter.training.features import noisy_features
 
 
@@ -47,6 +47,26 @@ def test_features_of_cells_are_the_means_of_quadrants() -> None:
     assert torch.allclose(logits, expert.network().eval()(x), atol=1e-4)
 
 
+class Tokens(nn.Module):
+    """As a vision transformer's features: `(B, tokens, F)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, CLASSES)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)[:, : 4 * 4].reshape(-1, 4, 4)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return x.mean(1) if pre_logits else self.last(x.mean(1))
+
+    def get_classifier(self) -> nn.Module:
+        return self.last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
 def test_an_expert_without_a_map_has_no_cells() -> None:
     assert has_grid(load_pool()["sigma_1"], 2)
     assert not has_grid(load_pool()["sigma_1"], 8)
@@ -54,25 +74,6 @@ def test_an_expert_without_a_map_has_no_cells() -> None:
     assert not has_grid(flat, 2)
     with pytest.raises(InputError, match="feature map"):
         Trunk(load_pool()["sigma_1"], 8).eval()(torch.rand(2, 1, 28, 28))
-
-    class Tokens(nn.Module):
-        """As a vision transformer's features: `(B, tokens, F)`."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = nn.Linear(4, CLASSES)
-
-        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-            return x.flatten(1)[:, : 4 * 4].reshape(-1, 4, 4)
-
-        def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-            return x.mean(1) if pre_logits else self.last(x.mean(1))
-
-        def get_classifier(self) -> nn.Module:
-            return self.last
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.forward_head(self.forward_features(x))
 
     tokens = Expert(Tokens(), sigma=0.5, num_classes=CLASSES, input_shape=(1, 8, 8), name="tokens")
     assert not has_grid(tokens, 2)
@@ -155,8 +156,9 @@ def test_training_reads_cells_where_there_are_any() -> None:
     assert any("head" in line for line in lines)
     for voter in getattr(made, "voters", ()):
         assert voter.grid == (1 if voter.head is None else 2)
-    module = build_architecture("columns_for_tests", CLASSES, {"scale": 2.0})
-    blind = ExpertPool([*pool(), Expert(module, sigma=2.0, num_classes=CLASSES, input_shape=SHAPE, name="s2")])
-    x, y = images()
-    chosen = train_deferral(blind, x, y, (x, y), (0.0, 0.25), recipe=recipe)
-    assert all(voter.grid == 1 for voter in getattr(chosen, "voters", ())) or isinstance(chosen, CascadeRouter)
+    asked = [voter.grid for voter, _ in head_voters(demo, (0.0, 1.0), recipe, 10_000, 1e-3)]
+    assert asked == [2] * len(recipe.heads)
+    blind = ExpertPool(
+        [Expert(Tokens(), sigma=s, num_classes=CLASSES, input_shape=(1, 8, 8), name=f"s{s:g}") for s in (0.5, 1.0)]
+    )
+    assert [voter.grid for voter, _ in head_voters(blind, (0.0, 1.0), recipe, 10_000, 1e-3)] == [1] * len(recipe.heads)
