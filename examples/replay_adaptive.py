@@ -88,8 +88,13 @@ def main() -> None:
     parser.add_argument("--last-share", type=float)
     parser.add_argument("--beta", type=float)
     parser.add_argument("--bound")
+    parser.add_argument("--spending")
     args = parser.parse_args()
-    chosen = {k: v for k, v in vars(args).items() if k in ("growth", "first", "last_share", "beta", "bound") and v is not None}
+    chosen = {
+        k: v
+        for k, v in vars(args).items()
+        if k in ("growth", "first", "last_share", "beta", "bound", "spending") and v is not None
+    }
     print(f"n = {args.n}, alpha = {args.alpha}, grid {args.step}; {chosen or 'default plan'}")
     print("table            rows   votes   most points lost (at r)   ACR kept   mean looks")
     for path in sorted(args.tables.glob("sigma_*.tsv")):

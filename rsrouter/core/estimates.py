@@ -78,9 +78,9 @@ def stage_bounds(
     *,
     sides: str,
     lower_share: float,
-    family: str = "clopper-pearson",
+    bounders: tuple[Bound, Bound] = FAMILIES["clopper-pearson"],
 ) -> StageBounds:
-    """Bounds at failure probability `level (N,)`; see `Plan.bounds` for the rest.
+    """Bounds at failure probability `level (N,)`, by `bounders` (lower, upper); see `Plan.bounds` for the rest.
 
     A plurality stage, two-sided: `lower_share` of the level for the reference's lower bound, the rest for the
     upper bound of whichever *one* outcome the proof's path leaves by. One-sided: all of it for the lower bound,
@@ -90,7 +90,7 @@ def stage_bounds(
     Votes that answer ABSTAIN (invalid ones) count for every rival as well: an undecided draw of sound noise might
     have gone to any of them, and a larger count only loosens an upper bound.
     """
-    lower_of, upper_of = FAMILIES[family]
+    lower_of, upper_of = bounders
     rows = np.arange(len(n))
     plurality = stage.kind == "plurality"
     both = needs_upper(stage, sides)

@@ -13,20 +13,24 @@ from numpy.typing import NDArray
 
 from rsrouter.core.bounds import AlphaSplit, Array
 from rsrouter.core.errors import PlanError
-from rsrouter.core.estimates import FAMILIES, Counts, StageBounds, check_rows, check_sides, hoped_counts, stage_bounds
+from rsrouter.core.estimates import FAMILIES, Bound, Counts, StageBounds, check_rows, check_sides, hoped_counts, stage_bounds
 from rsrouter.core.reach import unanimous_radius, votes_for
+from rsrouter.core.spending import LinearSpending
 from rsrouter.core.tree import Stage, Tree
 
 #: Ratio of consecutive looks, unless told otherwise.
-GROWTH = 2.0
+GROWTH = 1.25
+
+#: The part of alpha that the last look keeps, unless told otherwise, by how alpha is spent.
+LAST_SHARE = {"linear": 0.75, "even": 0.9}
 
 
 class Plan(ABC):
     """A sequence of looks at cumulative votes, and the bounds valid at all of them simultaneously.
 
     Theorem (union bound over looks): the bound at look i uses Clopper-Pearson at `alpha * shares[i]` with
-    `sum(shares) <= 1`, so with probability at least `1 - alpha` the bounds of *all* looks hold at once. A
-    confidence sequence (`bound="mixture"`) holds at every n simultaneously, so there each share is 1.
+    `sum(shares) <= 1`, so with probability at least `1 - alpha` the bounds of *all* looks hold at once. Where `bounders`
+    hold at all looks by themselves (`LinearSpending`, or a confidence sequence, `bound="mixture"`), each share is 1.
     Hence any rule may choose the look at which to stop, and the best bound over completed looks is valid.
     """
 
@@ -44,12 +48,17 @@ class Plan(ABC):
     @property
     @abstractmethod
     def shares(self) -> tuple[float, ...]:
-        """The part of a stage's alpha that each look spends: sums to 1, or is 1 each for a confidence sequence."""
+        """The part of a stage's alpha that each look spends: sums to 1, or is 1 each where `bounders` hold at all looks."""
 
     @property
     @abstractmethod
     def radii(self) -> tuple[float, ...] | None:
         """Radii the user cares about, or None where every increase of the radius counts."""
+
+    @property
+    def bounders(self) -> tuple[Bound, Bound]:
+        """Lower and upper bound of a proportion after `k` of `n` votes, at a level; n is one of `looks`."""
+        return FAMILIES[self.bound]
 
     @property
     def n_max(self) -> int:
@@ -103,7 +112,7 @@ class Plan(ABC):
             )
         check_rows(stage, counts, n)
         level = alpha * np.asarray(self.shares)[look]
-        return stage_bounds(stage, counts, n, reference, c, level, sides=sides, lower_share=lower_share, family=self.bound)
+        return stage_bounds(stage, counts, n, reference, c, level, sides=sides, lower_share=lower_share, bounders=self.bounders)
 
     def hopes(
         self,
@@ -127,7 +136,9 @@ class Plan(ABC):
         future = hoped_counts(stage, counts, drawn, self.n_max, reference, c, self.beta)
         level = np.full(look.shape, alpha * self.shares[-1])
         total = np.full(look.shape, self.n_max)
-        return stage_bounds(stage, future, total, reference, c, level, sides=sides, lower_share=lower_share, family=self.bound)
+        return stage_bounds(
+            stage, future, total, reference, c, level, sides=sides, lower_share=lower_share, bounders=self.bounders
+        )
 
     def reach(self, tree: Tree, split: AlphaSplit, sides: str = "two") -> float:
         """The largest radius that unanimous votes of this plan could certify with this tree and split."""
@@ -228,23 +239,24 @@ class FixedPlan(Plan):
 class AdaptivePlan(Plan):
     """Stops as soon as the certified radius and what it could still become share a cell of the user's grid.
 
-    Looks at geometric checkpoints on cumulative votes. Clopper-Pearson at look k with `alpha_k`,
-    `sum alpha_k = alpha`, most of it kept for the last look; or a confidence sequence, whose bound may use the
-    whole alpha at each of them. All bounds hold simultaneously, so stopping may depend on anything, other stages
-    included. Prediction limits at level `beta` decide when more votes are hopeless; they cost power, never soundness
-    (compare Horvath et al. 2022, Voracek 2024). On published tables of 10,000 images at n_max = 100,000 and a grid of
-    0.25 the defaults draw 12 to 18% of the votes at sigma 0.25 to 1.0 and lose at most 0.07 points of certified
-    accuracy at any of these radii (`examples/replay_adaptive.py`).
+    Looks at geometric checkpoints on cumulative votes. Clopper-Pearson bounds share alpha among the looks, most of it kept
+    for the last one, in proportion to the votes and from the first look on that could reject a proportion
+    (`LinearSpending`), or in equal parts; a confidence sequence may use the whole alpha at each of them. All bounds hold
+    simultaneously, so stopping may depend on anything, other stages included. Prediction limits at level `beta` decide
+    when more votes are hopeless; they cost power, never soundness (compare Horvath et al. 2022, Voracek 2024). On published
+    tables of 10,000 images at n_max = 100,000 and a grid of 0.25 the defaults draw 10 to 15% of the votes at sigma 0.25 to 1.0
+    and lose at most 0.05 points of certified accuracy at any of these radii (`examples/replay_adaptive.py`).
 
     Args:
         n_max: the most estimation votes per stage.
         radii: radii the user cares about, ascending after sorting; "not abstaining" always counts as well.
         n0: selection votes per stage.
         beta: level of the prediction limits.
-        growth: ratio of consecutive looks.
+        growth: ratio of consecutive looks, from a tenth of `n_max` on; 2 or more before (with `spending="even"` everywhere).
         first: no look before this many votes.
-        last_share: the part of alpha kept for the last look (Clopper-Pearson only).
+        last_share: the part of alpha kept for the last look (Clopper-Pearson only); None: 0.75, or 0.9 in equal parts.
         bound: `"clopper-pearson"` or `"mixture"` (`sequence_lower`, `sequence_upper`).
+        spending: how the rest of alpha is spent before (Clopper-Pearson only): `"linear"`, or `"even"`, equal parts.
 
     Raises:
         PlanError: an argument out of its range.
@@ -258,6 +270,7 @@ class AdaptivePlan(Plan):
     first: int
     last_share: float
     bound: str
+    spending: str
     kind: ClassVar[str] = "adaptive"
 
     def __init__(
@@ -269,8 +282,9 @@ class AdaptivePlan(Plan):
         *,
         growth: float = GROWTH,
         first: int = 100,
-        last_share: float = 0.9,
+        last_share: float | None = None,
         bound: str = "clopper-pearson",
+        spending: str = "linear",
     ) -> None:
         put = object.__setattr__
         put(self, "n_max_", check_whole("n_max", n_max, 1))
@@ -288,6 +302,15 @@ class AdaptivePlan(Plan):
                 remedy="0, 0.25, 0.5, ... as in the tables you compare with",
             )
         put(self, "grid", tuple(float(r) for r in grid if r > 0.0))
+        if spending not in LAST_SHARE:
+            raise PlanError(
+                "Unknown way to spend alpha",
+                expected=f"one of {sorted(LAST_SHARE)}",
+                received=repr(spending),
+                remedy="leave out spending to take 'linear'",
+            )
+        put(self, "spending", spending)
+        last_share = LAST_SHARE[spending] if last_share is None else last_share
         for name, value, low, high in (("beta", beta, 0, 1), ("last_share", last_share, 0, 1), ("growth", growth, 1.01, np.inf)):
             if not low < value < high:
                 raise PlanError(
@@ -312,17 +335,29 @@ class AdaptivePlan(Plan):
 
     @cached_property
     def looks(self) -> tuple[int, ...]:
+        # small looks cost little whatever their number, so they are few; stored plans of before "linear" have one ratio
+        sparse = self.n_max_ / 10 if self.spending == "linear" else 0.0
         looks = [self.n_max_]
-        while (earlier := int(np.ceil(looks[-1] / self.growth))) >= self.first and earlier < looks[-1]:
+        while True:
+            ratio = self.growth if looks[-1] > sparse else max(self.growth, 2.0)
+            earlier = int(np.ceil(looks[-1] / ratio))
+            if earlier < self.first or earlier >= looks[-1]:
+                return tuple(reversed(looks))
             looks.append(earlier)
-        return tuple(reversed(looks))
 
     @cached_property
     def shares(self) -> tuple[float, ...]:
         count = len(self.looks)
-        if count == 1 or self.bound == "mixture":
+        if count == 1 or self.bound == "mixture" or self.spending == "linear":
             return (1.0,) * count
         return (*([(1.0 - self.last_share) / (count - 1)] * (count - 1)), self.last_share)
+
+    @cached_property
+    def bounders(self) -> tuple[Bound, Bound]:
+        if self.bound == "mixture" or self.spending == "even":
+            return FAMILIES[self.bound]
+        spending = LinearSpending(self.looks, self.last_share)
+        return spending.lower, spending.upper
 
     def _like(self, n_max: int, radii: Sequence[float]) -> AdaptivePlan:
         return AdaptivePlan(
@@ -334,6 +369,7 @@ class AdaptivePlan(Plan):
             first=self.first,
             last_share=self.last_share,
             bound=self.bound,
+            spending=self.spending,
         )
 
     def with_votes(self, n_max: int) -> AdaptivePlan:
@@ -354,6 +390,7 @@ class AdaptivePlan(Plan):
             "first": self.first,
             "last_share": self.last_share,
             "bound": self.bound,
+            "spending": self.spending,
         }
 
 
@@ -364,6 +401,8 @@ def plan_from_dict(data: dict[str, Any]) -> Plan:
         PlanError: unknown kind, or arguments that do not fit it.
     """
     fields = dict(data)
+    if fields.get("kind") == "adaptive":
+        fields.setdefault("spending", "even")  # the only way there was when they were written
     kinds: dict[str, type[FixedPlan] | type[AdaptivePlan]] = {"fixed": FixedPlan, "adaptive": AdaptivePlan}
     kind = fields.pop("kind", None)
     if kind not in kinds:

@@ -78,11 +78,28 @@ def test_fixed_plan_is_cohens_certify():
     assert abstained > 10
 
 
-@pytest.mark.parametrize("bound", ["clopper-pearson", "mixture"])
-def test_adaptive_radius_is_what_the_completed_looks_allow(bound):
+def linear_lower(plan: AdaptivePlan, top: int, total: int) -> float:
+    """The largest proportion that is rejected after `top` of `total` votes, by bisection on what `LinearSpending` promises."""
+    due = {n: (1 - plan.last_share) * n / plan.n_max for n in plan.looks[:-1]} | {plan.n_max: 1.0}
+
+    def rejected(p: float) -> bool:
+        first = next((n for n in plan.looks[:-1] if p**n <= ALPHA * due[n]), plan.n_max)
+        earlier = [n for n in plan.looks if n < total]
+        share = 0.0 if total < first else due[total] - (due[earlier[-1]] if earlier and total > first else 0.0)
+        return stats.binom.sf(top - 1, total, p) <= ALPHA * share
+
+    low, high = 0.0, top / total
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rejected(middle) else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("how", [{}, {"spending": "even"}, {"bound": "mixture"}], ids=["linear", "even", "mixture"])
+def test_adaptive_radius_is_what_the_completed_looks_allow(how):
     """Recomputed from the log with an independent bound: no hope, no unfinished look gets into a radius."""
     tree = Tree.of([Stage("e", 1.0, leads_to=(0, 1))])
-    plan = AdaptivePlan(4000, [0.25, 0.5, 1.0, 2.0], bound=bound)
+    plan = AdaptivePlan(4000, [0.25, 0.5, 1.0, 2.0], **how)
     shares = {"e": np.column_stack([p := np.linspace(0.4, 1.0, 200), 1 - p])}
     policy, log = drive(tree, plan, shares, 200, 2, sides="one")
     looks = dict(zip(plan.looks, plan.shares, strict=True))
@@ -94,12 +111,15 @@ def test_adaptive_radius_is_what_the_completed_looks_allow(bound):
             if request.image == i and request.purpose == "estimate":
                 assert request.start == total
                 top, total = top + answer["e"][c], total + request.count
-                best = max(best, proportion_confint(top, total, alpha=2 * ALPHA * looks[total], method="beta")[0])
+                if how:
+                    best = max(best, proportion_confint(top, total, alpha=2 * ALPHA * looks[total], method="beta")[0])
+                else:
+                    best = max(best, linear_lower(plan, top, total))
         found = policy.certificate(i)
         allowed = max(0.0, stats.norm.ppf(best))
-        assert found.radius <= allowed
-        if bound == "clopper-pearson":
-            assert found.radius == pytest.approx(allowed, rel=1e-9)
+        assert found.radius <= allowed + 1e-12
+        if "bound" not in how:
+            assert found.radius == pytest.approx(allowed, rel=1e-9, abs=1e-9)
         assert found.n_drawn == total + 100
         stopped_early += total < 4000
     assert stopped_early > 50
@@ -199,7 +219,7 @@ def test_invalid_votes_never_certify():
 def test_votes_must_answer_open_requests():
     """A stream that is read twice, or a shortened look, would void the bound: refused, the state unchanged."""
     tree = Tree.of([Stage("e", 0.5, leads_to=(0, 1))])
-    plan = AdaptivePlan(400, [1.0], n0=20)
+    plan = AdaptivePlan(400, [1.0], n0=20, growth=2.0, spending="even")
     policy = CertifyPolicy(tree, plan, AlphaSplit.even(ALPHA, tree.paths), 1)
     ask = policy.next_requests([0])
     wrong = VoteRequest(0, "e", "estimate", 0, 100)

@@ -166,7 +166,7 @@ MISTAKES = ["peeked", "top class from the estimation votes", "selection votes re
 def test_planted_mistakes_are_caught(mistake: str):
     if mistake == "peeked":
         votes = HalfSpaces(*tied_vote(), 2000, seed=3)
-        radii, true_radius = run(votes, PeekedPlan(3200, [0.5], n0=60, first=25, growth=1.5)), 0.0
+        radii, true_radius = run(votes, PeekedPlan(3200, [0.5], n0=60, first=25, growth=1.5, spending="even")), 0.0
     elif mistake == "top class from the estimation votes":
         radii, true_radius = run(HalfSpaces(*tied_vote(), 2000, seed=4), FixedPlan(200, 200), purpose_of=same_stream), 0.0
     elif mistake == "selection votes reused":
