@@ -32,7 +32,7 @@ def check_images(images: object, shape: tuple[int, ...]) -> Tensor:
             remedy=remedies.get(images.ndim, "stack the images into one tensor; channels come first"),
         )
     if images.numel():
-        low, high = (float(v) for v in torch.aminmax(images))
+        low, high = (float(v) for v in torch.aminmax(images.detach()))
         if not (low >= 0.0 and high <= 1.0):
             what = "NaN or Inf pixels" if not torch.isfinite(images).all() else f"pixels in [{low:g}, {high:g}]"
             raise InputError(

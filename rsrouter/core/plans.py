@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rsrouter.core.bounds import AlphaSplit, Array
+from rsrouter.core.bounds import MOST_VOTES, AlphaSplit, Array
 from rsrouter.core.errors import PlanError
 from rsrouter.core.estimates import FAMILIES, Bound, Counts, StageBounds, check_rows, check_sides, hoped_counts, stage_bounds
 from rsrouter.core.reach import unanimous_radius, votes_for
@@ -180,11 +181,11 @@ class Plan(ABC):
 
 
 def check_whole(name: str, value: object, least: int) -> int:
-    """An int of at least `least`; refuses bool, fractions and anything else with a PlanError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+    """An int from `least` to `MOST_VOTES`; refuses bool, fractions and anything else with a PlanError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= MOST_VOTES:
         raise PlanError(
-            f"{name} must be a whole number of at least {least}",
-            expected=f"{name} >= {least}",
+            f"{name} must be a whole number of at least {least}, and of at most {MOST_VOTES:,}",
+            expected=f"{least} <= {name} <= {MOST_VOTES:,}",
             received=repr(value),
             remedy="n0 = 100 and n = 100,000 are the field's defaults",
         )
@@ -302,7 +303,7 @@ class AdaptivePlan(Plan):
                 remedy="0, 0.25, 0.5, ... as in the tables you compare with",
             )
         put(self, "grid", tuple(float(r) for r in grid if r > 0.0))
-        if spending not in LAST_SHARE:
+        if not isinstance(spending, str) or spending not in LAST_SHARE:
             raise PlanError(
                 "Unknown way to spend alpha",
                 expected=f"one of {sorted(LAST_SHARE)}",
@@ -312,7 +313,7 @@ class AdaptivePlan(Plan):
         put(self, "spending", spending)
         last_share = LAST_SHARE[spending] if last_share is None else last_share
         for name, value, low, high in (("beta", beta, 0, 1), ("last_share", last_share, 0, 1), ("growth", growth, 1.01, np.inf)):
-            if not low < value < high:
+            if isinstance(value, bool) or not isinstance(value, Real) or not low < value < high:
                 raise PlanError(
                     f"{name} is out of range",
                     expected=f"{low} < {name} < {high}",
