@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rsrouter._version import __version__
 from rsrouter.core.errors import InputError
+from rsrouter.core.plans import EVEN, AdaptivePlan
 from rsrouter.experts.base import Expert
 from rsrouter.report import Summary, summarise, wrong_certificates
 from rsrouter.report.summary import Series
@@ -194,6 +195,8 @@ def _run(table: Table, run: Run, repo_id: str) -> dict[str, Any]:
         plan["kind"]
     ]
     votes = votes.format(**plan, grid=",".join(f"{r:g}" for r in plan.get("radii", ())))
+    if isinstance(run.plan, AdaptivePlan) and run.plan.spending == "even":
+        votes = votes.replace("adaptive", EVEN, 1)
     argument = name if re.fullmatch(r"[\w./:@+-]+", name) else "DATA"
     expert = "" if run.role == "routed" else f" --expert {table.name}"
     sides = f" --sides {run.sides}"

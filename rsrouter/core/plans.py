@@ -19,11 +19,11 @@ from rsrouter.core.reach import unanimous_radius, votes_for
 from rsrouter.core.spending import LinearSpending
 from rsrouter.core.tree import Stage, Tree
 
-#: Ratio of consecutive looks, unless told otherwise.
-GROWTH = 1.25
+#: By how alpha is spent: the ratio of consecutive looks and the part of alpha that the last look keeps, unless told otherwise.
+DEFAULTS = {"linear": (1.25, 0.75), "even": (2.0, 0.9)}
 
-#: The part of alpha that the last look keeps, unless told otherwise, by how alpha is spent.
-LAST_SHARE = {"linear": 0.75, "even": 0.9}
+#: What the command line calls the adaptive plan of tables that were made before alpha was spent linearly.
+EVEN = "adaptive-even"
 
 
 class Plan(ABC):
@@ -253,11 +253,11 @@ class AdaptivePlan(Plan):
         radii: radii the user cares about, ascending after sorting; "not abstaining" always counts as well.
         n0: selection votes per stage.
         beta: level of the prediction limits.
-        growth: ratio of consecutive looks, from a tenth of `n_max` on; 2 or more before (with `spending="even"` everywhere).
+        growth: ratio of consecutive looks. Linear: from a tenth of `n_max` on, and 2 or more before; None: 1.25. Even: None: 2.
         first: no look before this many votes.
-        last_share: the part of alpha kept for the last look (Clopper-Pearson only); None: 0.75, or 0.9 in equal parts.
+        last_share: the least part of alpha kept for the last look (Clopper-Pearson only); None: 0.75 linear, 0.9 even.
         bound: `"clopper-pearson"` or `"mixture"` (`sequence_lower`, `sequence_upper`).
-        spending: how the rest of alpha is spent before (Clopper-Pearson only): `"linear"`, or `"even"`, equal parts.
+        spending: how the rest of alpha is spent before: `"linear"` (Clopper-Pearson's default), or `"even"`, in equal parts.
 
     Raises:
         PlanError: an argument out of its range.
@@ -281,11 +281,11 @@ class AdaptivePlan(Plan):
         n0: int = 100,
         beta: float = 0.01,
         *,
-        growth: float = GROWTH,
+        growth: float | None = None,
         first: int = 100,
         last_share: float | None = None,
         bound: str = "clopper-pearson",
-        spending: str = "linear",
+        spending: str | None = None,
     ) -> None:
         put = object.__setattr__
         put(self, "n_max_", check_whole("n_max", n_max, 1))
@@ -303,15 +303,26 @@ class AdaptivePlan(Plan):
                 remedy="0, 0.25, 0.5, ... as in the tables you compare with",
             )
         put(self, "grid", tuple(float(r) for r in grid if r > 0.0))
-        if not isinstance(spending, str) or spending not in LAST_SHARE:
+        if bound not in FAMILIES:
+            raise PlanError(
+                "Unknown family of bounds",
+                expected=f"one of {sorted(FAMILIES)}",
+                received=repr(bound),
+                remedy="leave out bound to take Clopper-Pearson",
+            )
+        put(self, "bound", bound)
+        if spending is None:
+            spending = "linear" if bound == "clopper-pearson" else "even"
+        if spending not in (["linear", "even"] if bound == "clopper-pearson" else ["even"]):
             raise PlanError(
                 "Unknown way to spend alpha",
-                expected=f"one of {sorted(LAST_SHARE)}",
+                expected="'linear' or 'even', and only 'even' with a confidence sequence, which spends all of it at every look",
                 received=repr(spending),
-                remedy="leave out spending to take 'linear'",
+                remedy="leave out spending",
             )
         put(self, "spending", spending)
-        last_share = LAST_SHARE[spending] if last_share is None else last_share
+        growth = DEFAULTS[spending][0] if growth is None else growth
+        last_share = DEFAULTS[spending][1] if last_share is None else last_share
         for name, value, low, high in (("beta", beta, 0, 1), ("last_share", last_share, 0, 1), ("growth", growth, 1.01, np.inf)):
             if isinstance(value, bool) or not isinstance(value, Real) or not low < value < high:
                 raise PlanError(
@@ -321,14 +332,6 @@ class AdaptivePlan(Plan):
                     remedy=f"leave out {name} to take the default",
                 )
             put(self, name, float(value))
-        if bound not in FAMILIES:
-            raise PlanError(
-                "Unknown family of bounds",
-                expected=f"one of {sorted(FAMILIES)}",
-                received=repr(bound),
-                remedy="leave out bound to take Clopper-Pearson",
-            )
-        put(self, "bound", bound)
 
     @property
     def radii(self) -> tuple[float, ...]:
@@ -355,7 +358,7 @@ class AdaptivePlan(Plan):
 
     @cached_property
     def bounders(self) -> tuple[Bound, Bound]:
-        if self.bound == "mixture" or self.spending == "even":
+        if self.spending == "even":
             return FAMILIES[self.bound]
         spending = LinearSpending(self.looks, self.last_share)
         return spending.lower, spending.upper
@@ -381,6 +384,8 @@ class AdaptivePlan(Plan):
         return self._like(self.n_max_, [r for r in self.grid if r <= reach])
 
     def to_dict(self) -> dict[str, Any]:
+        # what plans of before there was a choice wrote must be written again: seeds and resumed tables depend on it
+        how = {} if self.spending == "even" else {"spending": self.spending}
         return {
             "kind": self.kind,
             "n_max": self.n_max_,
@@ -391,7 +396,7 @@ class AdaptivePlan(Plan):
             "first": self.first,
             "last_share": self.last_share,
             "bound": self.bound,
-            "spending": self.spending,
+            **how,
         }
 
 
@@ -403,7 +408,7 @@ def plan_from_dict(data: dict[str, Any]) -> Plan:
     """
     fields = dict(data)
     if fields.get("kind") == "adaptive":
-        fields.setdefault("spending", "even")  # the only way there was when they were written
+        fields.setdefault("spending", "even")  # as `to_dict` writes it
     kinds: dict[str, type[FixedPlan] | type[AdaptivePlan]] = {"fixed": FixedPlan, "adaptive": AdaptivePlan}
     kind = fields.pop("kind", None)
     if kind not in kinds:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rsrouter.core.bounds import Array, binom_lower, binom_upper, check_alpha
+from rsrouter.core.bounds import Array, binom_lower, binom_upper, check_alpha, check_counts
 from rsrouter.core.errors import PlanError
 
 
@@ -30,7 +30,7 @@ class LinearSpending:
 
     Args:
         looks: cumulative votes, ascending.
-        last_share: the part of alpha that the last look spends on proportions which earlier looks could reject.
+        last_share: the least part of alpha that is left for the last look; it also gets what was due since the look before it.
     """
 
     def __init__(self, looks: Sequence[int], last_share: float) -> None:
@@ -51,9 +51,9 @@ class LinearSpending:
             )
         return self._edges[level]
 
-    def _at(self, n: ArrayLike, alpha: ArrayLike) -> tuple[NDArray[np.int64], Array, Array, Array]:
+    def _at(self, k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> tuple[NDArray[np.int64], Array, Array, Array]:
         """Per row: its look, its level, and the edges of the look before it."""
-        totals, levels = np.broadcast_arrays(np.asarray(n, dtype=np.int64), check_alpha(alpha))
+        _, totals, levels = np.broadcast_arrays(*check_counts(k, n), check_alpha(alpha))
         look = np.minimum(np.searchsorted(self.looks, totals), len(self.looks) - 1)
         if np.any(self.looks[look] != totals):
             raise PlanError(
@@ -73,13 +73,13 @@ class LinearSpending:
 
         Arguments, shapes and errors as `binom_lower`; PlanError also where `n` is none of the looks.
         """
-        look, level, edge, _ = self._at(n, alpha)
+        look, level, edge, _ = self._at(k, n, alpha)
         strict = binom_lower(k, n, level * self.added[look])
         return np.where(strict < edge, strict, np.maximum(edge, binom_lower(k, n, level * self.spent[look])))
 
     def upper(self, k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Array:
         """Upper bounds, the mirror image of `lower`."""
-        look, level, _, edge = self._at(n, alpha)
+        look, level, _, edge = self._at(k, n, alpha)
         strict = binom_upper(k, n, level * self.added[look])
         return np.where(strict > edge, strict, np.minimum(edge, binom_upper(k, n, level * self.spent[look])))
 

@@ -25,18 +25,20 @@ from rsrouter.core.spending import LinearSpending
 ONE = Tree.of([Stage("e", 0.5, leads_to=(0, 1))])
 
 
-def crossing(plan: AdaptivePlan, proportions, alpha: float) -> list[float]:
-    """P(the lower bound exceeds p at some look) per p, exactly: the count's law, stopped at the first crossing."""
-    lower_of, _ = plan.bounders
-    lower = [lower_of(np.arange(look + 1), look, alpha * share) for look, share in zip(plan.looks, plan.shares, strict=True)]
+def crossing(plan: AdaptivePlan, proportions, alpha: float, side: str = "lower") -> list[float]:
+    """P(the bound is on the wrong side of p at some look) per p, exactly: the count's law, stopped at the first crossing."""
+    sign = 1.0 if side == "lower" else -1.0
+    of = plan.bounders[side == "upper"]
+    bounds = [of(np.arange(look + 1), look, alpha * share) for look, share in zip(plan.looks, plan.shares, strict=True)]
     found = []
     for p in proportions:
         law, drawn, crossed = np.ones(1), 0, 0.0
-        for look, bound in zip(plan.looks, lower, strict=True):
+        for look, bound in zip(plan.looks, bounds, strict=True):
             law = np.convolve(law, stats.binom.pmf(np.arange(look - drawn + 1), look - drawn, p))
             drawn = look
-            crossed += law[bound > p].sum()
-            law = np.where(bound > p, 0.0, law)
+            wrong = sign * bound > sign * p
+            crossed += law[wrong].sum()
+            law = np.where(wrong, 0.0, law)
         found.append(float(crossed))
     return found
 
@@ -55,7 +57,7 @@ def worst_proportions(plan: AdaptivePlan, alpha: float, each: int) -> np.ndarray
 EVERY_WAY = [
     AdaptivePlan(1600, [0.5]),
     AdaptivePlan(900, [0.5], growth=1.1, first=20, last_share=0.1),
-    AdaptivePlan(1600, [0.5], growth=2.0, spending="even"),
+    AdaptivePlan(1600, [0.5], spending="even"),
     AdaptivePlan(900, [0.5], growth=1.3, first=20, last_share=0.5, spending="even"),
     AdaptivePlan(1600, [0.5], bound="mixture"),
     AdaptivePlan(50, [0.5]),
@@ -72,6 +74,8 @@ def test_looks_cross_at_most_alpha(plan: AdaptivePlan):
     crossed = crossing(plan, [*worst_proportions(plan, alpha, 6), 0.5, 0.7, 0.9, 0.99], alpha)
     assert max(crossed) <= alpha
     assert max(crossed) > (0.1 if plan.bound == "mixture" else 0.3) * alpha
+    mirrored = crossing(plan, np.nextafter(1.0 - worst_proportions(plan, alpha, 3), 1.0), alpha, "upper")
+    assert 0.1 * alpha < max(mirrored) <= alpha
 
 
 @pytest.mark.slow
@@ -126,11 +130,13 @@ def test_bounds_of_linear_spending(level: float):
     np.testing.assert_array_equal(both, [spending.lower(20, 20, level), spending.lower(90, 100, level / 2)])
     with pytest.raises(PlanError, match="completed looks"):
         spending.lower(10, 30, level)
+    with pytest.raises(PlanError, match="whole numbers"):
+        spending.upper(10, np.nan, level)
 
 
 def test_linear_spending_draws_fewer_votes_of_images_that_are_nearly_unanimous():
     radii = np.arange(0, 1.8, 0.25)
-    linear, even = AdaptivePlan(100_000, radii), AdaptivePlan(100_000, radii, growth=2.0, spending="even")
+    linear, even = AdaptivePlan(100_000, radii), AdaptivePlan(100_000, radii, spending="even")
     share = [0.75, 0.95, 0.99999]
     ours, before = (expected_votes(plan, share, 0.5, runs=200) for plan in (linear, even))
     assert ours[2] < 0.8 * before[2]
@@ -142,7 +148,8 @@ def test_linear_spending_draws_fewer_votes_of_images_that_are_nearly_unanimous()
 def test_plans_stored_before_there_was_a_choice_spend_evenly():
     stored = {"kind": "adaptive", "n_max": 1600, "radii": [0.5], "n0": 100, "beta": 0.01, "growth": 2.0, "first": 100}
     plan = plan_from_dict({**stored, "last_share": 0.9, "bound": "clopper-pearson"})
-    assert plan == AdaptivePlan(1600, [0.5], growth=2.0, spending="even")
+    assert plan == AdaptivePlan(1600, [0.5], spending="even")
+    assert plan.to_dict() == {**stored, "last_share": 0.9, "bound": "clopper-pearson"}  # derived seeds are a hash of it
     assert plan.looks == (100, 200, 400, 800, 1600)
     assert plan.shares == (*[pytest.approx(0.025)] * 4, 0.9)
 
@@ -211,6 +218,7 @@ def test_plans_survive_json(plan):
         lambda: AdaptivePlan(100, [0.5], bound="hoeffding"),
         lambda: AdaptivePlan(100, [0.5], spending="all at once"),
         lambda: AdaptivePlan(100, [0.5], spending=["linear"]),
+        lambda: AdaptivePlan(100, [0.5], bound="mixture", spending="linear"),
         lambda: AdaptivePlan(100, [0.5], last_share="most"),
         lambda: AdaptivePlan(100, [0.5], growth=True),
         lambda: AdaptivePlan(10**13, [0.5]),

@@ -219,7 +219,7 @@ def test_invalid_votes_never_certify():
 def test_votes_must_answer_open_requests():
     """A stream that is read twice, or a shortened look, would void the bound: refused, the state unchanged."""
     tree = Tree.of([Stage("e", 0.5, leads_to=(0, 1))])
-    plan = AdaptivePlan(400, [1.0], n0=20, growth=2.0, spending="even")
+    plan = AdaptivePlan(400, [1.0], n0=20, spending="even")
     policy = CertifyPolicy(tree, plan, AlphaSplit.even(ALPHA, tree.paths), 1)
     ask = policy.next_requests([0])
     wrong = VoteRequest(0, "e", "estimate", 0, 100)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 import rsrouter.demo.flow as flow
-from rsrouter import ExpertPool, ResultsError, RoutedSmooth
+from rsrouter import ExpertPool, ResultsError, RoutedSmooth, Smooth
+from rsrouter.core import plan_from_dict
 from rsrouter.demo import SLICES, load_pool, load_slice, run
 from rsrouter.demo.bundled import ASSETS
 from rsrouter.experts.checkpoints import sha256_of
@@ -65,6 +67,17 @@ def test_a_run_leaves_everything(small):
     assert len(ExpertPool.load(out / "pool.json")) == 3
     assert json.loads((out / "certificates.json").read_text())["seed_derived"] is True
     assert RoutedSmooth.from_pretrained(out / "router").digest == json.loads((out / "certificates.json").read_text())["digest"]
+
+
+@pytest.mark.parametrize("name", ["sigma_0.25", "sigma_0.5", "sigma_1"])
+def test_seeds_of_published_tables_stay_derived(name):
+    """They are a hash of the plan as it was written, too: a new version must not make honest tables look shopped for."""
+    meta = json.loads((Path(__file__).parents[2] / "model_cards/demo-experts" / f"{name}.json").read_text())
+    plan = plan_from_dict(meta["plan"])
+    assert plan.to_dict() == meta["plan"]
+    expert = Smooth(load_pool()[name])
+    assert expert.digest == meta["digest"]
+    assert meta["seed"] == expert.default_seed(plan, meta["alpha"], meta["rule"], meta["sides"])
 
 
 def rows_without_time(path):
