@@ -60,7 +60,11 @@ def certify(
         Path | None, typer.Option("--out", help="The table; its JSON stands beside it. An unfinished one is gone on with.")
     ] = None,
     plan: Annotated[
-        str, typer.Option("--plan", help="adaptive (stops when the radius is settled) or fixed (Cohen's CERTIFY).")
+        str,
+        typer.Option(
+            "--plan",
+            help="adaptive (stops when the radius is settled), adaptive-even (as in older tables) or fixed (Cohen's CERTIFY).",
+        ),
     ] = "adaptive",
     n: Annotated[int, typer.Option("--n", help="Votes per stage: the most (adaptive) or exactly (fixed).")] = DEFAULT_VOTES,
     n0: Annotated[int, typer.Option("--n0", help="Selection votes per stage.")] = 100,
