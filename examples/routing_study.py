@@ -41,7 +41,7 @@ from rsrouter.training.tune import tune_cascade
 RADII = np.arange(0.0, 2.51, 0.25)
 COVERED = RADII <= 2.0
 ALPHA, N0, N = 1e-3, 100, 10_000
-#: The plan that the published tables were certified with; today's default draws a quarter fewer votes.
+#: The plan that the published tables were certified with; today's default draws about a fifth fewer votes.
 PLAN = AdaptivePlan(N, tuple(RADII), n0=N0, spending="even")
 #: Shards of a study; any number of processes may work on them.
 SHARDS = 8
