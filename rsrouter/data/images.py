@@ -164,12 +164,13 @@ def to_unit(pixels: NDArray[Any], who: str) -> Tensor:
         )
     low, high = float(pixels.min()), float(pixels.max())
     if not (low >= 0.0 and high <= 1.0):
+        missing = bool(np.isnan(pixels).any())
         remedy = "divide by 255" if 1.0 < high <= 255 and low >= 0 else "give raw pixels; each expert normalises them itself"
         raise InputError(
-            f"{who} has pixels outside [0,1]",
+            f"{who} has pixels that are {'not numbers' if missing else 'outside [0,1]'}",
             expected="floats in [0,1], or uint8",
             received=f"[{low:g}, {high:g}]",
-            remedy=remedy,
+            remedy="repair the file, or leave the image out" if missing else remedy,
         )
     return torch.from_numpy(np.array(pixels, dtype=np.float32))
 
