@@ -19,7 +19,7 @@ from rsrouter.core.estimates import stage_bounds
 from rsrouter.core.tree import Stage, Tree, expert_stage
 from rsrouter.core.types import ABSTAIN
 from rsrouter.report import curves
-from rsrouter.report.losses import by_stage, losses, losses_files
+from rsrouter.report.regret import by_stage, losses, losses_files
 from rsrouter.results import Table, align, read_table
 
 RADII = np.arange(0.0, 2.51, 0.25)

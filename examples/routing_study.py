@@ -27,14 +27,13 @@ from rsrouter.jobs import certify_table
 from rsrouter.report import write_report
 from rsrouter.report.curves import average_certified_radius, certified_correct
 from rsrouter.results import Table, merge_tables, read_table
-from rsrouter.router import label_votes
-from rsrouter.router.checkpoint import Checkpoint, resuming
-from rsrouter.router.labels import target_radii
 from rsrouter.sampling import Execution, VoteMemo
-from rsrouter.training import train_router
+from rsrouter.training import label_votes, train_router
 from rsrouter.training.deferral import DeferralRecipe, train_deferral
 from rsrouter.training.flat import RECIPES
 from rsrouter.training.heads import HeadRecipe
+from rsrouter.training.labels import target_radii
+from rsrouter.training.resume import Checkpoint, resuming
 from rsrouter.training.train import default_flat
 from rsrouter.training.tune import tune_cascade
 

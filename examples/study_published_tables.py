@@ -53,17 +53,18 @@ from published_tables import (
 )
 from torch import Tensor, nn
 
-from rsrouter.core.policy import VoteRequest
+from rsrouter.core.certify import VoteRequest
 from rsrouter.core.tree import Tree
 from rsrouter.experts import Expert, ExpertPool, build_architecture
-from rsrouter.experts.base import module_digest
+from rsrouter.experts.identity import module_digest
 from rsrouter.report import curves
 from rsrouter.results import Table
-from rsrouter.router import FlatRouter, HeadedTrunk, Labels
-from rsrouter.router.stored import labels_from_tables
+from rsrouter.router import FlatRouter, HeadedTrunk
 from rsrouter.sampling import Engine, Execution, VoteModel, image_identity
+from rsrouter.training import Labels
 from rsrouter.training.features import noisy_features
 from rsrouter.training.flat import RECIPES, train_flat
+from rsrouter.training.label_files import labels_from_tables
 from rsrouter.training.simulate import SimulatedVotes
 from rsrouter.training.tune import Goal
 

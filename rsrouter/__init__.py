@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         PlanError,
         ResultsError,
         RSRouterError,
+        Terms,
         WorkerError,
     )
     from rsrouter.data import load_data
@@ -42,10 +43,10 @@ if TYPE_CHECKING:
     )
     from rsrouter.report import write_report
     from rsrouter.results import ResultsWriter, Table, merge_tables, read_table
-    from rsrouter.router import CascadeRouter, FlatRouter, Labels, MLPHead, label_images
+    from rsrouter.router import CascadeRouter, FlatRouter, MLPHead
     from rsrouter.sampling import Execution
     from rsrouter.smooth import RoutedSmooth, Smooth
-    from rsrouter.training import Recipe, train_router
+    from rsrouter.training import Labels, Recipe, label_images, train_router
 
 _WHERE = {
     "rsrouter.core": (
@@ -61,6 +62,7 @@ _WHERE = {
         "PlanError",
         "RSRouterError",
         "ResultsError",
+        "Terms",
         "WorkerError",
     ),
     "rsrouter.data": ("load_data",),
@@ -78,10 +80,10 @@ _WHERE = {
     ),
     "rsrouter.report": ("write_report",),
     "rsrouter.results": ("ResultsWriter", "Table", "merge_tables", "read_table"),
-    "rsrouter.router": ("CascadeRouter", "FlatRouter", "Labels", "MLPHead", "label_images"),
+    "rsrouter.router": ("CascadeRouter", "FlatRouter", "MLPHead"),
     "rsrouter.sampling": ("Execution",),
     "rsrouter.smooth": ("RoutedSmooth", "Smooth"),
-    "rsrouter.training": ("Recipe", "train_router"),
+    "rsrouter.training": ("Labels", "Recipe", "label_images", "train_router"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -110,6 +112,7 @@ __all__ = [
     "RoutedSmooth",
     "Smooth",
     "Table",
+    "Terms",
     "WorkerError",
     "__version__",
     "build_architecture",

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from rsrouter._version import __version__
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
-from rsrouter.experts.base import Expert, ExpertPool, Provenance
-from rsrouter.experts.checkpoints import sha256_of
-from rsrouter.experts.pool_file import pool_from_dict, pool_to_dict
+from rsrouter.experts.describe import describe_module
+from rsrouter.experts.expert import Expert, Provenance
+from rsrouter.experts.pool import ExpertPool
+from rsrouter.experts.spec import pool_from_dict, pool_to_dict
+from rsrouter.files import sha256_of
 from rsrouter.hub import Hub, Reference, hub_settings, is_hub_reference
 from rsrouter.router import router_from_config
 from rsrouter.router.base import Router
-from rsrouter.router.describe import describe_module
 from rsrouter.sampling.execution import Execution
 
 SCHEMA_VERSION = 1

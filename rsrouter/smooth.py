@@ -19,7 +19,8 @@ from torch import Tensor
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import Plan
 from rsrouter.core.types import Certificate
-from rsrouter.experts.base import Expert, ExpertPool
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.base import Router, single_tree
 from rsrouter.sampling.execution import Execution
 from rsrouter.serialise import load_routed, save_routed
@@ -196,13 +197,13 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
         Args:
             repo_id: `org/name`.
             certificates: folder with results tables of this router, or one table; None publishes none.
-            options: `private`, `create_pr`, `dry_run`, `token`, ... of `rsrouter.publish.publish`.
+            options: `private`, `create_pr`, `dry_run`, `token`, ... of `rsrouter.publish.commit`.
 
         Returns:
             A `rsrouter.publish.Publication`.
 
         Raises:
-            HubError, InputError, IntegrityError: see `rsrouter.publish.publish`.
+            HubError, InputError, IntegrityError: see `rsrouter.publish.commit`.
         """
         # publishing stands above this module, and is only looked up when asked for
         publish = importlib.import_module("rsrouter.publish")

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsrouter.core.bounds import AlphaSplit
+from rsrouter.core.certify import CertifyPolicy, VoteRequest
 from rsrouter.core.errors import InputError, NetworkError
 from rsrouter.core.plans import Plan
-from rsrouter.core.policy import CertifyPolicy, VoteRequest
 from rsrouter.core.tree import Tree
 from rsrouter.core.types import Certificate
-from rsrouter.experts.base import Expert, module_digest
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.identity import module_digest
 from rsrouter.inputs import check_ids, check_images, check_seed
 from rsrouter.router.base import Routed
 from rsrouter.sampling.engine import Engine, image_identity
@@ -229,7 +230,7 @@ class Smoothed:
         device: str | None = None,
     ) -> NDArray[np.int64]:
         """The smoothed classifier's answer, or ABSTAIN, for each image (Cohen et al. 2019, PREDICT; for a tree:
-        `rsrouter.core.decide`).
+        `rsrouter.core.predict`).
 
         Args:
             images: `(N, C, H, W)` pixels in [0,1].
@@ -243,7 +244,7 @@ class Smoothed:
         Returns:
             int64 `(N,)`, ABSTAIN (-1) where the votes do not decide.
         """
-        from rsrouter.core.decide import PredictPolicy
+        from rsrouter.core.predict import PredictPolicy
 
         x = check_images(images, self._shape)
         names = check_ids(ids, len(x))

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from rsrouter import Expert, ExpertPool, FixedPlan, FlatRouter, RoutedSmooth, load_expert
 from rsrouter.data import ImageData, from_arrays
+from rsrouter.experts.describe import describe_module
 from rsrouter.jobs import certify_table
 from rsrouter.results import Table
-from rsrouter.router.describe import describe_module
 
 SHAPE, CLASSES = (1, 4, 4), 3
 PLAN = FixedPlan(50, 1000)

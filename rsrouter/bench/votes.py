@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rsrouter.bench.timing import Figure, figure, in_turn, ratios, seconds
-from rsrouter.core.policy import VoteRequest
+from rsrouter.core.certify import VoteRequest
 from rsrouter.experts import Expert
 from rsrouter.router.base import vote_model
 from rsrouter.sampling.engine import Engine, image_identity

@@ -102,7 +102,7 @@ def certify(
     from rsrouter.cli.options import parse_radii
     from rsrouter.data import load_data
     from rsrouter.jobs import certify_table, estimate_table
-    from rsrouter.jobs.run import on_cpu
+    from rsrouter.jobs.driver import on_cpu
     from rsrouter.report import summarise
     from rsrouter.report.text import print_summary
 

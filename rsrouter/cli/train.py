@@ -111,8 +111,8 @@ def label(
     from rsrouter import Execution, ExpertPool
     from rsrouter.data import load_data
     from rsrouter.jobs import label_table
-    from rsrouter.router.labels import target_radii
-    from rsrouter.router.stored import load_votes, store_tables
+    from rsrouter.training.label_files import load_votes, store_tables
+    from rsrouter.training.labels import target_radii
 
     experts = ExpertPool.load(pool)
     if bool(data) == bool(tables):
@@ -200,9 +200,9 @@ def train(
     rsrouter train pool.json --data train.npz --kind deferral --recipe quick --out first-try
     """
     from rsrouter import Execution, ExpertPool, FlatRouter, RoutedSmooth
-    from rsrouter.router.stored import load_labels
     from rsrouter.serialise import resolve_source
     from rsrouter.training import DEFERRAL_RECIPES, train_router
+    from rsrouter.training.label_files import load_labels
     from rsrouter.training.work import expected_votes
 
     if not data:

@@ -11,7 +11,7 @@ from rsrouter.core.budget import (
     votes_needed,
 )
 from rsrouter.core.certificates import entry_radii, tree_radius, vote_radius
-from rsrouter.core.decide import PredictPolicy, confidence_set
+from rsrouter.core.certify import CertifyPolicy, VoteRequest
 from rsrouter.core.errors import (
     CheckpointError,
     HubError,
@@ -24,7 +24,8 @@ from rsrouter.core.errors import (
     WorkerError,
 )
 from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan, plan_from_dict
-from rsrouter.core.policy import CertifyPolicy, VoteRequest
+from rsrouter.core.predict import PredictPolicy, confidence_set
+from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Stage, Tree, cascade_tree, expert_stage, flat_tree
 from rsrouter.core.types import ABSTAIN, RULES, SIDES, Certificate
 
@@ -50,6 +51,7 @@ __all__ = [
     "RSRouterError",
     "ResultsError",
     "Stage",
+    "Terms",
     "Tree",
     "VoteRequest",
     "WorkerError",

@@ -12,9 +12,9 @@ from scipy import special
 
 from rsrouter.core.bounds import MOST_VOTES, AlphaSplit, Array, binom_lower, check_alpha
 from rsrouter.core.certificates import vote_radius
+from rsrouter.core.certify import CertifyPolicy
 from rsrouter.core.errors import PlanError
 from rsrouter.core.plans import AdaptivePlan, Plan, check_whole
-from rsrouter.core.policy import CertifyPolicy
 from rsrouter.core.tree import Stage, Tree
 
 

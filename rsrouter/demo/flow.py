@@ -23,12 +23,11 @@ from rsrouter.experts import ExpertPool
 from rsrouter.jobs import Running, certify_table
 from rsrouter.report import write_report
 from rsrouter.results import Table
-from rsrouter.router import Labels, label_votes
-from rsrouter.router.labels import target_radii
 from rsrouter.sampling import Execution, native_dtype
 from rsrouter.smooth import RoutedSmooth, Smooth
-from rsrouter.training import train_router
+from rsrouter.training import Labels, label_votes, train_router
 from rsrouter.training.deferral import DEFERRAL_RECIPES, chain_votes
+from rsrouter.training.labels import target_radii
 
 T = TypeVar("T")
 #: Radii of the running estimate.

@@ -1,11 +1,13 @@
 """Experts: any randomized-smoothing checkpoint as a pinned, verified base classifier."""
 
-from rsrouter.experts.base import Expert, ExpertPool, Normalise, Provenance, module_digest
-from rsrouter.experts.check import NoisyCheck, check_expert
 from rsrouter.experts.convert import convert, save_expert
 from rsrouter.experts.denoising import Denoiser, Diffusion, at_sigmas, denoised, load_denoiser
 from rsrouter.experts.ensembles import Ensemble, ensemble
+from rsrouter.experts.expert import Expert, Normalise, Provenance
+from rsrouter.experts.identity import module_digest
 from rsrouter.experts.loaders import LOADERS, NORMALISATIONS, load_expert
+from rsrouter.experts.noisy_accuracy import NoisyCheck, check_expert
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.experts.registry import architectures, build_architecture, register_architecture
 from rsrouter.experts.select import Selection, select_experts
 from rsrouter.experts.wrap import Wrapped, wrap

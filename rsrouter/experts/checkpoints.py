@@ -5,7 +5,6 @@ Every reader takes the file's bytes, so that what was hashed is what is parsed.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import re
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from rsrouter.core.errors import CheckpointError, IntegrityError
 from rsrouter.experts.registry import architectures, build_architecture
+from rsrouter.files import sha256_of
 
 #: keys under which training scripts keep the state dict: Cohen and followers, MACER, and common others
 CONTAINERS = ("state_dict", "net", "model", "model_state_dict", "params")
@@ -43,14 +43,6 @@ class Checkpoint:
     state: dict[str, Tensor]
     container: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
-
-
-def sha256_of(content: bytes | Path) -> str:
-    """Hex sha256 of bytes, or of a file's content."""
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    with content.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_verified(path: Path, sha256: str | None) -> bytes:

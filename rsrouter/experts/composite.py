@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from rsrouter.core.errors import IntegrityError
-from rsrouter.experts.base import Normalise, Provenance
+from rsrouter.experts.expert import Normalise, Provenance
 from rsrouter.experts.loaders import build_module
 
 

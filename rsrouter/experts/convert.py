@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
-from rsrouter.experts.base import Expert
+from rsrouter.experts.expert import Expert
 from rsrouter.experts.loaders import CONFIG, WEIGHTS, load_expert
 from rsrouter.experts.registry import find_architecture
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsrouter.core.errors import CheckpointError, InputError
-from rsrouter.experts.base import Expert, Provenance, check_sigma
 from rsrouter.experts.composite import composite, networks, part
+from rsrouter.experts.expert import Expert, Provenance, check_sigma
 from rsrouter.experts.loaders import LOADERS, build_module, open_checkpoint
 from rsrouter.experts.registry import is_denoiser
 

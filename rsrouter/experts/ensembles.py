@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
-from rsrouter.experts.base import Expert, Provenance
 from rsrouter.experts.composite import composite, networks, part
+from rsrouter.experts.expert import Expert, Provenance
 from rsrouter.experts.loaders import LOADERS
 
 

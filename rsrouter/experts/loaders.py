@@ -13,17 +13,10 @@ from typing import Any
 from torch import nn
 
 from rsrouter.core.errors import CheckpointError, InputError
-from rsrouter.experts.base import Expert, Provenance
-from rsrouter.experts.checkpoints import (
-    LEGACY_SUFFIXES,
-    Checkpoint,
-    fit_state,
-    head_width,
-    parse_checkpoint,
-    read_verified,
-    sha256_of,
-)
+from rsrouter.experts.checkpoints import LEGACY_SUFFIXES, Checkpoint, fit_state, head_width, parse_checkpoint, read_verified
+from rsrouter.experts.expert import Expert, Provenance
 from rsrouter.experts.registry import build_architecture, input_shape_of, known_architecture
+from rsrouter.files import sha256_of
 from rsrouter.hub import Hub, fetch, is_hub_reference
 
 #: folder of the weights that ship with the package (`source="bundled"`)

@@ -41,11 +41,12 @@ import torch
 from torch import Tensor
 
 from rsrouter.core.errors import InputError
-from rsrouter.experts.base import Expert, ExpertPool
-from rsrouter.experts.check import NoisyCheck, check_expert
 from rsrouter.experts.denoising import Diffusion, at_sigmas, denoised, load_denoiser
 from rsrouter.experts.ensembles import ensemble
+from rsrouter.experts.expert import Expert
 from rsrouter.experts.loaders import _SETTINGS, load_expert
+from rsrouter.experts.noisy_accuracy import NoisyCheck, check_expert
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.hub import is_hub_reference
 
 KINDS = ("plain", "ensemble", "denoised")

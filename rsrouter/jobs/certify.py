@@ -15,7 +15,7 @@ import torch
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import Plan
 from rsrouter.inputs import check_images
-from rsrouter.jobs.run import Images, Running, load_task, make_executor, run_job, stored_threads
+from rsrouter.jobs.driver import Images, Running, load_task, make_executor, run_job, stored_threads
 from rsrouter.jobs.work import CertifyWork
 from rsrouter.results import Table
 from rsrouter.sampling.execution import KERNELS, default_batch

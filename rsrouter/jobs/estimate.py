@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsrouter.core.bounds import AlphaSplit
+from rsrouter.core.certify import VoteRequest
 from rsrouter.core.errors import PlanError
 from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
-from rsrouter.core.policy import VoteRequest
 from rsrouter.jobs.certify import check_order, settled_batch, take_shard
+from rsrouter.jobs.driver import Images, load_task, make_executor
 from rsrouter.jobs.executor import check_threads
-from rsrouter.jobs.run import Images, load_task, make_executor
 from rsrouter.jobs.work import with_batch
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.smooth import RoutedSmooth, Smooth

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import check_whole
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_images, check_seed
 from rsrouter.jobs.certify import check_order, describe_data, describe_indices, take_shard
-from rsrouter.jobs.run import Images, Running, load_task, make_executor, run_job, stored_threads
+from rsrouter.jobs.driver import Images, Running, load_task, make_executor, run_job, stored_threads
 from rsrouter.jobs.work import LabelWork
 from rsrouter.results.metadata import metadata_path, normalise
-from rsrouter.router.labels import LABEL
-from rsrouter.router.stored import has_votes, save_votes
 from rsrouter.sampling.execution import Execution, default_batch
+from rsrouter.training.label_files import has_votes, save_votes
+from rsrouter.training.labels import LABEL
 
 
 class _Labelled:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rsrouter.core.errors import ResultsError
 from rsrouter.results.metadata import describe, differences
-from rsrouter.router.stored import has_votes, save_votes
+from rsrouter.training.label_files import has_votes, save_votes
 
 
 def is_labels(path: Path) -> bool:

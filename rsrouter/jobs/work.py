@@ -21,13 +21,13 @@ from rsrouter._version import __version__
 from rsrouter.core.errors import RSRouterError
 from rsrouter.core.plans import Plan
 from rsrouter.core.types import Certificate
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.results import Row
-from rsrouter.router.labels import label_engine, label_votes
 from rsrouter.sampling.engine import Engine
 from rsrouter.sampling.execution import Execution, instructions, resolve_device
 from rsrouter.smooth import RoutedSmooth, Smooth
 from rsrouter.smoothed import Progress
+from rsrouter.training.labels import label_engine, label_votes
 
 
 @dataclass(frozen=True, slots=True)

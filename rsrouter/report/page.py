@@ -12,15 +12,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rsrouter.core.errors import ResultsError
+from rsrouter.files import is_leftover, write_atomically
 from rsrouter.report import charts, curves
 from rsrouter.report.answering import answering_stages
-from rsrouter.report.losses import page_rows
 from rsrouter.report.overview import numbers_csv, report_json, runs, shares_csv, whole_table
+from rsrouter.report.regret import page_rows
 from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Source, Summary, load_tables, plan_radii, summarise
 from rsrouter.report.svg import standalone
 from rsrouter.report.thumbnails import by_id, gallery
 from rsrouter.results import Table
-from rsrouter.results.metadata import flatten, is_leftover, write_atomically
+from rsrouter.results.metadata import flatten
 
 #: Marks a folder as ours, so that a report may be made again over an earlier one.
 GENERATOR = "rsrouter report"

@@ -8,17 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rsrouter.core.errors import ResultsError
-from rsrouter.results.metadata import (
-    NOT_COMPARED,
-    describe,
-    differences,
-    metadata_path,
-    normalise,
-    read_metadata,
-    sync_folder,
-    write_atomically,
-    write_metadata,
-)
+from rsrouter.files import sync_folder, write_atomically
+from rsrouter.results.metadata import NOT_COMPARED, describe, differences, metadata_path, normalise, read_metadata, write_metadata
 from rsrouter.results.rows import COLUMNS, FIELD_COLUMNS, HEADER
 from rsrouter.results.table import read_bytes, read_table
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rsrouter.core.errors import ResultsError
+from rsrouter.files import write_atomically
 
 #: Keys that describe a run without being part of it; not compared, but for `DECISIVE`.
 NOT_COMPARED = ("info",)
@@ -114,43 +114,6 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
             remedy="it belongs to the table of the same name; restore it or start in a new folder",
         )
     return data
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes new or renamed entries of `folder` survive a power loss (where the system can)."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:  # not every system opens folders
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `path` whole or not at all: a temporary file, fsync, rename, fsync of the folder."""
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def is_leftover(path: Path, names: Iterable[str]) -> bool:
-    """Whether `path` is what `write_atomically` leaves of a file called one of `names` when it is killed."""
-    return path.suffix == ".tmp" and any(path.name.startswith(f".{name}.") for name in names)
 
 
 def write_metadata(path: Path, metadata: Mapping[str, Any]) -> None:

@@ -11,17 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from rsrouter.core.errors import ResultsError
-from rsrouter.results.metadata import (
-    describe,
-    differences,
-    is_leftover,
-    metadata_path,
-    normalise,
-    read_metadata,
-    sync_folder,
-    write_atomically,
-    write_metadata,
-)
+from rsrouter.files import is_leftover, sync_folder, write_atomically
+from rsrouter.results.metadata import describe, differences, metadata_path, normalise, read_metadata, write_metadata
 from rsrouter.results.rows import COLUMNS, HEADER, Row
 from rsrouter.results.table import parse_rows
 

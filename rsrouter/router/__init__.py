@@ -5,14 +5,13 @@ from typing import Any
 from torch import nn
 
 from rsrouter.core.errors import CheckpointError
+from rsrouter.experts.describe import build_module
 from rsrouter.experts.registry import register_architecture
 from rsrouter.router.base import Routed, Router, single_tree
 from rsrouter.router.cascade import CascadeRouter
 from rsrouter.router.chain import Voter
 from rsrouter.router.deferral import DeferralRouter
-from rsrouter.router.describe import build_module
 from rsrouter.router.flat import FlatRouter
-from rsrouter.router.labels import Labels, label_images, label_votes
 from rsrouter.router.trunk import HeadedTrunk, MLPHead, ResidualHead, Trunk
 
 
@@ -61,15 +60,12 @@ __all__ = [
     "DeferralRouter",
     "FlatRouter",
     "HeadedTrunk",
-    "Labels",
     "MLPHead",
     "ResidualHead",
     "Routed",
     "Router",
     "Trunk",
     "Voter",
-    "label_images",
-    "label_votes",
     "router_from_config",
     "single_tree",
 ]

@@ -11,7 +11,9 @@ from torch import nn
 
 from rsrouter.core.errors import InputError
 from rsrouter.core.tree import Stage, Tree, expert_stage
-from rsrouter.experts.base import Expert, ExpertPool, module_digest
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.identity import module_digest
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.sampling.engine import VoteModel
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.base import Routed, Router
 from rsrouter.router.chain import Voter, bind_chain, check_thresholds
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
 from rsrouter.core.tree import Stage, cascade_tree, expert_stage
-from rsrouter.experts.base import Expert, ExpertPool, check_sigma, module_digest
+from rsrouter.experts.expert import Expert, check_sigma
+from rsrouter.experts.identity import module_digest
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.base import Routed, vote_model
 from rsrouter.router.trunk import HeadedTrunk
 from rsrouter.sampling.engine import VoteModel

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from rsrouter.core.errors import InputError
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.describe import build_module, describe_module
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.base import Routed, Router
 from rsrouter.router.chain import Voter, bind_chain, check_thresholds
-from rsrouter.router.describe import build_module, describe_module
 
 
 class DeferralRouter(Router):

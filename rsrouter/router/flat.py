@@ -9,9 +9,11 @@ from torch import nn
 
 from rsrouter.core.errors import InputError
 from rsrouter.core.tree import flat_tree
-from rsrouter.experts.base import ExpertPool, check_sigma, module_digest
+from rsrouter.experts.describe import build_module, describe_module
+from rsrouter.experts.expert import check_sigma
+from rsrouter.experts.identity import module_digest
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.base import Routed, Router, check_stage_name, stage_of, vote_model
-from rsrouter.router.describe import build_module, describe_module
 from rsrouter.router.trunk import HeadedTrunk
 from rsrouter.sampling.engine import VoteModel
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from rsrouter.core.errors import InputError
-from rsrouter.experts.base import Expert, Normalise
+from rsrouter.experts.expert import Expert, Normalise
 
 
 def has_trunk(module: nn.Module) -> bool:

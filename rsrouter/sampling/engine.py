@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rsrouter.core.certify import VoteRequest
 from rsrouter.core.errors import InputError, NetworkError
-from rsrouter.core.policy import VoteRequest
-from rsrouter.experts.base import module_digest
+from rsrouter.experts.identity import module_digest
 from rsrouter.sampling.check import Checked, check_again, check_network, heads
 from rsrouter.sampling.execution import (
     KERNELS,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsrouter.core.policy import VoteRequest
+from rsrouter.core.certify import VoteRequest
 from rsrouter.sampling.engine import Engine
 from rsrouter.sampling.noise import stream_key
 

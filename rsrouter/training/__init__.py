@@ -5,6 +5,7 @@
 
 from rsrouter.training.deferral import DEFERRAL_RECIPES, DeferralRecipe, train_deferral
 from rsrouter.training.flat import RECIPES, Recipe
+from rsrouter.training.labels import Labels, label_images, label_votes
 from rsrouter.training.losses import consistency_loss, dual_rs_loss, good_sets, utility_loss
 from rsrouter.training.train import KINDS, train_router
 from rsrouter.training.tune import tune_cascade
@@ -14,10 +15,13 @@ __all__ = [
     "KINDS",
     "RECIPES",
     "DeferralRecipe",
+    "Labels",
     "Recipe",
     "consistency_loss",
     "dual_rs_loss",
     "good_sets",
+    "label_images",
+    "label_votes",
     "train_deferral",
     "train_router",
     "tune_cascade",

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from rsrouter.core.bounds import binom_lower
 from rsrouter.core.errors import InputError
-from rsrouter.experts.base import Expert, ExpertPool
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.cascade import CascadeRouter
 from rsrouter.router.chain import Voter
 from rsrouter.router.deferral import DeferralRouter
-from rsrouter.router.labels import label_votes
 from rsrouter.router.trunk import has_grid, has_trunk
 from rsrouter.sampling.execution import Execution
 from rsrouter.training.features import noisy_features
 from rsrouter.training.heads import HeadGoal, HeadRecipe, as_stored, train_head
+from rsrouter.training.labels import label_votes
 from rsrouter.training.simulate import SimulatedVotes, accuracy, chain_radius
 from rsrouter.training.tune import TUNE, Goal, goal_of, search_chain
 

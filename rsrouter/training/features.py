@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rsrouter.experts.base import Expert
-from rsrouter.router.checkpoint import current, unit_key
+from rsrouter.experts.expert import Expert
 from rsrouter.router.trunk import FusedTrunk
 from rsrouter.sampling.execution import Execution, as_input, default_batch, prepare, resolve_device
 from rsrouter.sampling.noise import stream_key
+from rsrouter.training.resume import current, unit_key
 
 
 @torch.inference_mode()

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
-from rsrouter.experts.base import ExpertPool, module_digest
-from rsrouter.router.checkpoint import current, unit_key
+from rsrouter.experts.identity import module_digest
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.flat import FlatRouter
-from rsrouter.router.labels import Labels
 from rsrouter.router.trunk import Trunk
+from rsrouter.training.labels import Labels
 from rsrouter.training.losses import consistency_loss, dual_rs_loss, envelope_weights, good_sets, named_radius, utility_loss
+from rsrouter.training.resume import current, unit_key
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def train_flat(
 ) -> list[dict[str, Any]]:
     """Trains `router.module` in place and returns one record per epoch.
 
-    Inside a run with a checkpoint (`rsrouter.router.checkpoint`) it saves its state now and then, and goes on from it.
+    Inside a run with a checkpoint (`rsrouter.training.resume`) it saves its state now and then, and goes on from it.
 
     With `validation` (images and their routing labels) the objective is also measured there every `recipe.check`
     epochs, the best weights are kept, and training stops after `recipe.patience` checks without a better one. `curve` adds

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from rsrouter.core.errors import InputError
 from rsrouter.experts.registry import build_architecture
-from rsrouter.router.checkpoint import current, unit_key
 from rsrouter.router.trunk import ResidualHead
 from rsrouter.training.losses import RadiusUtility, consistency_loss, radius_weights
+from rsrouter.training.resume import current, unit_key
 
 
 @dataclass(frozen=True)

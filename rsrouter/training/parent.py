@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rsrouter.core.errors import CheckpointError
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.describe import build_module, describe_module
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.base import Router
 from rsrouter.router.cascade import CascadeRouter
-from rsrouter.router.describe import build_module, describe_module
 from rsrouter.router.flat import FlatRouter
 from rsrouter.training.simulate import SimulatedVotes, accuracy, chain_radius
 from rsrouter.training.tune import TAUS, Chain, Goal

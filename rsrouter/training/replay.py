@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rsrouter.core.bounds import AlphaSplit, Array
+from rsrouter.core.certify import CertifyPolicy
 from rsrouter.core.plans import FixedPlan
-from rsrouter.core.policy import CertifyPolicy
 from rsrouter.core.requests import SELECT
 from rsrouter.core.tree import Tree, expert_stage, flat_tree
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.flat import STAGE, FlatRouter
 from rsrouter.sampling.execution import Execution
 from rsrouter.training.features import noisy_features

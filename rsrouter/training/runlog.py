@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from rsrouter.core.errors import ResultsError
-from rsrouter.experts.base import ExpertPool
-from rsrouter.results.metadata import write_atomically
+from rsrouter.experts.pool import ExpertPool
+from rsrouter.files import write_atomically
 from rsrouter.router.base import Router
-from rsrouter.router.checkpoint import Checkpoint, unit_key
-from rsrouter.router.labels import Labels
 from rsrouter.sampling.execution import Execution
 from rsrouter.smooth import RoutedSmooth
 from rsrouter.training.deferral import DeferralRecipe
 from rsrouter.training.flat import Recipe
+from rsrouter.training.labels import Labels
+from rsrouter.training.resume import Checkpoint, unit_key
 
 #: Where an unfinished run keeps its state, inside its folder, and how many seconds may be lost.
 STATE, SAVE_EVERY = ".state", 10.0

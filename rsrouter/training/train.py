@@ -10,18 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from rsrouter.core.errors import InputError, ResultsError
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_images, check_labels
 from rsrouter.router.base import Router
-from rsrouter.router.checkpoint import resuming
 from rsrouter.router.flat import FlatRouter
-from rsrouter.router.labels import Labels
 from rsrouter.sampling.execution import Execution
 from rsrouter.smooth import RoutedSmooth
 from rsrouter.training.deferral import DEFERRAL_RECIPES, DeferralRecipe
 from rsrouter.training.flat import RECIPES, Recipe
 from rsrouter.training.heads import starting_from
+from rsrouter.training.labels import Labels
 from rsrouter.training.parent import adapt_flat, parent_heads
+from rsrouter.training.resume import resuming
 from rsrouter.training.runlog import RunLog, describe_job
 from rsrouter.training.work import Work, default_flat
 

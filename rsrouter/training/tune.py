@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rsrouter.core.bounds import Array
 from rsrouter.core.errors import InputError
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_images, check_labels
 from rsrouter.router.cascade import CascadeRouter
-from rsrouter.router.labels import label_votes
 from rsrouter.sampling.execution import Execution
+from rsrouter.training.labels import label_votes
 from rsrouter.training.simulate import SimulatedVotes, accuracy, chain_radius, expert_radius
 
 Chain = tuple[tuple[str, float | None], ...]

@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsrouter.core.errors import InputError
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.experts.registry import build_architecture
 from rsrouter.router.base import Router
 from rsrouter.router.cascade import CascadeRouter
 from rsrouter.router.flat import FlatRouter
-from rsrouter.router.labels import LABEL, Labels, label_votes, target_radii
 from rsrouter.router.trunk import Trunk, has_trunk
 from rsrouter.sampling.execution import Execution
 from rsrouter.smooth import RoutedSmooth
 from rsrouter.training.deferral import DeferralRecipe, chain_votes, train_deferral
 from rsrouter.training.flat import RECIPES, Recipe, train_flat
+from rsrouter.training.labels import LABEL, Labels, label_votes, target_radii
 from rsrouter.training.parent import adapt_flat, descend, parent_chain
 from rsrouter.training.replay import FlatCurve
 from rsrouter.training.simulate import accuracy, chain_radius

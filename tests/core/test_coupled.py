@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rsrouter.core.bounds import AlphaSplit
+from rsrouter.core.certify import CertifyPolicy
 from rsrouter.core.errors import PlanError
 from rsrouter.core.plans import AdaptivePlan, FixedPlan
-from rsrouter.core.policy import CertifyPolicy
 from rsrouter.core.tree import MOST_PATHS, Stage, Tree, cascade_tree, expert_stage, flat_tree
 
 N_MAX = 10_000

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from rsrouter.core import ABSTAIN, AlphaSplit, PlanError, Stage, VoteRequest, cascade_tree, expert_stage, flat_tree
-from rsrouter.core.decide import PredictPolicy, confidence_set
+from rsrouter.core.predict import PredictPolicy, confidence_set
 
 
 def classifier(outcomes: int) -> Stage:

@@ -294,7 +294,7 @@ def test_one_image_at_a_time_is_the_same():
 
 def test_the_core_imports_no_torch():
     code = (
-        "import sys, rsrouter.core, rsrouter.core.decide, rsrouter.core.budget; "
+        "import sys, rsrouter.core, rsrouter.core.predict, rsrouter.core.budget; "
         "sys.exit(int('torch' in sys.modules or 'statsmodels' in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,7 @@ from rsrouter import ExpertPool, ResultsError, RoutedSmooth, Smooth
 from rsrouter.core import plan_from_dict
 from rsrouter.demo import SLICES, load_pool, load_slice, run
 from rsrouter.demo.bundled import ASSETS
-from rsrouter.experts.checkpoints import sha256_of
+from rsrouter.files import sha256_of
 
 SMALL = {
     "head_images": 60,

@@ -12,7 +12,7 @@ from torch import nn
 
 from rsrouter.core.errors import InputError
 from rsrouter.experts import Expert, module_digest
-from rsrouter.experts.base import check_sigma
+from rsrouter.experts.expert import check_sigma
 
 
 def make(module: nn.Module | None = None, **settings: object) -> Expert:

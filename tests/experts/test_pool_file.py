@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
 from rsrouter.experts import Expert, ExpertPool, Provenance, load_expert
 from rsrouter.experts.loaders import ASSETS
-from rsrouter.experts.pool_file import expert_to_dict
 from rsrouter.experts.small_resnet import SmallResNet
+from rsrouter.experts.spec import expert_to_dict
 
 
 def write_expert(folder: Path, sigma: float, seed: int = 0, **config: object) -> Path:

@@ -29,7 +29,7 @@ from rsrouter.experts import (
     save_expert,
     wrap,
 )
-from rsrouter.experts.base import Expert
+from rsrouter.experts.expert import Expert
 from rsrouter.experts.loaders import ASSETS
 
 EXPERT = ASSETS / "experts" / "sigma_0.50"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rsrouter.core.errors import NetworkError
+from rsrouter.jobs.driver import Running, run_job
 from rsrouter.jobs.executor import Executor, Inline, Resources
 from rsrouter.jobs.processes import ProcessPool
-from rsrouter.jobs.run import Running, run_job
 from rsrouter.jobs.work import Emit, Step, machine_facts
 from rsrouter.results import Row, Table
 

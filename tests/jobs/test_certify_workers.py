@@ -27,7 +27,7 @@ from rsrouter.cli.jobs import duration
 from rsrouter.core.errors import InputError, NetworkError, ResultsError, WorkerError
 from rsrouter.jobs import certify_table, estimate_table, label_table, merge_labels
 from rsrouter.results import merge_tables, read_table
-from rsrouter.router.stored import load_votes
+from rsrouter.training.label_files import load_votes
 
 DATA = small.images(30)
 
@@ -288,7 +288,7 @@ def test_an_address_where_no_cluster_is(tmp_path: Path, monkeypatch: pytest.Monk
         def init(self, **options: Any) -> None:
             raise ValueError("Ray was asked")
 
-    monkeypatch.setattr("rsrouter.jobs.ray_actors._import_ray", Ray)
+    monkeypatch.setattr("rsrouter.jobs.ray_workers._import_ray", Ray)
     with pytest.raises(WorkerError, match="not reached") as caught:
         certify(tmp_path / "t.tsv", ray=address)
     assert address in caught.value.received
@@ -318,7 +318,7 @@ def test_two_actors_of_a_ray_cluster(tmp_path: Path, one: list[list[str]], clust
 
 @pytest.mark.slow
 def test_an_actor_killed_in_the_middle_of_an_image(tmp_path: Path, cluster: str) -> None:
-    from rsrouter.jobs.ray_actors import RayActors
+    from rsrouter.jobs.ray_workers import RayActors
 
     run(tmp_path / "whole.tsv")
     (tmp_path / "die-7").write_text("x")

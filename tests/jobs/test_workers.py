@@ -19,8 +19,8 @@ import torch
 from fake_work import COUNT, METADATA, FakeWork, Images, pool, run, untimed
 
 from rsrouter.core.errors import InputError, NetworkError, ResultsError, WorkerError
+from rsrouter.jobs.driver import Running, run_job, stored_threads
 from rsrouter.jobs.executor import check_workers, local_resources
-from rsrouter.jobs.run import Running, run_job, stored_threads
 from rsrouter.jobs.work import machine_facts
 from rsrouter.results import ResultsWriter, read_table
 

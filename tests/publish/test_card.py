@@ -13,10 +13,10 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 
 from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, InputError, RoutedSmooth
-from rsrouter.card import render_card
 from rsrouter.cli.options import make_plan
 from rsrouter.jobs import certify_table
 from rsrouter.publish import publish, write_card
+from rsrouter.publish.card import render_card
 from rsrouter.report import certified_accuracy
 
 GOLDEN = Path(__file__).with_name("golden_card.txt")

@@ -10,7 +10,7 @@ from report_tables import make_table
 
 from rsrouter.core.errors import InputError
 from rsrouter.report import write_report
-from rsrouter.report.losses import at_radii, by_stage, losses, losses_files
+from rsrouter.report.regret import at_radii, by_stage, losses, losses_files
 from rsrouter.results import Table
 
 

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from rsrouter import CascadeRouter, Expert, ExpertPool, FlatRouter, InputError, Recipe, ResultsError, RoutedSmooth, train_router
 from rsrouter.core.bounds import AlphaSplit
+from rsrouter.core.certify import CertifyPolicy
 from rsrouter.core.plans import FixedPlan
-from rsrouter.core.policy import CertifyPolicy
 from rsrouter.core.tree import expert_stage, flat_tree
 from rsrouter.experts import build_architecture
-from rsrouter.router import DeferralRouter, Labels, Voter, label_votes
-from rsrouter.router.checkpoint import Checkpoint, resuming
-from rsrouter.router.stored import load_labels, store_tables
-from rsrouter.training import DeferralRecipe, good_sets, runlog, utility_loss
+from rsrouter.router import DeferralRouter, Voter
+from rsrouter.training import DeferralRecipe, Labels, good_sets, label_votes, runlog, utility_loss
 from rsrouter.training.features import noisy_features
 from rsrouter.training.heads import HeadRecipe, starting_from, train_head
+from rsrouter.training.label_files import load_labels, store_tables
 from rsrouter.training.losses import envelope_weights
 from rsrouter.training.parent import adapt_flat, descend, parent_chain
 from rsrouter.training.replay import FlatCurve, replay
+from rsrouter.training.resume import Checkpoint, resuming
 from rsrouter.training.simulate import SimulatedVotes
 from rsrouter.training.tune import goal_of
 

@@ -24,17 +24,17 @@ from rsrouter import (
     train_router,
 )
 from rsrouter.core.bounds import AlphaSplit
-from rsrouter.core.policy import CertifyPolicy
+from rsrouter.core.certify import CertifyPolicy
 from rsrouter.data import from_arrays
 from rsrouter.experts import build_architecture, register_architecture
-from rsrouter.experts.base import module_digest
+from rsrouter.experts.identity import module_digest
 from rsrouter.jobs import Running, label_table
-from rsrouter.router import DeferralRouter, ResidualHead, Voter, label_votes
-from rsrouter.router.labels import radii_from_votes, target_radii
-from rsrouter.router.stored import labels_from_tables, load_votes
+from rsrouter.router import DeferralRouter, ResidualHead, Voter
 from rsrouter.sampling import Execution
-from rsrouter.training import DeferralRecipe, good_sets, train_deferral, tune_cascade, utility_loss
+from rsrouter.training import DeferralRecipe, good_sets, label_votes, train_deferral, tune_cascade, utility_loss
 from rsrouter.training.heads import HeadRecipe, as_stored
+from rsrouter.training.label_files import labels_from_tables, load_votes
+from rsrouter.training.labels import radii_from_votes, target_radii
 from rsrouter.training.simulate import SimulatedVotes, chain_radius
 from rsrouter.training.tune import goal_of, search_chain
 from rsrouter.training.work import expected_votes

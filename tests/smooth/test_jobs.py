@@ -14,7 +14,7 @@ from rsrouter import CascadeRouter, Execution, Expert, ExpertPool, FixedPlan, Ro
 from rsrouter.core.errors import InputError, NetworkError, PlanError, ResultsError
 from rsrouter.jobs import certify_table, label_table
 from rsrouter.results import Table, read_table
-from rsrouter.router import label_votes
+from rsrouter.training import label_votes
 
 SHAPE = (1, 4, 4)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rsrouter.core.errors import InputError, IntegrityError
-from rsrouter.experts.base import Expert, ExpertPool, Provenance
+from rsrouter.experts.expert import Expert, Provenance
 from rsrouter.experts.loaders import make_expert
+from rsrouter.experts.pool import ExpertPool
 
 SCHEMA_VERSION = 1
 _EXPERT_KEYS = ("name", "sigma", "mean", "std", "num_classes", "input_shape", "digest", "provenance")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rsrouter.card import Card, check_claims, render_card
 from rsrouter.core.errors import InputError, IntegrityError, ResultsError
+from rsrouter.publish.card import Card, check_claims, render_card
 from rsrouter.results import Table, metadata_path, read_table
 from rsrouter.results.verify import Run, verify_rows
 from rsrouter.serialise import CONFIG, WEIGHTS, read_config

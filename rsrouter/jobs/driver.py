@@ -153,7 +153,7 @@ def make_executor(workers: int | str | None, ray: str | None, device: str | None
         InputError: numbers that cannot be, or Ray is not installed.
     """
     if ray is not None:
-        from rsrouter.jobs.ray_actors import RayActors
+        from rsrouter.jobs.ray_workers import RayActors
 
         return RayActors(ray, workers, device, threads)
     if workers is None:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from rsrouter.core.bounds import binom_lower
 from rsrouter.core.certificates import vote_radius
+from rsrouter.core.certify import VoteRequest
 from rsrouter.core.plans import check_whole
-from rsrouter.core.policy import VoteRequest
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_images, check_labels
 from rsrouter.router.base import vote_model
-from rsrouter.router.checkpoint import current, unit_key
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution
+from rsrouter.training.resume import current, unit_key
 
 LABEL = "label"
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.core.types import ABSTAIN
-from rsrouter.experts.base import ExpertPool
+from rsrouter.experts.pool import ExpertPool
+from rsrouter.files import write_atomically
 from rsrouter.results import read_table
-from rsrouter.results.metadata import write_atomically
 from rsrouter.results.table import align
-from rsrouter.router.labels import Labels, target_radii
+from rsrouter.training.labels import Labels, target_radii
 
 #: The kind of a file that holds tables' radii instead of votes.
 TABLES = "routing-labels-tables"

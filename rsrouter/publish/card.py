@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rsrouter._version import __version__
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import EVEN, AdaptivePlan
-from rsrouter.experts.base import Expert
+from rsrouter.experts.expert import Expert
 from rsrouter.report import Summary, summarise, wrong_certificates
 from rsrouter.report.summary import Series
 from rsrouter.results import Table

@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from rsrouter._version import __version__
 from rsrouter.core.errors import HubError, InputError, RSRouterError
 from rsrouter.hub import explained
-from rsrouter.publish.stage import check_pinned, stage
+from rsrouter.publish.files import check_pinned, stage
 from rsrouter.serialise import find_tables, read_config, router_folder
 
 

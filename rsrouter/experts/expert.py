@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import isfinite
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError, NetworkError
+from rsrouter.experts.identity import module_digest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
@@ -59,7 +56,7 @@ class Provenance:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Provenance:
         """Back from JSON; InputError where something is missing."""
-        from rsrouter.experts.pool_file import provenance_from_dict
+        from rsrouter.experts.spec import provenance_from_dict
 
         return provenance_from_dict(content)
 
@@ -96,66 +93,6 @@ def check_sigma(sigma: object, who: str) -> float:
             remedy=f"divide by 255: sigma={sigma / 255:.4g}",
         )
     return float(sigma)
-
-
-#: packages whose modules say in their repr, parameters and buffers all that matters, where they have an `extra_repr`
-_DESCRIBED = {"torch", "torchvision", "timm", "rsrouter"}
-
-
-def _is_plain(value: object, setting: bool) -> bool:
-    """Whether an attribute is text or numbers; whole numbers and flags count only as settings, else they may be counters."""
-    if isinstance(value, tuple | list):
-        return all(_is_plain(v, setting) for v in value)
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _is_plain(v, setting) for k, v in value.items())
-    return isinstance(value, float | str | np.floating) or (setting and isinstance(value, bool | int | np.integer | np.bool_))
-
-
-def _parameters_of(kind: type) -> set[str]:
-    """Names that the constructors of a class and its bases take."""
-    constructors = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
-    return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, str, object]]:
-    """Attributes that may decide what `module` computes and stand neither in its repr nor among its tensors."""
-    for path, child in module.named_modules():
-        package = type(child).__module__.split(".")[0]
-        described = package in _DESCRIBED
-        if package == "rsrouter" or (described and type(child).extra_repr is not nn.Module.extra_repr):
-            continue
-        settings = _parameters_of(type(child)) - {"training"}
-        for key, value in sorted(vars(child).items()):
-            parts = value if isinstance(value, tuple | list) else [value]
-            if described and key not in settings:
-                continue
-            if parts and all(isinstance(part, Tensor | np.ndarray) for part in parts):
-                yield from ((path, key if value is part else f"{key}.{i}", part) for i, part in enumerate(parts))
-            elif not key.startswith("_") and _is_plain(value, key in settings):
-                yield path, key, value
-
-
-def module_digest(module: nn.Module, *extra: object) -> str:
-    """sha256 over what decides a module's output: class names, every parameter and buffer (name, dtype, shape, bytes),
-    and what classes keep as plain attributes, as many papers' normalisation layers do: tensors, arrays, floats, strings,
-    and where the constructor takes them (`num_heads`) also whole numbers and flags; tuples, lists and mappings of them."""
-    digest = hashlib.sha256()
-    # a script's own classes stand in `__mp_main__` in the processes it starts
-    home = {"__mp_main__": "__main__"}.get(type(module).__module__, type(module).__module__)
-    digest.update(repr((home, type(module).__qualname__, str(module), *extra)).encode())
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    for path, key, value in _attributes(module):
-        if isinstance(value, Tensor):
-            tensors.append((f"{path}.{key}", value))
-        elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-            tensors.append((f"{path}.{key}", torch.from_numpy(np.array(value))))
-        else:
-            digest.update(repr((path, key, value)).encode())
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Expert:
@@ -281,107 +218,3 @@ class Expert:
 
     def __repr__(self) -> str:
         return f"Expert({self.name!r}, sigma={self.sigma:g}, num_classes={self.num_classes}, input_shape={self.input_shape})"
-
-
-class ExpertPool(Sequence[Expert]):
-    """The experts of one router, ordered by (sigma, name), over one label set and one input shape.
-
-    Args:
-        experts: at least one, with different names; or the path of a saved pool or of a spec file.
-
-    Raises:
-        InputError: no expert, a name twice, or class counts or input shapes that differ.
-    """
-
-    def __init__(self, experts: Iterable[Expert] | str | os.PathLike[str]) -> None:
-        if isinstance(experts, str | os.PathLike):
-            experts = type(self).load(experts)
-        members = sorted(experts, key=lambda e: (e.sigma, e.name))
-        if not members:
-            raise InputError("A pool needs experts", expected="at least one Expert", received="none", remedy="wrap a checkpoint")
-        names = [e.name for e in members]
-        if len(set(names)) != len(names):
-            raise InputError(
-                "Experts must have different names",
-                expected="unique names",
-                received=str(names),
-                remedy="give name= to experts that share a sigma",
-            )
-        for what in ("num_classes", "input_shape"):
-            values = {e.name: getattr(e, what) for e in members}
-            if len(set(values.values())) > 1:
-                raise InputError(
-                    f"Experts of one pool must agree on {what}",
-                    expected="one label set, one input size",
-                    received=str(values),
-                    remedy="leave out the experts that differ",
-                )
-        self.experts = tuple(members)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, lazy: bool = False) -> ExpertPool:
-        """The pool of a `pool.json`, a folder with one, or a spec file.
-
-        Args:
-            path: relative locations inside count from its folder.
-            lazy: read and verify the weights when first needed instead of now.
-
-        Raises:
-            InputError: no pool there. IntegrityError: an expert that is not what was pinned.
-            CheckpointError, HubError: an expert that cannot be read or fetched.
-        """
-        from rsrouter.experts.pool_file import load_pool
-
-        return load_pool(path, lazy=lazy)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `pool.json`: where each expert comes from, its sha256 and settings; not the weights.
-
-        Raises:
-            InputError: an expert without provenance.
-        """
-        from rsrouter.experts.pool_file import save_pool
-
-        save_pool(self, path)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the K experts, in the pool's order."""
-        return tuple(e.name for e in self.experts)
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """Noise levels of the K experts, ascending, in [0,1]-pixel units."""
-        return tuple(e.sigma for e in self.experts)
-
-    @property
-    def num_classes(self) -> int:
-        """Width of every expert's logits."""
-        return self.experts[0].num_classes
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """`(C, H, W)` of one image."""
-        return self.experts[0].input_shape
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 over the experts' names and digests, in order."""
-        return hashlib.sha256(repr([(e.name, e.digest) for e in self.experts]).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.experts)
-
-    def __iter__(self) -> Iterator[Expert]:
-        return iter(self.experts)
-
-    def __getitem__(self, key: int | str) -> Expert:  # type: ignore[override]
-        if isinstance(key, str):
-            for expert in self.experts:
-                if expert.name == key:
-                    return expert
-            raise InputError("No such expert", expected=f"one of {list(self.names)}", received=repr(key), remedy="check the name")
-        return self.experts[key]
-
-    def __repr__(self) -> str:
-        return f"ExpertPool({list(self.experts)!r})"
