@@ -82,10 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Cohen's own rule (n0 = 100, a fixed n), so that the tables can stand beside published ones
     plan, rows = FixedPlan(100, n), range(tested)
-    tables = [certify_table(routed, test, chosen.out / "routed.tsv", plan=plan, indices=rows, name="routed")]
+    tables = [certify_table(routed, test, chosen.out / "routed.tsv", plan, indices=rows, name="routed")]
     for expert in wrapped.pool:
         out = chosen.out / f"{expert.name}.tsv"
-        tables.append(certify_table(Smooth(expert), test, out, plan=plan, indices=rows, name=expert.name))
+        tables.append(certify_table(Smooth(expert), test, out, plan, indices=rows, name=expert.name))
     print("\n".join((chosen.out / "routed.tsv").read_text().splitlines()[:5]))
     print(f"report: {write_report(tables, chosen.out / 'report', radii=RADII)}")
 

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     routed = RoutedSmooth.from_pretrained(chosen.out / "router")
     test = load_slice("test")
     rows = range(test_images)
-    table = certify_table(routed, test, chosen.out / "certificates.tsv", plan=AdaptivePlan(n, RADII), indices=rows, name="routed")
+    table = certify_table(routed, test, chosen.out / "certificates.tsv", AdaptivePlan(n, RADII), indices=rows, name="routed")
     for i in rows[:3]:
         answer = CLASSES[table.predict[i]] if table.predict[i] >= 0 else "no class"
         print(f"image {i}: {answer}, radius {table.radius[i]:.3f}, decided by {table.expert[i]}, limited by {table.bound_by[i]}")

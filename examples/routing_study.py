@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, FlatRouter, RoutedSmooth, Smooth
 from rsrouter.core.bounds import AlphaSplit
+from rsrouter.core.terms import Terms
 from rsrouter.experts import build_architecture
 from rsrouter.jobs import certify_table
 from rsrouter.report import write_report
@@ -182,10 +183,7 @@ def certify_all(
                 smoothed,
                 images,
                 out / f"{file_name(name)}.{shard}.tsv",
-                plan=PLAN.within(reach),
-                alpha=ALPHA,
-                seed=seed,
-                rule=rule,
+                Terms(PLAN.within(reach), alpha=ALPHA, rule=rule, seed=seed),
                 indices=range(count),
                 shard=(shard, SHARDS),
                 name=name,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from rsrouter import AdaptivePlan, CascadeRouter, Expert, ExpertPool, RoutedSmooth, build_architecture, load_data, load_expert
+from rsrouter.core.terms import Terms
 from rsrouter.demo import load_slice
 from rsrouter.experts import at_sigmas, check_expert
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # large sigma first; an image goes on to the next smaller one where no class reaches 55% of the votes
     routed = RoutedSmooth(ExpertPool(experts), CascadeRouter((0.55,) * (len(experts) - 1)))
     plan = AdaptivePlan(n, [r for r in RADII if r <= 2 * max(sigmas)])
-    for i, c in enumerate(routed.certify(images[:count], plan=plan, alpha=1e-3)):
+    for i, c in enumerate(routed.certify(images[:count], Terms(plan, alpha=1e-3))):
         answer = f"class {c.predict} within {c.radius:.3f}" if c.predict >= 0 else "abstains"
         print(f"image {i}: {answer} ({c.n_drawn:,} votes, decided by {c.expert})")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from rsrouter.experts.spec import pool_from_dict, pool_to_dict
 from rsrouter.files import sha256_of
 from rsrouter.hub import Hub, Reference, hub_settings, is_hub_reference
 from rsrouter.router import router_from_config
-from rsrouter.router.base import Router
+from rsrouter.router.base import Routed, Router, single_tree
 from rsrouter.sampling.execution import Execution
 
 SCHEMA_VERSION = 1
@@ -38,6 +40,32 @@ _KEYS = {
     "noise",
     "training",
 }
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a saved router consists of.
+
+    Attributes:
+        pool: the experts.
+        router: which of them answers.
+        execution: how the networks run.
+        noise: the kind of noise.
+    """
+
+    pool: ExpertPool
+    router: Router
+    execution: Execution
+    noise: str
+
+    @cached_property
+    def routed(self) -> Routed:
+        """The bound classifier."""
+        return replace(self.router.bind(self.pool), execution=self.execution, noise=self.noise)
+
+    def alone(self, name: str) -> Routed:
+        """One of its experts as a classifier by itself, run the same way."""
+        return replace(single_tree(self.pool[name]), execution=self.execution, noise=self.noise)
 
 
 def _written_down(expert: Expert, folder: Path) -> Expert:
@@ -187,7 +215,7 @@ def find_tables(folder: Path) -> list[Path]:
     return found
 
 
-def load_folder(folder: Path) -> tuple[ExpertPool, Router, Execution, str]:
+def load_folder(folder: Path) -> Saved:
     """Pool, router, execution and noise of a folder; every expert and the router verified against their digests.
 
     Raises:
@@ -225,7 +253,7 @@ def load_folder(folder: Path) -> tuple[ExpertPool, Router, Execution, str]:
             remedy="fetch or save it again; do not use its certificates",
         )
     execution = Execution.from_dict(config["execution"], f"{CONFIG} of {folder.name}")
-    return pool, router, execution, str(config["noise"])
+    return Saved(pool, router, execution, str(config["noise"]))
 
 
 def check_fetched(pool: ExpertPool, where: str) -> None:
@@ -303,7 +331,7 @@ def resolve_source(
     return path.parent, reference
 
 
-def load_routed(name: str | Path, revision: str | None = None, **hub: Any) -> tuple[ExpertPool, Router, Execution, str]:
+def load_routed(name: str | Path, revision: str | None = None, **hub: Any) -> Saved:
     """As `load_folder`, from a folder or from a Hub repository at a revision.
 
     Args:
@@ -313,5 +341,5 @@ def load_routed(name: str | Path, revision: str | None = None, **hub: Any) -> tu
     with torch.no_grad(), hub_settings(**hub):
         loaded = load_folder(folder)
     if reference is not None:
-        check_fetched(loaded[0], reference.repo_id)
+        check_fetched(loaded.pool, reference.repo_id)
     return loaded

@@ -7,24 +7,271 @@ What is certified is the ideal smoothed classifier g (exact probabilities): with
 
 from __future__ import annotations
 
-import importlib
+import secrets
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 from huggingface_hub import ModelHubMixin
+from numpy.typing import NDArray
 from torch import Tensor
 
-from rsrouter.core.errors import InputError
+from rsrouter.core.bounds import AlphaSplit
+from rsrouter.core.certify import CertifyPolicy
+from rsrouter.core.errors import InputError, NetworkError
 from rsrouter.core.plans import Plan
+from rsrouter.core.predict import PredictPolicy
+from rsrouter.core.requests import VoteRequest
+from rsrouter.core.terms import Terms
+from rsrouter.core.tree import Tree
 from rsrouter.core.types import Certificate
 from rsrouter.experts.expert import Expert
+from rsrouter.experts.identity import module_digest
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.router.base import Router, single_tree
+from rsrouter.inputs import check_ids, check_images, check_seed
+from rsrouter.publish import Publication, publish
+from rsrouter.router.base import Routed, Router, single_tree
+from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution
+from rsrouter.sampling.memo import VoteMemo
 from rsrouter.serialise import load_routed, save_routed
-from rsrouter.smoothed import OnCertificate, Progress, Smoothed, describe_stages
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Where a certification stands; passed to the `progress` callback after every round.
+
+    Attributes:
+        votes: votes drawn so far.
+        finished: images finished so far.
+        total: images in this call.
+    """
+
+    votes: int
+    finished: int
+    total: int
+
+
+#: Called with (position of the image, its certificate, seconds of work spent on it), in finishing order.
+OnCertificate = Callable[[int, Certificate, float], None]
+
+
+class Smoothed:
+    """Certify and predict for any tree of stages; `Smooth` and `RoutedSmooth` say which.
+
+    Attributes:
+        routed: the bound classifier (`rsrouter.router.Routed`): tree, networks, execution, noise, digest, default seed.
+        experts: the frozen base classifiers.
+        shape: `(C, H, W)` of an image.
+        memo: votes to share with other classifiers that certify the same images; None: draw them all.
+    """
+
+    def __init__(
+        self, routed: Routed, experts: Sequence[Expert], shape: tuple[int, ...], execution: Execution | None, noise: str
+    ) -> None:
+        self.routed = replace(routed, execution=execution or Execution(), noise=noise)
+        self.experts, self.shape = tuple(experts), shape
+        self.memo: VoteMemo | None = None
+        for expert in self.experts:
+            expert.check_unchanged()
+        self._bound = self._state()
+        self._kept: tuple[object, Engine] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None, "memo": None}
+
+    @property
+    def tree(self) -> Tree:
+        """The stages as the certificate sees them (`rsrouter.core.Tree`)."""
+        return self.routed.tree
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the smoothed classifier by value (`Routed.digest`)."""
+        return self.routed.digest
+
+    @property
+    def execution(self) -> Execution:
+        """How the networks run; part of the certified function."""
+        return self.routed.execution
+
+    @property
+    def noise(self) -> str:
+        """The kind of noise."""
+        return self.routed.noise
+
+    def with_execution(self, execution: Execution) -> Self:
+        """The same classifier, run in another way: another function, as its votes may differ."""
+        other = object.__new__(type(self))
+        other.__dict__.update({**self.__dict__, "routed": replace(self.routed, execution=execution), "_kept": None})
+        return other
+
+    def _now(self) -> Routed:
+        return self.routed
+
+    def _state(self) -> dict[str, str]:
+        networks = {f"network {m.name!r}": module_digest(m.module) for m in self.routed.models}
+        settings = {
+            f"expert {e.name!r}": repr((e.name, e.sigma, e.num_classes, e.input_shape, e.mean, e.std)) for e in self.experts
+        }
+        return {**networks, **settings, "the router": self._now().digest}
+
+    def check_unchanged(self) -> None:
+        """Refuses weights and settings that were changed in place since they were bound: digests, seeds and tables would
+        name others.
+
+        Raises:
+            NetworkError: something differs.
+        """
+        now = self._state()
+        changed = [who for who in {**self._bound, **now} if self._bound.get(who) != now.get(who)]
+        if changed:
+            raise NetworkError(
+                f"{changed[0][0].upper()}{changed[0][1:]} was changed after it was bound",
+                expected="the weights and settings it had",
+                received=f"others, in {', '.join(changed)}",
+                remedy="make a new Smooth or RoutedSmooth (of a new Expert, where an expert changed) and certify that; "
+                "a network may not keep anything of its last input",
+            )
+
+    def engine(self, seed: int, device: str | None = None) -> Engine:
+        """The engine that draws this classifier's votes under `seed`; networks are prepared and checked once per device.
+
+        Raises:
+            NetworkError: a network that cannot be certified, or was changed since it was bound.
+            InputError: an unusable device.
+        """
+        self.check_unchanged()
+        key = (str(device), self.routed)
+        if self._kept is None or self._kept[0] != key:
+            made = Engine(self.routed.models, self.shape, seed=seed, device=device, execution=self.execution, noise=self.noise)
+            self._kept = (key, made)
+        return self._kept[1].with_seed(seed)
+
+    def certify(
+        self,
+        images: Tensor,
+        terms: Terms | Plan,
+        *,
+        ids: Sequence[object] | None = None,
+        batch_size: int | None = None,
+        device: str | None = None,
+        engine: Engine | None = None,
+        on_certificate: OnCertificate | None = None,
+        progress: Callable[[Drawn], None] | None = None,
+    ) -> list[Certificate]:
+        """Certified radius of every image.
+
+        With probability at least `1 - terms.alpha` over the noise of one image, the smoothed classifier answers
+        `predict` on every input closer than `radius` in L2 distance: Cohen et al. 2019, CERTIFY, for one expert under a
+        `FixedPlan`; the tree theorem (`rsrouter.core.certificates`) for a router, with alpha split so that no
+        root-to-leaf path spends more (for a flat router half for the router, half for the expert, whatever their number).
+
+        Args:
+            images: `(N, C, H, W)` float pixels in [0,1].
+            terms: plan, alpha, rule, sides and seed; a plan alone takes the defaults of the others.
+            ids: names of the images in their noise streams; None: their content alone.
+            batch_size: votes a round should have at least; groups work, never changes a vote.
+            device: where to run; None is the CPU.
+            engine: one of `engine()`, for callers that certify in many calls.
+            on_certificate, progress: callbacks.
+
+        Returns:
+            One `Certificate` per image, in order.
+
+        Raises:
+            InputError: images, ids or arguments that do not fit.
+            NetworkError: a network that cannot be certified.
+            PlanError: terms that cannot be, or a radius that the plan can never reach.
+        """
+        asked = self.routed.resolve(terms)
+        x = check_images(images, self.shape)
+        names = check_ids(ids, len(x))
+        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+            raise InputError(
+                "batch_size must be a whole number",
+                expected="batch_size >= 1, or None",
+                received=repr(batch_size),
+                remedy="it groups work; it never changes a vote",
+            )
+        policy = CertifyPolicy(self.tree, asked.plan, self.routed.split(asked), len(x), rule=asked.rule, sides=str(asked.sides))
+        engine = engine or self.engine(check_seed(asked.seed), device)
+        # enough images in flight that a round of the shortest requests still fills many batches
+        window = -(-max(batch_size or 0, 16 * engine.forward_batch) // asked.plan.n0)
+        done: list[Certificate | None] = [None] * len(x)
+        identity = [b""] * len(x)
+        seconds = np.zeros(len(x))
+        live: list[int] = []
+        upcoming, votes, finished = 0, 0, 0
+        while live or upcoming < len(x):
+            while len(live) < window and upcoming < len(x):
+                identity[upcoming] = image_identity(x[upcoming], names[upcoming])
+                live.append(upcoming)
+                upcoming += 1
+            start = time.perf_counter()
+            requests = policy.next_requests(live)
+            counts = engine.run(x, identity, requests) if self.memo is None else self.memo.run(engine, x, identity, requests)
+            policy.update(requests, counts)
+            drawn = np.zeros(len(x), dtype=np.int64)
+            np.add.at(drawn, [r.image for r in requests], [r.count for r in requests])
+            votes += int(drawn.sum())
+            seconds += (time.perf_counter() - start) * drawn / max(1, drawn.sum())
+            for i in [i for i in live if policy.done[i]]:
+                done[i] = certificate = policy.certificate(i)
+                finished += 1
+                if on_certificate is not None:
+                    on_certificate(i, certificate, float(seconds[i]))
+            live = [i for i in live if not policy.done[i]]
+            if progress is not None:
+                progress(Drawn(votes, finished, len(x)))
+        engine.check_again()
+        return [c for c in done if c is not None]
+
+    def predict(
+        self,
+        images: Tensor,
+        *,
+        n: int,
+        alpha: float = 1e-3,
+        seed: int | None = None,
+        ids: Sequence[object] | None = None,
+        device: str | None = None,
+    ) -> NDArray[np.int64]:
+        """The smoothed classifier's answer, or ABSTAIN, for each image (Cohen et al. 2019, PREDICT; for a tree:
+        `rsrouter.core.predict`).
+
+        Args:
+            images: `(N, C, H, W)` pixels in [0,1].
+            n: votes per stage that is asked.
+            alpha: probability, per query, of an answer that is not g's. Repeated queries add up.
+            seed: None draws fresh entropy. A published seed voids the statement against an attacker who
+                knows it.
+            ids: names of the images in their noise streams.
+            device: where to run; None is the CPU.
+
+        Returns:
+            int64 `(N,)`, ABSTAIN (-1) where the votes do not decide.
+
+        Raises:
+            InputError, NetworkError, PlanError: as `certify`.
+        """
+        x = check_images(images, self.shape)
+        names = check_ids(ids, len(x))
+        policy = PredictPolicy(self.tree, n, AlphaSplit.even(alpha, self.tree.paths), len(x))
+        engine = self.engine(secrets.randbits(62) if seed is None else check_seed(seed), device)
+        window = -(-16 * engine.forward_batch // n)
+        for start in range(0, len(x), window):
+            part = range(start, min(start + window, len(x)))
+            identity = {i: image_identity(x[i], names[i]) for i in part}
+            while requests := policy.next_requests([i for i in part if not policy.done[i]]):
+                local = [VoteRequest(r.image - start, r.network, r.purpose, r.start, r.count) for r in requests]
+                policy.update(requests, engine.run(x[part.start : part.stop], [identity[i] for i in part], local))
+        engine.check_again()
+        return np.array([policy.answer(i) for i in range(len(x))], dtype=np.int64)
 
 
 class Smooth(Smoothed):
@@ -35,6 +282,9 @@ class Smooth(Smoothed):
         execution: how the network runs (part of the certified function).
         noise: `"gaussian"`, or `"sound"` (exact arithmetic for 8-bit images); `"gaussian-shared"` and `"sound-shared"` read
             one stream for all images, which is cheaper and leaves each certificate valid, but not independent of the rest.
+
+    Raises:
+        InputError: something that is no `Expert`.
     """
 
     def __init__(self, expert: Expert, *, execution: Execution | None = None, noise: str = "gaussian") -> None:
@@ -48,58 +298,6 @@ class Smooth(Smoothed):
         super().__init__(single_tree(expert), [expert], expert.input_shape, execution, noise)
         self.expert = expert
 
-    def certify(
-        self,
-        images: Tensor,
-        *,
-        plan: Plan,
-        alpha: float = 1e-3,
-        seed: int | None = None,
-        ids: Sequence[object] | None = None,
-        sides: str = "one",
-        batch_size: int | None = None,
-        device: str | None = None,
-        on_certificate: OnCertificate | None = None,
-        progress: Callable[[Progress], None] | None = None,
-    ) -> list[Certificate]:
-        """Certified radius of every image (Cohen et al. 2019, CERTIFY, under a `FixedPlan` and `sides="one"`).
-
-        With probability at least `1 - alpha` over the noise of one image, the smoothed expert answers
-        `predict` on every input closer than `radius` in L2 distance.
-
-        Args:
-            images: `(N, C, H, W)` float pixels in [0,1].
-            plan: how many votes, and the bound that is valid for that rule.
-            alpha: failure probability of each certificate.
-            seed: keys the noise; None derives it from the digests of model and plan.
-            ids: names of the images in their noise streams; None: their content alone.
-            sides: `"one"` bounds every rival by `1 - p_a_lower`; `"two"` also by its own votes.
-            batch_size: votes a round should have at least; groups work, never changes a vote.
-            device: where to run; None is the CPU.
-            on_certificate, progress: callbacks.
-
-        Returns:
-            One `Certificate` per image, in order.
-
-        Raises:
-            InputError: images, ids or arguments that do not fit.
-            NetworkError: a network that cannot be certified.
-            PlanError: a radius that the plan can never reach.
-        """
-        return self._certify(
-            images,
-            plan=plan,
-            alpha=alpha,
-            seed=seed,
-            ids=ids,
-            rule="tree",
-            sides=sides,
-            batch_size=batch_size,
-            device=device,
-            on_certificate=on_certificate,
-            progress=progress,
-        )
-
 
 class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["randomized-smoothing", "certified-robustness"]):
     """A smoothed router over frozen smoothed experts, certified as one classifier.
@@ -109,6 +307,9 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
         router: which of them answers.
         execution: how the networks run (part of the certified function).
         noise: `"gaussian"`, `"sound"`, `"gaussian-shared"` or `"sound-shared"`, as in `Smooth`.
+
+    Raises:
+        InputError: a pool or router that is none, or that do not fit each other.
     """
 
     def __init__(self, pool: ExpertPool, router: Router, *, execution: Execution | None = None, noise: str = "gaussian") -> None:
@@ -122,50 +323,9 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
         self.pool, self.router = pool, router
         super().__init__(router.bind(pool), pool.experts, pool.input_shape, execution, noise)
 
-    def _settings(self) -> dict[str, str]:
+    def _now(self) -> Routed:
         # bound again: thresholds, voters and sigmas of now, whatever kind of router it is
-        return {**super()._settings(), "the router": repr(describe_stages(self.router.bind(self.pool).tree))}
-
-    def certify(
-        self,
-        images: Tensor,
-        *,
-        plan: Plan,
-        alpha: float = 1e-3,
-        seed: int | None = None,
-        ids: Sequence[object] | None = None,
-        rule: str = "tree",
-        sides: str = "two",
-        batch_size: int | None = None,
-        device: str | None = None,
-        on_certificate: OnCertificate | None = None,
-        progress: Callable[[Progress], None] | None = None,
-    ) -> list[Certificate]:
-        """Certified radius of the routed classifier on every image (`rsrouter.core.certificates`, tree theorem).
-
-        Arguments, errors and result as `Smooth.certify`, and
-
-        Args:
-            rule: `"tree"` draws from every stage that can still raise the radius; `"min"` only from the router
-                and the expert it picks, R = min(R_router, R_expert) (Dual RS, arXiv 2512.01782).
-            sides: `"two"` bounds each rival outcome by its own votes too.
-
-        `alpha` is split over the stages so that no root-to-leaf path spends more (for a flat router: half for
-        the router, half for the expert, for any number of experts).
-        """
-        return self._certify(
-            images,
-            plan=plan,
-            alpha=alpha,
-            seed=seed,
-            ids=ids,
-            rule=rule,
-            sides=sides,
-            batch_size=batch_size,
-            device=device,
-            on_certificate=on_certificate,
-            progress=progress,
-        )
+        return self.router.bind(self.pool)
 
     def save_pretrained(self, save_directory: str | Path) -> Path:  # type: ignore[override]
         """Writes `config.json` and `router.safetensors` (the router's tensors only; experts are pinned, not copied)."""
@@ -188,24 +348,24 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
             IntegrityError: a router or an expert that is not the one that was pinned.
             CheckpointError, InputError: files that cannot be read or do not fit.
         """
-        pool, router, execution, noise = load_routed(name, revision, **hub)
-        return cls(pool, router, execution=execution, noise=noise)
+        saved = load_routed(name, revision, **hub)
+        return cls(saved.pool, saved.router, execution=saved.execution, noise=saved.noise)
 
-    def push_to_hub(self, repo_id: str, *, certificates: str | Path | None = None, **options: Any) -> Any:
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, certificates: str | Path | None = None, **options: Any
+    ) -> Publication:
         """Publishes this router: pinned experts, its own tensors, certificates and a card, in one commit.
 
         Args:
             repo_id: `org/name`.
             certificates: folder with results tables of this router, or one table; None publishes none.
-            options: `private`, `create_pr`, `dry_run`, `token`, ... of `rsrouter.publish.commit`.
+            options: `private`, `create_pr`, `dry_run`, `token`, ... of `rsrouter.publish.publish`.
 
         Returns:
             A `rsrouter.publish.Publication`.
 
         Raises:
-            HubError, InputError, IntegrityError: see `rsrouter.publish.commit`.
+            HubError, InputError, IntegrityError: see `rsrouter.publish.publish`.
         """
-        # publishing stands above this module, and is only looked up when asked for
-        publish = importlib.import_module("rsrouter.publish")
         with tempfile.TemporaryDirectory() as scratch:
-            return publish.publish(self.save_pretrained(Path(scratch) / "router"), repo_id, certificates=certificates, **options)
+            return publish(self.save_pretrained(Path(scratch) / "router"), repo_id, certificates=certificates, **options)

@@ -92,7 +92,7 @@ def routed(pool: ExpertPool) -> RoutedSmooth:
 def run_folder(router: RoutedSmooth, folder: Path, data: ImageData | None = None) -> Table:
     """A run as `rsrouter certify` leaves it: `router/`, `certificates.tsv` and its JSON; returns the table."""
     router.save_pretrained(folder / "router")
-    return certify_table(router, data or images(), folder / "certificates.tsv", plan=PLAN, data={"name": "bright-columns"})
+    return certify_table(router, data or images(), folder / "certificates.tsv", PLAN, data={"name": "bright-columns"})
 
 
 def pixels(data: ImageData) -> Tensor:

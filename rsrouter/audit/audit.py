@@ -167,7 +167,7 @@ def _audit_table(state: State, table: Table, routed: RoutedSmooth, images: Image
         if s.name in told and told[s.name] != s.sigma
     ]
     state.add("digests", name, wrong, "the table is about these weights" if not wrong else "the table is about other weights")
-    derived = subject.default_seed(run.plan, run.alpha, run.rule, run.sides)
+    derived = subject.routed.default_seed(str(table.metadata.get("seed_from", "")))
     state.add(
         "seed",
         name,

@@ -56,7 +56,7 @@ def audit_rows(state: State, table: Table, run: Run, subject: Smooth | RoutedSmo
 
 
 def _engine(subject: Smooth | RoutedSmooth, seed: int, device: str | None) -> Engine:
-    return subject._engine(seed, device)
+    return subject.engine(seed, device)
 
 
 def _votes(
@@ -141,7 +141,7 @@ def _fresh(
     each = settings.level / 3 / len(rows) / looks
     # streams of their own, also where the table shared one between its images
     engine = Engine(
-        subject._routed.models,
+        subject.routed.models,
         pixels[rows[0][0]].shape,
         seed=settings.seed,
         device=settings.device,
@@ -231,7 +231,7 @@ def _attack(
         parts.append(
             attack(
                 subject.tree,
-                subject._routed.models,
+                subject.routed.models,
                 x[part],
                 c[part],
                 radius[part],

@@ -12,6 +12,7 @@ from rsrouter.bench.timing import Figure, figure, seconds
 from rsrouter.bench.votes import reference_loop
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.plans import AdaptivePlan, FixedPlan
+from rsrouter.core.terms import Terms
 from rsrouter.core.types import Certificate
 from rsrouter.experts import ExpertPool
 from rsrouter.router import Router
@@ -42,9 +43,9 @@ def certificate_costs(
 
     def timed(smoothed: Smooth | RoutedSmooth, sides: str) -> tuple[float, list[Certificate]]:
         within = plan.within(plan.reach(smoothed.tree, AlphaSplit.even(ALPHA, smoothed.tree.paths), sides))
-        smoothed.certify(images[:1], plan=FixedPlan(10, 100), device=where)  # what a first call costs is not counted
+        smoothed.certify(images[:1], FixedPlan(10, 100), device=where)  # what a first call costs is not counted
         found: list[Certificate] = []
-        took = seconds(lambda: found.extend(smoothed.certify(images, plan=within, alpha=ALPHA, device=where)), device)
+        took = seconds(lambda: found.extend(smoothed.certify(images, Terms(within, ALPHA), device=where)), device)
         return took / count, found
 
     plain = expert.network().eval().to(device)
@@ -59,7 +60,7 @@ def certificate_costs(
     sample = images[:fixed_images]
     fixed_certificates: list[Certificate] = []
     fixed_times.append(
-        seconds(lambda: fixed_certificates.extend(single.certify(sample, plan=fixed, alpha=ALPHA, device=where)), device)
+        seconds(lambda: fixed_certificates.extend(single.certify(sample, Terms(fixed, ALPHA), device=where)), device)
         / len(sample)
     )
     found = [

@@ -31,7 +31,7 @@ def scaling(
 ) -> list[dict[str, Any]]:
     """Seconds and peak memory of fixed plans, up to `most` votes in all; images are repeated as often as need be."""
     smooth = Smooth(expert)
-    smooth.certify(images[:1], plan=FixedPlan(100, 1000), device=str(device))
+    smooth.certify(images[:1], FixedPlan(100, 1000), device=str(device))
     rows = []
     for n, count in sizes:
         if n * count > most:
@@ -40,7 +40,7 @@ def scaling(
         took: list[float] = []
 
         def work(n: int = n, count: int = count, x: Tensor = x, took: list[float] = took) -> None:
-            certify = partial(smooth.certify, x, plan=FixedPlan(100, n), ids=range(count), device=str(device))
+            certify = partial(smooth.certify, x, FixedPlan(100, n), ids=range(count), device=str(device))
             took.append(seconds(certify, device))
 
         grown = peak_growth(work, device)

@@ -63,7 +63,7 @@ def certify(
         str,
         typer.Option(
             "--plan",
-            help="adaptive (stops when the radius is settled), adaptive-even (as in older tables) or fixed (Cohen's CERTIFY).",
+            help="adaptive (stops when the radius is settled) or fixed (Cohen's CERTIFY).",
         ),
     ] = "adaptive",
     n: Annotated[int, typer.Option("--n", help="Votes per stage: the most (adaptive) or exactly (fixed).")] = DEFAULT_VOTES,
@@ -100,6 +100,7 @@ def certify(
     Example: rsrouter certify demo/router --data test.npz --out run/certificates.tsv --n 10000 --count 200
     """
     from rsrouter.cli.options import parse_radii
+    from rsrouter.core.terms import Terms
     from rsrouter.data import load_data
     from rsrouter.jobs import certify_table, estimate_table
     from rsrouter.jobs.driver import on_cpu
@@ -108,13 +109,10 @@ def certify(
 
     smoothed = load_smoothed(source, expert, revision)
     images = load_data(data, size=size, split=split, stream=stream)
-    smoothed.execution = choose_execution(smoothed.execution, execution, dtype, execution_batch)
+    smoothed = smoothed.with_execution(choose_execution(smoothed.execution, execution, dtype, execution_batch))
     last = len(images) if count is None else min(len(images), start + count)
+    terms = Terms(make_plan(plan, n, n0, radii), alpha, rule, sides, seed)
     job: dict[str, Any] = {
-        "plan": make_plan(plan, n, n0, radii),
-        "alpha": alpha,
-        "rule": rule,
-        "sides": sides,
         "device": device,
         "batch_size": batch_size,
         "indices": range(start, last, every),
@@ -124,7 +122,7 @@ def certify(
         "threads": threads,
     }
     if estimate:
-        say_estimate(estimate_table(smoothed, images, grid=parse_radii(radii), **job), format)
+        say_estimate(estimate_table(smoothed, images, terms, grid=parse_radii(radii), **job), format)
         return
     if out is None:
         raise InputError("Certificates need a place", expected="--out", received="none", remedy="--out run/certificates.tsv")
@@ -133,7 +131,7 @@ def certify(
     shown = tuple(r for r in parse_radii(radii) if r in (0.0, 0.5, 1.0)) or (0.0,)
     with closing(Display("certify", shown)) as display:
         table = certify_table(
-            smoothed, images, out, seed=seed, name=name, data={"name": images.name}, radii=shown, progress=display, **job
+            smoothed, images, out, terms, name=name, data={"name": images.name}, radii=shown, progress=display, **job
         )
     summary = summarise(table, radii=parse_radii(radii))
     if format is Format.json:
@@ -166,7 +164,7 @@ def predict(
     from rsrouter.data import load_data
 
     smoothed, images = load_smoothed(source, expert, revision), load_data(data)
-    smoothed.execution = choose_execution(smoothed.execution, execution, dtype, execution_batch)
+    smoothed = smoothed.with_execution(choose_execution(smoothed.execution, execution, dtype, execution_batch))
     last = len(images) if count is None else min(len(images), start + count)
     answers: dict[int, int] = {}
     for first in range(start, last, 256):

@@ -71,7 +71,7 @@ def calibrate(
     else:
         routed = RoutedSmooth.from_pretrained(source)
         pool, base = routed.pool, routed.execution
-        models = list(routed._routed.models)
+        models = list(routed.routed.models)
     dtypes = DTYPES if dtype == FASTEST else (dtype,)
     chosen, timings = measure(models, pool.input_shape, device=device, base=base, dtypes=dtypes, repeats=repeats)
     measured = [

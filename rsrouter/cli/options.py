@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from rsrouter.core.errors import InputError
-from rsrouter.core.plans import EVEN, AdaptivePlan, FixedPlan, Plan
+from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
 
 Device = Annotated[str, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of labelling and training.")]
@@ -194,6 +194,6 @@ def make_plan(kind: str, n: int, n0: int, radii: str) -> Plan:
     """
     if kind == "fixed":
         return FixedPlan(n0, n)
-    if kind in ("adaptive", EVEN):
-        return AdaptivePlan(n, parse_radii(radii), n0, spending="even" if kind == EVEN else "linear")
-    raise InputError("Unknown plan", expected=f"adaptive, {EVEN} or fixed", received=repr(kind), remedy="--plan adaptive")
+    if kind == "adaptive":
+        return AdaptivePlan(n, parse_radii(radii), n0)
+    raise InputError("Unknown plan", expected="adaptive or fixed", received=repr(kind), remedy="--plan adaptive")

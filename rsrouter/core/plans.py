@@ -12,18 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rsrouter.core.bounds import MOST_VOTES, AlphaSplit, Array
+from rsrouter.core.bounds import MOST_VOTES, AlphaSplit, Array, LinearSpending
+from rsrouter.core.certificates import entry_radii, group_entries, recursion
 from rsrouter.core.errors import PlanError
 from rsrouter.core.estimates import FAMILIES, Bound, Counts, StageBounds, check_rows, check_sides, hoped_counts, stage_bounds
-from rsrouter.core.reach import unanimous_radius, votes_for
-from rsrouter.core.spending import LinearSpending
 from rsrouter.core.tree import Stage, Tree
 
 #: By how alpha is spent: the ratio of consecutive looks and the part of alpha that the last look keeps, unless told otherwise.
 DEFAULTS = {"linear": (1.25, 0.75), "even": (2.0, 0.9)}
-
-#: What the command line calls the adaptive plan of tables that were made before alpha was spent linearly.
-EVEN = "adaptive-even"
 
 
 class Plan(ABC):
@@ -339,7 +335,7 @@ class AdaptivePlan(Plan):
 
     @cached_property
     def looks(self) -> tuple[int, ...]:
-        # small looks cost little whatever their number, so they are few; stored plans of before "linear" have one ratio
+        # small looks cost little whatever their number, so they are few
         sparse = self.n_max_ / 10 if self.spending == "linear" else 0.0
         looks = [self.n_max_]
         while True:
@@ -384,8 +380,6 @@ class AdaptivePlan(Plan):
         return self._like(self.n_max_, [r for r in self.grid if r <= reach])
 
     def to_dict(self) -> dict[str, Any]:
-        # what plans of before there was a choice wrote must be written again: seeds and resumed tables depend on it
-        how = {} if self.spending == "even" else {"spending": self.spending}
         return {
             "kind": self.kind,
             "n_max": self.n_max_,
@@ -396,7 +390,7 @@ class AdaptivePlan(Plan):
             "first": self.first,
             "last_share": self.last_share,
             "bound": self.bound,
-            **how,
+            "spending": self.spending,
         }
 
 
@@ -407,8 +401,6 @@ def plan_from_dict(data: dict[str, Any]) -> Plan:
         PlanError: unknown kind, or arguments that do not fit it.
     """
     fields = dict(data)
-    if fields.get("kind") == "adaptive":
-        fields.setdefault("spending", "even")  # as `to_dict` writes it
     kinds: dict[str, type[FixedPlan] | type[AdaptivePlan]] = {"fixed": FixedPlan, "adaptive": AdaptivePlan}
     kind = fields.pop("kind", None)
     if kind not in kinds:
@@ -427,3 +419,56 @@ def plan_from_dict(data: dict[str, Any]) -> Plan:
             received=str(sorted(fields)),
             remedy="was it written by a newer version?",
         ) from error
+
+
+def unanimous_radius(plan: Plan, tree: Tree, path: tuple[str, ...], split: AlphaSplit, sides: str) -> float:
+    """Radius when every stage on `path` is unanimous for the next one, and all other votes are for one class."""
+    c = np.zeros(1, dtype=np.int64)
+    for name in tree.order:
+        stage = tree.stages[name]
+        answered = np.flatnonzero(stage.answers[: stage.num_outcomes] >= 0)
+        if answered.size:
+            c = np.array([int(stage.answers[answered[0]])])
+    grouped: dict[str, Array] = {}
+    for name in tree.order:
+        stage = tree.stages[name]
+        same = np.flatnonzero(stage.answers[: stage.num_outcomes] == c[0])
+        reference = np.array([int(same[0]) if same.size else -1])
+        if name in path[:-1]:
+            following = path[path.index(name) + 1]
+            leads = [i for i, t in enumerate(stage.leads_to[: stage.num_outcomes]) if t == following]
+            reference = np.array([leads[0] if leads else -1])
+        elif not same.size and stage.kind == "plurality":
+            reference = np.array([0])
+        counts = np.zeros((1, stage.num_outcomes), dtype=np.int64)
+        if reference[0] >= 0:
+            counts[0, reference[0]] = plan.n_max
+        bounds = plan.hopes(
+            stage,
+            counts,
+            np.array([len(plan.looks) - 1]),
+            reference,
+            c,
+            alpha=split.stages[name],
+            sides=sides,
+            lower_share=split.lower_share,
+        )
+        grouped[name] = group_entries(stage, entry_radii(stage, bounds.lower, bounds.upper, reference), c)
+    return float(recursion(tree, grouped)[0][0])
+
+
+def votes_for(plan: Plan, tree: Tree, split: AlphaSplit, sides: str, radius: float) -> int | None:
+    """About the smallest `n_max` (within 0.1%) with which `plan` reaches `radius`; None beyond `MOST_VOTES`."""
+    need = plan.n_max
+    while plan.with_votes(need).reach(tree, split, sides) < radius:
+        need *= 2
+        if need > MOST_VOTES:
+            return None
+    low = need // 2
+    while need - low > max(1, need // 1000):
+        middle = (low + need) // 2
+        if plan.with_votes(middle).reach(tree, split, sides) < radius:
+            low = middle
+        else:
+            need = middle
+    return need

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import ResultsError
 from rsrouter.core.plans import AdaptivePlan
+from rsrouter.core.terms import Terms
 from rsrouter.demo.bundled import CLASSES, load_pool, load_slice
 from rsrouter.experts import ExpertPool
 from rsrouter.jobs import Running, certify_table
@@ -231,18 +231,14 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
     rows = range(settings.test_images)
 
     def certify(smoothed: Smooth | RoutedSmooth, path: Path, name: str, rule: str = "tree") -> Table:
-        split = AlphaSplit.even(settings.alpha, smoothed.tree.paths)
-        reach = plan.reach(smoothed.tree, split, "two" if isinstance(smoothed, RoutedSmooth) else "one")
         with bars.votes(f"certify {name}") as bar:
             return certify_table(
                 smoothed,
                 test,
                 path,
-                plan=plan.within(reach),
-                alpha=settings.alpha,
+                smoothed.routed.within_reach(Terms(plan, settings.alpha, rule)),
                 device=device,
                 indices=rows,
-                rule=rule,
                 name=name,
                 data=data,
                 radii=SHOWN,

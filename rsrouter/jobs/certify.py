@@ -14,6 +14,7 @@ import torch
 
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import Plan
+from rsrouter.core.terms import Terms
 from rsrouter.inputs import check_images
 from rsrouter.jobs.driver import Images, Running, load_task, make_executor, run_job, stored_threads
 from rsrouter.jobs.work import CertifyWork
@@ -111,12 +112,9 @@ def settled_batch(smoothed: Smooth | RoutedSmooth, device: str | None) -> int:
 
 def job_metadata(
     smoothed: Smooth | RoutedSmooth,
+    terms: Terms,
     *,
-    plan: Plan,
-    alpha: float,
-    seed: int,
-    rule: str,
-    sides: str,
+    seed_from: str,
     device: str | None,
     name: str,
     data: dict[str, Any],
@@ -129,15 +127,12 @@ def job_metadata(
     experts = smoothed.pool if isinstance(smoothed, RoutedSmooth) else [smoothed.expert]
     return {
         "kind": "rsrouter-certificates",
-        "schema_version": 1,
+        "schema_version": 2,
         "name": name,
         "role": "routed" if isinstance(smoothed, RoutedSmooth) else "expert",
-        "plan": plan.to_dict(),
-        "alpha": alpha,
-        "rule": rule,
-        "sides": sides,
-        "seed": seed,
-        "seed_derived": seed == smoothed.default_seed(plan, alpha, rule, sides),
+        "terms": terms.to_dict(),
+        "seed_from": seed_from,
+        "seed_derived": terms.seed == smoothed.routed.default_seed(seed_from),
         "digest": smoothed.digest,
         "router_digest": smoothed.router.digest if isinstance(smoothed, RoutedSmooth) else None,
         "router": smoothed.router.kind if isinstance(smoothed, RoutedSmooth) else None,
@@ -169,12 +164,9 @@ def certify_table(
     smoothed: Smooth | RoutedSmooth,
     images: Images,
     out: str | Path,
+    terms: Terms | Plan,
     *,
-    plan: Plan,
-    alpha: float = 1e-3,
-    seed: int | None = None,
-    rule: str = "tree",
-    sides: str | None = None,
+    seed_from: str = "",
     device: str | None = None,
     batch_size: int | None = None,
     indices: Sequence[int] | None = None,
@@ -198,8 +190,8 @@ def certify_table(
         smoothed: what to certify.
         images: data set; read in this process, `block` images at a time. Workers get pixels, and no labels.
         out: the table.
-        plan, alpha, seed, rule, sides, device, batch_size: as in `RoutedSmooth.certify`; `sides=None` is "two" for
-            a routed classifier and "one" for a single expert.
+        terms, device, batch_size: as in `RoutedSmooth.certify`.
+        seed_from: a public text that the derived seed depends on as well, such as a date or a commit after the router's.
         indices: which images, in which order; None: all. An image's id is its index.
         shard: `(i, N)`, i from 0: only every N-th of `indices`, from the i-th on; `merge_tables` puts shards together.
         name: of the run, for the report.
@@ -222,35 +214,19 @@ def certify_table(
         WorkerError: workers that die again and again.
         InputError, PlanError, NetworkError: as in `certify`; workers or threads that cannot be.
     """
-    routed = isinstance(smoothed, RoutedSmooth)
-    sides = ("two" if routed else "one") if sides is None else sides
-    rule = rule if routed else "tree"
+    asked = smoothed.routed.resolve(terms, seed_from)
     order = check_order(images, indices, block)
-    arguments: dict[str, Any] = {"rule": rule} if routed else {}
     # certifying no image checks every argument before anything is written; a cluster's devices are not this machine's
-    smoothed.certify(
-        torch.zeros((0, *smoothed.shape)),
-        plan=plan,
-        alpha=alpha,
-        seed=seed,
-        sides=sides,
-        batch_size=batch_size,
-        device=device if ray is None else None,
-        **arguments,
-    )
+    smoothed.certify(torch.zeros((0, *smoothed.shape)), asked, batch_size=batch_size, device=device if ray is None else None)
     mine = take_shard(order, shard)
     check_images(load_task(images, (mine[0],))[0].images, smoothed.shape)  # of another size: no table is begun
-    seed = smoothed.default_seed(plan, alpha, rule, sides) if seed is None else int(seed)
     path = Path(out)
     with make_executor(workers, ray, device, stored_threads(path, device, threads)) as executor:
         facts = executor.facts()
         metadata = job_metadata(
             smoothed,
-            plan=plan,
-            alpha=alpha,
-            seed=seed,
-            rule=rule,
-            sides=sides,
+            asked,
+            seed_from=seed_from,
             device=device,
             name=name or (smoothed.expert.name if isinstance(smoothed, Smooth) else "routed"),
             data=describe_data(images, data, order),
@@ -260,5 +236,5 @@ def certify_table(
         )
         if shard is not None:
             metadata["shard"] = {"index": shard[0], "count": shard[1]}
-        work = CertifyWork(smoothed, plan, alpha, seed, rule, sides, batch_size, metadata["execution"]["batch"])
+        work = CertifyWork(smoothed, asked, batch_size, metadata["execution"]["batch"])
         return run_job(executor, work, images, mine, path, metadata, facts=facts, block=block, radii=radii, progress=progress)

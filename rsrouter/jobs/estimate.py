@@ -11,17 +11,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.certify import VoteRequest
 from rsrouter.core.errors import PlanError
 from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
+from rsrouter.core.terms import Terms
 from rsrouter.jobs.certify import check_order, settled_batch, take_shard
 from rsrouter.jobs.driver import Images, load_task, make_executor
 from rsrouter.jobs.executor import check_threads
@@ -146,11 +146,8 @@ def _other(plan: Plan, grid: Sequence[float], reach: Callable[[Plan], float]) ->
 def estimate_table(
     smoothed: Smooth | RoutedSmooth,
     images: Images,
+    terms: Terms | Plan,
     *,
-    plan: Plan,
-    alpha: float = 1e-3,
-    rule: str = "tree",
-    sides: str | None = None,
     device: str | None = None,
     batch_size: int | None = None,
     indices: Sequence[int] | None = None,
@@ -177,9 +174,7 @@ def estimate_table(
     """
     begun = time.perf_counter()
     smoothed = with_batch(smoothed, settled_batch(smoothed, device))
-    routed = isinstance(smoothed, RoutedSmooth)
-    sides = ("two" if routed else "one") if sides is None else sides
-    rule = rule if routed else "tree"
+    asked = smoothed.routed.resolve(terms)
     order = take_shard(check_order(images, indices, 1), shard)
     with make_executor(workers, ray, device, check_threads(threads)) as executor:
         slots, share = executor.slots, executor.threads
@@ -191,36 +186,28 @@ def estimate_table(
         task, _ = load_task(images, tuple(chosen))
         reading = (time.perf_counter() - start) / len(chosen)
         start = time.perf_counter()
-        engine = smoothed._engine(0, device)
+        engine = smoothed.engine(0, device)
         for name in engine.models:
             engine.runner(name)
         setup = time.perf_counter() - start
         cost, shares = _measure(engine, task.images, task.ids, seconds)
         costs: list[PlanCost] = []
-        tree = smoothed.tree
-        split = AlphaSplit.even(alpha, tree.paths)
-        for candidate in (plan, _other(plan, grid, lambda p: p.reach(tree, split, sides))):
+        split, sides = smoothed.routed.split(asked), str(asked.sides)
+        for candidate in (asked.plan, _other(asked.plan, grid, lambda p: p.reach(smoothed.tree, split, sides))):
             if candidate is None:
                 continue
             simulated = _Simulated(engine, shares, seed=0)
             start = time.perf_counter()
             try:
-                certificates = smoothed._certify(
+                certificates = smoothed.certify(
                     task.images,
-                    plan=candidate,
-                    alpha=alpha,
-                    seed=0,
+                    replace(asked, plan=candidate, seed=0),
                     ids=task.ids,
-                    rule=rule,
-                    sides=sides,
                     batch_size=batch_size,
-                    device=device,
-                    on_certificate=None,
-                    progress=None,
                     engine=simulated,  # type: ignore[arg-type]
                 )
             except PlanError:
-                if candidate is plan:
+                if candidate is asked.plan:
                     raise
                 continue  # the other kind cannot reach its radii
             host = time.perf_counter() - start

@@ -6,7 +6,6 @@ an executor (`rsrouter.jobs.executor`), what runs next by the scheduler (`rsrout
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,14 +18,13 @@ from torch import Tensor
 
 from rsrouter._version import __version__
 from rsrouter.core.errors import RSRouterError
-from rsrouter.core.plans import Plan
+from rsrouter.core.terms import Terms
 from rsrouter.core.types import Certificate
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.results import Row
 from rsrouter.sampling.engine import Engine
 from rsrouter.sampling.execution import Execution, instructions, resolve_device
-from rsrouter.smooth import RoutedSmooth, Smooth
-from rsrouter.smoothed import Progress
+from rsrouter.smooth import Drawn, RoutedSmooth, Smooth
 from rsrouter.training.labels import label_engine, label_votes
 
 
@@ -107,10 +105,7 @@ def machine_facts(device: str | None) -> dict[str, Any]:
 
 def with_batch(smoothed: Smooth | RoutedSmooth, batch: int) -> Smooth | RoutedSmooth:
     """`smoothed` with an execution batch that is settled; the caller's own, which may go on to another device, keeps its own."""
-    settled = copy.copy(smoothed)
-    settled.memo = smoothed.memo  # copying leaves it out, as pickling does
-    settled.execution = replace(smoothed.execution, batch=batch)
-    return settled
+    return smoothed.with_execution(replace(smoothed.execution, batch=batch))
 
 
 #: Seconds that finished rows wait for the next check of their networks.
@@ -125,11 +120,7 @@ class CertifyWork:
     """
 
     smoothed: Smooth | RoutedSmooth
-    plan: Plan
-    alpha: float
-    seed: int
-    rule: str
-    sides: str
+    terms: Terms
     batch_size: int | None
     execution_batch: int
     device: str | None = None
@@ -138,17 +129,17 @@ class CertifyWork:
     def open(self, device: str | None) -> None:
         self.device = device
         self.smoothed = with_batch(self.smoothed, self.execution_batch)
-        self._engine = self.smoothed._engine(self.seed, device)
+        self._engine = self.smoothed.engine(int(self.terms.seed or 0), device)
 
     def run(self, images: Tensor, ids: Sequence[int], emit: Emit) -> None:
         """Rows wait until every network that voted for them has given the bits it was checked with once more: those of a
         network that changed on the way belong to no fixed classifier, and no table gets them."""
-        rule = self.rule if isinstance(self.smoothed, RoutedSmooth) else ""
-        rows: list[Row] = []
+        rule = self.terms.rule if isinstance(self.smoothed, RoutedSmooth) else ""
+        seed, rows = int(self.terms.seed or 0), list[Row]()
         votes, flushed, cost = 0, time.monotonic(), 0.0
 
         def keep(position: int, certificate: Certificate, seconds: float) -> None:
-            rows.append(Row.from_certificate(certificate, idx=ids[position], seconds=seconds, rule=rule, seed=self.seed))
+            rows.append(Row.from_certificate(certificate, idx=ids[position], seconds=seconds, rule=rule, seed=seed))
 
         def flush() -> None:
             nonlocal flushed, cost
@@ -160,7 +151,7 @@ class CertifyWork:
             emit(Step(0, tuple(rows)))
             rows.clear()
 
-        def step(progress: Progress) -> None:
+        def step(progress: Drawn) -> None:
             nonlocal votes
             emit(Step(progress.votes - votes, ()))
             votes = progress.votes
@@ -168,14 +159,10 @@ class CertifyWork:
             if rows and time.monotonic() - flushed >= max(ROWS_WAIT, 50.0 * cost):
                 flush()
 
-        self.smoothed._certify(
+        self.smoothed.certify(
             images,
-            plan=self.plan,
-            alpha=self.alpha,
-            seed=self.seed,
+            self.terms,
             ids=ids,
-            rule=self.rule,
-            sides=self.sides,
             batch_size=self.batch_size,
             device=self.device,
             on_certificate=keep,

@@ -13,15 +13,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rsrouter._version import __version__
 from rsrouter.core.errors import InputError
-from rsrouter.core.plans import EVEN, AdaptivePlan
 from rsrouter.experts.expert import Expert
 from rsrouter.report import Summary, summarise, wrong_certificates
 from rsrouter.report.summary import Series
 from rsrouter.results import Table
 from rsrouter.results.verify import Run
 from rsrouter.sampling.noise import SHARED
-from rsrouter.serialise import origins
-from rsrouter.smooth import RoutedSmooth
+from rsrouter.serialise import Saved, origins
 
 BEGIN, END = "<!-- rsrouter:begin -->", "<!-- rsrouter:end -->"
 TEMPLATE = "card.md.j2"
@@ -55,7 +53,7 @@ class Card:
 
 
 def render_card(
-    routed: RoutedSmooth,
+    routed: Saved,
     repo_id: str,
     tables: Sequence[Table] = (),
     *,
@@ -195,8 +193,6 @@ def _run(table: Table, run: Run, repo_id: str) -> dict[str, Any]:
         plan["kind"]
     ]
     votes = votes.format(**plan, grid=",".join(f"{r:g}" for r in plan.get("radii", ())))
-    if isinstance(run.plan, AdaptivePlan) and run.plan.spending == "even":
-        votes = votes.replace("adaptive", EVEN, 1)
     argument = name if re.fullmatch(r"[\w./:@+-]+", name) else "DATA"
     expert = "" if run.role == "routed" else f" --expert {table.name}"
     sides = f" --sides {run.sides}"

@@ -12,8 +12,7 @@ from rsrouter.core.errors import InputError, IntegrityError, ResultsError
 from rsrouter.publish.card import Card, check_claims, render_card
 from rsrouter.results import Table, metadata_path, read_table
 from rsrouter.results.verify import Run, verify_rows
-from rsrouter.serialise import CONFIG, WEIGHTS, read_config
-from rsrouter.smooth import RoutedSmooth, Smooth
+from rsrouter.serialise import CONFIG, WEIGHTS, Saved, load_folder, read_config
 
 README, FIGURE = "README.md", "certificates/curve.svg"
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
@@ -58,7 +57,7 @@ def stage(
     licence: str,
     title: str | None,
     pinned: bool = True,
-) -> tuple[list[str], Card, RoutedSmooth]:
+) -> tuple[list[str], Card, Saved]:
     """Copies what is to be published into `fresh` and checks it there.
 
     Args:
@@ -84,7 +83,7 @@ def stage(
         shutil.copyfile(folder / name, fresh / name)
     if not pinned and (folder / "experts").is_dir():
         shutil.copytree(folder / "experts", fresh / "experts")  # weights that were written with the router
-    routed = RoutedSmooth.from_pretrained(fresh)
+    routed = load_folder(fresh)
     names = [CONFIG, WEIGHTS]
     (fresh / "certificates").mkdir()
     loaded: list[Table] = []
@@ -120,24 +119,24 @@ def stage(
     return sorted([*names, README, *([figure] if figure else [])]), card, routed
 
 
-def check_table(table: Table, routed: RoutedSmooth) -> Run:
-    """Refuses a table that is not about `routed` or one of its experts, or whose rows do not follow from their votes.
+def check_table(table: Table, saved: Saved) -> Run:
+    """Refuses a table that is not about `saved` or one of its experts, or whose rows do not follow from their votes.
 
     Raises:
         ResultsError: metadata that do not say how the table was made.
         IntegrityError: other weights, other noise, or cells that were edited.
     """
     run = Run.of(table)
-    subjects: list[Smooth | RoutedSmooth] = [routed, *(Smooth(e, noise=routed.noise) for e in routed.pool)]
+    subjects = [saved.routed, *(saved.alone(name) for name in saved.pool.names)]
     subject = next((s for s in subjects if s.digest == run.digest), None)
-    if subject is None or run.noise != routed.noise:
+    if subject is None or run.noise != saved.noise:
         raise IntegrityError(
             f"Table {table.name!r} belongs to other weights",
-            expected=f"digest {routed.digest} (or that of one of its experts), {routed.noise} noise",
+            expected=f"digest {saved.routed.digest} (or that of one of its experts), {saved.noise} noise",
             received=f"digest {run.digest}, {run.noise} noise",
             remedy="certify this router; do not publish certificates of another one with it",
         )
-    derived = run.seed == subject.default_seed(run.plan, run.alpha, run.rule, run.sides)
+    derived = run.seed == subject.default_seed(str(table.metadata.get("seed_from", "")))
     if bool(table.metadata.get("seed_derived")) != derived:
         raise IntegrityError(
             f"Table {table.name!r} says something else about its seed than is true",

@@ -341,7 +341,7 @@ def fixed_plan_votes(table: Table) -> NDArray[np.int64] | None:
     Every network with estimation votes is charged the plan's most, selection as drawn; a network that serves two
     stages once. Needs `plan` (and for shared networks `stages`) in the metadata, and the counts.
     """
-    plan = table.metadata.get("plan")
+    plan = (table.metadata.get("terms") or {}).get("plan")
     most = (plan.get("n_max") or plan.get("n")) if isinstance(plan, Mapping) else None
     if not isinstance(most, int) or not all(table.counts_text):
         return None

@@ -44,7 +44,7 @@ class WholeTable:
 
 def whole_table(table: Table, radii: ArrayLike, delta: float = DELTA) -> WholeTable | None:
     """The statement about all rows at once (`curves.certified_lower`); None without a recorded alpha, or without labels."""
-    alpha = table.metadata.get("alpha")
+    alpha = (table.metadata.get("terms") or {}).get("alpha")
     if isinstance(alpha, Mapping):
         alpha = alpha.get("total")
     if not isinstance(alpha, float) or not 0.0 < alpha < 1.0 or not table.labelled:
@@ -85,7 +85,7 @@ def run_of(table: Table, summary: Summary) -> Run:
     drawn = table.n_drawn[table.n_drawn > 0]
     fixed = curves.fixed_plan_votes(table)
     seconds = table.time[np.isfinite(table.time) & (table.time > 0)]
-    plan = table.metadata.get("plan")
+    plan = (table.metadata.get("terms") or {}).get("plan")
     told = ""
     if isinstance(plan, Mapping):
         most = plan.get("n_max") or plan.get("n")

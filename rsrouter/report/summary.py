@@ -228,7 +228,7 @@ def summarise(
 
 def plan_radii(table: Table) -> Array | None:
     """The grid of radii that an adaptive plan settled, with 0; None for a plan (or a table) without one."""
-    plan = table.metadata.get("plan")
+    plan = (table.metadata.get("terms") or {}).get("plan")
     grid = plan.get("radii") if isinstance(plan, Mapping) else None
     if not isinstance(grid, list) or not grid or not all(isinstance(r, int | float) and 0 <= r < np.inf for r in grid):
         return None

@@ -10,8 +10,9 @@ import numpy as np
 
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import PlanError, ResultsError
-from rsrouter.core.plans import Plan, plan_from_dict
+from rsrouter.core.plans import Plan
 from rsrouter.core.recompute import recompute
+from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Tree
 from rsrouter.core.types import Certificate
 from rsrouter.results.rows import RADIUS_DECIMALS
@@ -28,7 +29,7 @@ class Run:
 
     Attributes:
         digest: of the smoothed classifier (`RoutedSmooth.digest`).
-        plan, alpha, rule, sides, seed: as given to certify.
+        terms: as given to certify, nothing left open.
         noise: kind of noise.
         role: "routed" or "expert".
         execution: how the networks ran.
@@ -36,11 +37,7 @@ class Run:
     """
 
     digest: str
-    plan: Plan
-    alpha: float
-    rule: str
-    sides: str
-    seed: int
+    terms: Terms
     noise: str
     role: str
     execution: Mapping[str, Any]
@@ -60,11 +57,7 @@ class Run:
         try:
             return cls(
                 digest=str(data["digest"]),
-                plan=plan_from_dict(data["plan"]),
-                alpha=float(data["alpha"]),
-                rule=str(data["rule"]),
-                sides=str(data["sides"]),
-                seed=int(data["seed"]),
+                terms=Terms.from_dict(data["terms"]),
                 noise=str(data["noise"]),
                 role=str(data.get("role", "routed")),
                 execution=dict(data["execution"]),
@@ -76,10 +69,35 @@ class Run:
         except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
             raise ResultsError(
                 f"The metadata of table {table.name!r} do not say how it was made",
-                expected="digest, plan, alpha, rule, sides, seed, noise, execution, device, versions, as `certify` writes them",
+                expected="digest, terms, noise, execution, device, versions, as `certify` writes them",
                 received=f"{type(error).__name__}: {error}",
                 remedy="certify with this package; a table of the field cannot be verified",
             ) from error
+
+    @property
+    def plan(self) -> Plan:
+        """How many votes, and the bound that is valid for that rule."""
+        return self.terms.plan
+
+    @property
+    def alpha(self) -> float:
+        """Failure probability of each certificate."""
+        return self.terms.alpha
+
+    @property
+    def rule(self) -> str:
+        """Which stages are sampled."""
+        return self.terms.rule
+
+    @property
+    def sides(self) -> str:
+        """Sidedness of plurality bounds."""
+        return str(self.terms.sides)
+
+    @property
+    def seed(self) -> int:
+        """What keys the noise."""
+        return int(self.terms.seed or 0)
 
     def split(self, tree: Tree) -> AlphaSplit:
         """How alpha was divided over the stages of `tree`."""

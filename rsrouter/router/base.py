@@ -1,31 +1,48 @@
-"""What a router is: a tree of stages over a pool of frozen experts, and the networks that cast its votes."""
+"""Routers: a tree of stages over a pool of frozen experts, and the networks that cast its votes."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import nn
 
+from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import InputError
+from rsrouter.core.plans import AdaptivePlan, Plan
+from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Stage, Tree, expert_stage
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.identity import module_digest
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.sampling.engine import VoteModel
+from rsrouter.sampling.execution import Execution
 
 
 @dataclass(frozen=True)
 class Routed:
-    """A router bound to a pool: the tree for the certificate, the networks for the engine."""
+    """A router bound to a pool, with how it runs: everything that a certificate is about.
+
+    Attributes:
+        tree: the stages, for the certificate.
+        models: the networks, for the engine.
+        execution: how they run.
+        noise: a kind of noise (`rsrouter.sampling.noise`).
+
+    Raises:
+        InputError: networks that draw at other sigmas, or for other outcomes, than the stages are certified for.
+    """
 
     tree: Tree
     models: tuple[VoteModel, ...]
+    execution: Execution = field(default_factory=Execution)
+    noise: str = "gaussian"
 
     def __post_init__(self) -> None:
-        """A router of one's own must not draw at another sigma than its stages are certified for."""
         wanted = {(s.network, s.name, float(s.sigma), s.num_outcomes) for s in self.tree.stages.values()}
         voting = [(m.name, s, float(m.sigma), w + 1) for m in self.models for s, w in zip(m.stages, m.widths, strict=True)]
         if len(voting) != len(wanted) or set(voting) != wanted:
@@ -35,6 +52,58 @@ class Routed:
                 received=str(sorted(set(voting) - wanted)),
                 remedy="give each stage one network of the same sigma, with a logit for every outcome but the invalid one",
             )
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the smoothed classifier by value: networks, sigmas, thresholds, and where each outcome leads.
+
+        Names of stages and experts take no part; stages are numbered from the root down.
+        """
+        order = list(reversed(self.tree.order))
+        number = {name: i for i, name in enumerate(order)}
+        models = {m.name: (i, m) for i, m in enumerate(sorted(self.models, key=lambda m: self.tree.networks.index(m.name)))}
+        stages = []
+        for name in order:
+            stage = self.tree.stages[name]
+            at, model = models[stage.network]
+            targets = [f"stage {number[t]}" if isinstance(t, str) else int(t) for t in stage.leads_to]
+            stages.append((float(stage.sigma), stage.kind, stage.tau, targets, at, model.stages.index(name)))
+        content = json.dumps(["rsrouter-classifier", stages, [m.digest for _, m in models.values()]])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def default_seed(self, seed_from: str = "") -> int:
+        """The certification seed when none is given.
+
+        It follows from what the classifier is, so that nobody is tempted to shop for one: plan, alpha, rule, sides and names
+        change nothing. The images enter through the noise streams, whose keys hold each image's content.
+
+        Args:
+            seed_from: a public text that fixes it further, such as a date or a commit that came after the router.
+        """
+        text = json.dumps(["rsrouter-seed", self.digest, self.noise, seed_from])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
+    def resolve(self, terms: Terms | Plan, seed_from: str = "") -> Terms:
+        """`terms` with nothing left open: sides (one for a single stage, else two) and the seed.
+
+        Raises:
+            PlanError: terms that cannot be, or a radius that the plan can never reach with this tree.
+        """
+        asked = terms if isinstance(terms, Terms) else Terms(terms)
+        asked = asked.resolved(sides="one" if len(self.tree.stages) == 1 else "two", seed=self.default_seed(seed_from))
+        asked.plan.check(self.tree, self.split(asked), str(asked.sides))
+        return asked
+
+    def within_reach(self, terms: Terms) -> Terms:
+        """`terms` without the radii that this tree cannot certify with them."""
+        if not isinstance(terms.plan, AdaptivePlan):
+            return terms
+        sides = terms.sides or ("one" if len(self.tree.stages) == 1 else "two")
+        return replace(terms, plan=terms.plan.within(terms.plan.reach(self.tree, self.split(terms), sides)))
+
+    def split(self, terms: Terms) -> AlphaSplit:
+        """How `terms.alpha` is divided, so that no path from the root to a leaf spends more."""
+        return AlphaSplit.even(terms.alpha, self.tree.paths)
 
 
 class Router(ABC):

@@ -251,6 +251,9 @@ class Engine:
                 received=str([m.name for m in models]),
                 remedy="rename the stages",
             )
+        # a network's stream is named by its digest, and by its number among equal ones; names take no part
+        digests = [m.digest for m in models]
+        self.streams = {m.name: (m.digest, digests[:i].count(m.digest)) for i, m in enumerate(models)}
         self._runners: dict[str, _Runner] = {}
         # one model at several sigmas is on the device once
         self._prepared: dict[tuple[object, ...], nn.Module] = {}
@@ -312,7 +315,7 @@ class Engine:
             model, runner = self.models[name], self.runner(name)
             chosen = [requests[i] for i in members]
             owner = [b"" if self.noise.endswith(SHARED) else identity[r.image] for r in chosen]
-            keys = [stream_key(r.purpose, self.seed, who, model.digest, name) for r, who in zip(chosen, owner, strict=True)]
+            keys = [stream_key(r.purpose, self.seed, who, *self.streams[name]) for r, who in zip(chosen, owner, strict=True)]
             counts = runner.draw(on_device, position, chosen, keys, self._stream)
             for i, row in zip(members, counts, strict=True):
                 offset, votes = 0, {}

@@ -38,7 +38,7 @@ class VoteMemo:
         for r in requests:
             # images that share their noise still have votes of their own
             owner = identity[r.image]
-            keys.append(stream_key(settings, owner, engine.models[r.network].digest, r.network, r.purpose, r.start, r.count))
+            keys.append(stream_key(settings, owner, *engine.streams[r.network], r.purpose, r.start, r.count))
         missing = {key: i for i, key in enumerate(keys) if key not in self._votes}
         new = list(missing.values())
         for i, counts in zip(new, engine.run(images, identity, [requests[i] for i in new]), strict=True):

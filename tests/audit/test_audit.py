@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rsrouter import AdaptivePlan, Expert, ExpertPool, FixedPlan, InputError, RoutedSmooth, Smooth
 from rsrouter.audit import AuditReport, audit
+from rsrouter.core.terms import Terms
 from rsrouter.data import ImageData
 from rsrouter.jobs import certify_table
 from rsrouter.results import Row, read_table
@@ -71,8 +72,8 @@ def test_other_plans_and_experts_alone_pass_too(tmp_path: Path, data: ImageData,
     pool = ExpertPool([small.expert(0.25), small.expert(0.5, tilt=0.01)])
     routed = small.routed(pool)
     routed.save_pretrained(tmp_path / "router")
-    certify_table(routed, data, tmp_path / "certificates.tsv", plan=plan, **options)
-    certify_table(Smooth(pool[0]), data, tmp_path / "experts" / "sigma_0.25.tsv", plan=plan)
+    certify_table(routed, data, tmp_path / "certificates.tsv", plan, **options)
+    certify_table(Smooth(pool[0]), data, tmp_path / "experts" / "sigma_0.25.tsv", plan)
     report = audit(tmp_path, data=data, rows=None, seed=2)
     assert report.ok, str(report)
     assert set(report.tables) == {"certificates", "sigma_0.25"}
@@ -81,7 +82,7 @@ def test_other_plans_and_experts_alone_pass_too(tmp_path: Path, data: ImageData,
 def test_ids_may_be_left_out(run: Path, data: ImageData) -> None:
     """Certificates made by `RoutedSmooth.certify` itself name their images by content alone."""
     routed = RoutedSmooth.from_pretrained(run / "router")
-    certificates = routed.certify(small.pixels(data), plan=small.PLAN)
+    certificates = routed.certify(small.pixels(data), small.PLAN)
     lines = [
         Row.from_certificate(c, idx=i, rule="tree", seed=routed.metadata["seed"]).to_line() for i, c in enumerate(certificates)
     ]
@@ -208,7 +209,7 @@ def test_a_seed_chosen_by_hand(run: Path, data: ImageData, tmp_path: Path) -> No
     routed = RoutedSmooth.from_pretrained(run / "router")
     (run / "certificates.tsv").unlink()
     (run / "certificates.json").unlink()
-    certify_table(routed, data, run / "certificates.tsv", plan=small.PLAN, seed=12345)
+    certify_table(routed, data, run / "certificates.tsv", Terms(small.PLAN, seed=12345))
     report = audit(run, data=data, seed=6)
     assert failed(report) == {"seed"}
     assert "shopped" in report.findings[0].text
@@ -330,7 +331,7 @@ def test_other_kinds_of_noise(tmp_path: Path, data: ImageData, noise: str) -> No
     made = small.routed(ExpertPool([small.expert(0.25), small.expert(0.5, tilt=0.01)]))
     routed = RoutedSmooth(made.pool, made.router, noise=noise)
     routed.save_pretrained(tmp_path / "router")
-    certify_table(routed, data, tmp_path / "certificates.tsv", plan=FixedPlan(50, 500))
+    certify_table(routed, data, tmp_path / "certificates.tsv", FixedPlan(50, 500))
     report = audit(tmp_path, data=data, rows=6, seed=11)
     assert report.ok, str(report)
     assert report.complete
@@ -353,7 +354,7 @@ def test_the_bundled_experts(tmp_path: Path) -> None:
     routed = RoutedSmooth(pool, CascadeRouter((0.55,) * (len(pool) - 1)))
     routed.save_pretrained(tmp_path / "router")
     plan = AdaptivePlan(5000, np.arange(0.0, 2.01, 0.25))
-    certify_table(routed, images, tmp_path / "certificates.tsv", plan=plan, indices=range(40))
+    certify_table(routed, images, tmp_path / "certificates.tsv", plan, indices=range(40))
     report = audit(tmp_path, data=images, rows=20, seed=13)
     assert report.ok, str(report)
     assert next(c for c in report.checks if c.name == "attack").details["searched"] >= 10

@@ -20,7 +20,7 @@ from rsrouter.core import (
     flat_tree,
     plan_from_dict,
 )
-from rsrouter.core.spending import LinearSpending
+from rsrouter.core.bounds import LinearSpending
 
 ONE = Tree.of([Stage("e", 0.5, leads_to=(0, 1))])
 
@@ -143,15 +143,6 @@ def test_linear_spending_draws_fewer_votes_of_images_that_are_nearly_unanimous()
     assert ours.sum() < 0.85 * before.sum()
     split = AlphaSplit.even(1e-3, ONE.paths)
     assert linear.reach(ONE, split, "one") == FixedPlan(100, 100_000).reach(ONE, split, "one") > even.reach(ONE, split, "one")
-
-
-def test_plans_stored_before_there_was_a_choice_spend_evenly():
-    stored = {"kind": "adaptive", "n_max": 1600, "radii": [0.5], "n0": 100, "beta": 0.01, "growth": 2.0, "first": 100}
-    plan = plan_from_dict({**stored, "last_share": 0.9, "bound": "clopper-pearson"})
-    assert plan == AdaptivePlan(1600, [0.5], spending="even")
-    assert plan.to_dict() == {**stored, "last_share": 0.9, "bound": "clopper-pearson"}  # derived seeds are a hash of it
-    assert plan.looks == (100, 200, 400, 800, 1600)
-    assert plan.shares == (*[pytest.approx(0.025)] * 4, 0.9)
 
 
 def test_unreachable_radii_are_refused_with_the_votes_that_would_do():

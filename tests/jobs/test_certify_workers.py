@@ -71,7 +71,7 @@ def test_a_missing_shard(tmp_path: Path, shards: list[Path]) -> None:
 
 
 def test_shards_of_different_configurations(tmp_path: Path, shards: list[Path]) -> None:
-    certify(tmp_path / "other.tsv", shard=(2, 3), plan=FixedPlan(50, 999))
+    certify(tmp_path / "other.tsv", FixedPlan(50, 999), shard=(2, 3))
     with pytest.raises(ResultsError, match="another run") as caught:
         merge_tables([*shards[:2], tmp_path / "other.tsv"], tmp_path / "t.tsv")
     assert "plan.n" in caught.value.received
@@ -133,9 +133,7 @@ def test_a_table_is_not_finished_under_another_rounding(tmp_path: Path, key: str
 
 
 def test_estimate_of_both_kinds_of_plan() -> None:
-    found = estimate_table(
-        small.routed(pool()), DATA, plan=FixedPlan(50, 1000), threads=1, grid=(0.0, 0.25), seconds=0.2, sample=8
-    )
+    found = estimate_table(small.routed(pool()), DATA, FixedPlan(50, 1000), threads=1, grid=(0.0, 0.25), seconds=0.2, sample=8)
     fixed, adaptive = found.costs
     assert (found.images, found.sampled, found.workers) == (30, 8, 1)
     assert (fixed.plan["kind"], adaptive.plan["kind"]) == ("fixed", "adaptive")
@@ -143,7 +141,7 @@ def test_estimate_of_both_kinds_of_plan() -> None:
     assert 2 * 1050 <= fixed.votes_per_image <= 3 * 1050
     assert 0 < adaptive.votes_per_image < fixed.votes_per_image
     assert fixed.seconds > 0
-    half = estimate_table(small.routed(pool()), DATA, plan=FixedPlan(50, 1000), threads=1, shard=(0, 2), seconds=0.2, sample=8)
+    half = estimate_table(small.routed(pool()), DATA, FixedPlan(50, 1000), threads=1, shard=(0, 2), seconds=0.2, sample=8)
     assert half.images == 15
 
 
@@ -360,7 +358,7 @@ def test_a_driver_that_is_killed_and_started_again(tmp_path: Path, one: list[lis
 
 def certify_few(out: Path) -> list[list[str]]:
     """A job of small networks that takes a tenth of a second, a few images at a time."""
-    return certify(out, indices=range(12), plan=FixedPlan(20, 200), block=4)
+    return certify(out, FixedPlan(20, 200), indices=range(12), block=4)
 
 
 @pytest.mark.slow
@@ -418,7 +416,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     expert = Expert(Mine(), sigma=0.5, num_classes=3, input_shape=(1, 4, 4), name="mine")
     images = [(torch.full((1, 4, 4), i / 4), 1) for i in range(4)]
-    table = certify_table(Smooth(expert), images, sys.argv[1], plan=FixedPlan(10, 50), workers=1)
+    table = certify_table(Smooth(expert), images, sys.argv[1], FixedPlan(10, 50), workers=1)
     print(len(table))
 """
 

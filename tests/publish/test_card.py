@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 
 from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, InputError, RoutedSmooth
 from rsrouter.cli.options import make_plan
+from rsrouter.core.terms import Terms
 from rsrouter.jobs import certify_table
 from rsrouter.publish import publish, write_card
 from rsrouter.publish.card import render_card
@@ -137,7 +138,7 @@ def test_a_card_for_experts_that_are_not_on_the_hub(tmp_path: Path) -> None:
 
 def test_the_command_names_the_certified_images(pool: ExpertPool, tmp_path: Path) -> None:
     router = small.routed(pool)
-    table = certify_table(router, small.images(), tmp_path / "part.tsv", plan=small.PLAN, indices=range(2, 9, 3))
+    table = certify_table(router, small.images(), tmp_path / "part.tsv", small.PLAN, indices=range(2, 9, 3))
     assert " --start 2 --count 9 --every 3 " in render_card(router, "org/router", [table]).text
     assert list(range(2, min(12, 2 + 9), 3)) == table.idx.tolist()
 
@@ -147,7 +148,7 @@ def test_the_command_names_the_plan_of_older_tables(pool: ExpertPool, tmp_path: 
     for name, spending in (("linear", "linear"), ("even", "even")):
         plan = AdaptivePlan(200, (0.25,), 20, spending=spending)
         table = certify_table(
-            router, small.images(4), tmp_path / f"{name}.tsv", plan=plan, alpha=0.001, indices=range(2), name="routed"
+            router, small.images(4), tmp_path / f"{name}.tsv", Terms(plan, alpha=0.001), indices=range(2), name="routed"
         )
         told = render_card(router, "org/router", [table]).text
         assert ("--plan adaptive-even --n 200" in told) == (spending == "even")

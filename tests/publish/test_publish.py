@@ -113,14 +113,14 @@ def test_old_tables_do_not_stay_beside_a_new_router(hub: HubServer, pool: Expert
 
 
 def test_every_table_must_be_about_these_weights(hub: HubServer, pool: ExpertPool, run: Path, tmp_path: Path) -> None:
-    alone = certify_table(Smooth(pool[0]), small.images(), tmp_path / "both" / "one.tsv", plan=small.PLAN)
+    alone = certify_table(Smooth(pool[0]), small.images(), tmp_path / "both" / "one.tsv", small.PLAN)
     for name in ("certificates.tsv", "certificates.json"):
         (tmp_path / "both" / name).write_bytes((run / name).read_bytes())
     done = publish(run, "org/router", certificates=tmp_path / "both", dry_run=True)
     assert "certificates/one.tsv" in {f.path for f in done.files}
     assert f"| {alone.name} | 12 |" in done.card
     other = Smooth(small.expert(0.25, tilt=0.2))
-    certify_table(other, small.images(), tmp_path / "other" / "one.tsv", plan=small.PLAN)
+    certify_table(other, small.images(), tmp_path / "other" / "one.tsv", small.PLAN)
     with pytest.raises(IntegrityError, match="belongs to other weights"):
         publish(run, "org/router", certificates=tmp_path / "other", dry_run=True)
 
@@ -370,5 +370,5 @@ def test_names(run: Path, name: str) -> None:
 def test_plans_without_a_radius_grid_and_single_votes(pool: ExpertPool, tmp_path: Path) -> None:
     router = small.routed(pool)
     router.save_pretrained(tmp_path / "r" / "router")
-    certify_table(router, small.images(3), tmp_path / "r" / "certificates.tsv", plan=FixedPlan(1, 1))
+    certify_table(router, small.images(3), tmp_path / "r" / "certificates.tsv", FixedPlan(1, 1))
     assert "100.0" in publish(tmp_path / "r", "org/router", dry_run=True).card

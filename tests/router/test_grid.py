@@ -13,6 +13,7 @@ from test_training import CLASSES, pool
 from torch import nn
 
 from rsrouter import Expert, ExpertPool, FixedPlan, InputError, RoutedSmooth
+from rsrouter.core.terms import Terms
 from rsrouter.demo import load_pool, load_slice
 from rsrouter.experts import build_architecture
 from rsrouter.router import DeferralRouter, Voter
@@ -86,12 +87,12 @@ def test_a_router_over_cells_comes_back_as_it_was(tmp_path: Path) -> None:
     x, _ = load_slice("test").batch(range(2))
     routed = RoutedSmooth(experts, voters(2))
     assert routed.tree.order[-1].startswith("sigma_1+sigma_0.5/2x2@0.7")
-    before = routed.certify(x, plan=FixedPlan(20, 200), alpha=0.01, seed=1)
+    before = routed.certify(x, Terms(FixedPlan(20, 200), alpha=0.01, seed=1))
     routed.save_pretrained(tmp_path)
     again = RoutedSmooth.from_pretrained(tmp_path)
     assert again.digest == routed.digest
     assert again.router.to_config() == routed.router.to_config()
-    after = again.certify(x, plan=FixedPlan(20, 200), alpha=0.01, seed=1)
+    after = again.certify(x, Terms(FixedPlan(20, 200), alpha=0.01, seed=1))
     assert [(c.predict, c.radius, c.counts) for c in before] == [(c.predict, c.radius, c.counts) for c in after]
 
 
@@ -124,7 +125,7 @@ def test_a_head_for_other_features_is_refused() -> None:
     wrong = DeferralRouter([replace(v, grid=1) for v in router.voters], router.thresholds, dict(router.heads.items()))
     x, _ = load_slice("test").batch(range(1))
     with pytest.raises(InputError, match="does not fit the features"):
-        RoutedSmooth(load_pool(), wrong).certify(x, plan=FixedPlan(20, 100), alpha=0.01)
+        RoutedSmooth(load_pool(), wrong).certify(x, Terms(FixedPlan(20, 100), alpha=0.01))
 
 
 def test_heads_are_trained_on_what_votes_are_cast_on() -> None:

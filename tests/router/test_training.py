@@ -181,7 +181,7 @@ def test_experts_are_unchanged_to_the_bit(kind: str, tmp_path: Path) -> None:
     again = RoutedSmooth.from_pretrained(tmp_path / "router")
     x, _ = images(4, 2)
     plan = FixedPlan(20, 200)
-    assert again.certify(x, plan=plan) == routed.certify(x, plan=plan)
+    assert again.certify(x, plan) == routed.certify(x, plan)
 
 
 @pytest.mark.parametrize("kind", ["auto", "deferral", "cascade", "flat"])
@@ -278,11 +278,11 @@ def test_deferral_router_with_shared_and_fused_networks(tmp_path: Path) -> None:
     routed = RoutedSmooth(experts, router)
     x, _ = images(6, 3)
     plan = FixedPlan(20, 300)
-    certificates = routed.certify(x, plan=plan)
+    certificates = routed.certify(x, plan)
     assert any(c.predict >= 0 for c in certificates)
     assert set(routed.tree.networks) == {"s0.5@0.3", "s1+s0.5@0.7", "s0.25"}
     routed.save_pretrained(tmp_path)
-    assert RoutedSmooth.from_pretrained(tmp_path).certify(x, plan=plan) == certificates
+    assert RoutedSmooth.from_pretrained(tmp_path).certify(x, plan) == certificates
 
 
 def head(classes: int, width: int) -> nn.Module:
@@ -296,7 +296,7 @@ def test_residual_head_starts_as_the_expert() -> None:
 
 def test_repeated_expert_votes_once() -> None:
     routed = RoutedSmooth(pool(), CascadeRouter((0.9, 0.6), ("s0.5", "s1", "s0.5")))
-    certificates = routed.certify(images(5)[0], plan=FixedPlan(20, 300))
+    certificates = routed.certify(images(5)[0], FixedPlan(20, 300))
     assert all(c.counts["s0.5"] == c.counts["s0.5:2"] for c in certificates if "s0.5" in c.counts)
     assert all(c.n_drawn <= 2 * 320 for c in certificates)
 

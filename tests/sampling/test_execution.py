@@ -195,7 +195,7 @@ def test_a_network_that_changes_ends_certify_and_predict():
 
     x = torch.full((1, *SHAPE), 0.5)
     with pytest.raises(NetworkError, match="changed while it was voting"):
-        smooth().certify(x, plan=FixedPlan(50, 500))
+        smooth().certify(x, FixedPlan(50, 500))
     with pytest.raises(NetworkError, match="changed while it was voting"):
         smooth().predict(x, n=500)
 
@@ -209,14 +209,14 @@ def test_networks_changed_in_place_are_refused(tmp_path):
     module = Flat()
     expert = Expert(module, sigma=0.5, num_classes=4, input_shape=SHAPE, name="e")
     smooth = Smooth(expert)
-    before = smooth.certify(x, plan=plan)
+    before = smooth.certify(x, plan)
     old = module.fc.bias.data.clone()
     module.fc.bias.data += 1.0  # which no version counter sees
     table = tmp_path / "t.tsv"
     for use in (
-        lambda: smooth.certify(x, plan=plan),
+        lambda: smooth.certify(x, plan),
         lambda: smooth.predict(x, n=50),
-        lambda: certify_table(smooth, [(x[0], 1)], table, plan=plan),
+        lambda: certify_table(smooth, [(x[0], 1)], table, plan),
     ):
         with pytest.raises(NetworkError, match="'e' was changed after it was bound"):
             use()
@@ -224,7 +224,7 @@ def test_networks_changed_in_place_are_refused(tmp_path):
     with pytest.raises(NetworkError, match="'e' was changed after it was wrapped"):
         Smooth(expert)
     module.fc.bias.data.copy_(old)
-    assert smooth.certify(x, plan=plan) == before
+    assert smooth.certify(x, plan) == before
 
 
 class OutOfMemory(Flat):

@@ -27,6 +27,7 @@ from rsrouter import (
     label_images,
 )
 from rsrouter.core import binom_lower, vote_radius
+from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Tree, expert_stage
 from rsrouter.router.base import Routed
 from rsrouter.sampling import VoteModel
@@ -81,7 +82,7 @@ def test_pool_is_ordered_by_sigma_and_name(pool):
 
 def test_smooth_is_cohens_certify(images):
     one = Smooth(expert(0.5))
-    for certificate in one.certify(images, plan=FixedPlan(100, 1000), alpha=0.001):
+    for certificate in one.certify(images, Terms(FixedPlan(100, 1000), alpha=0.001)):
         votes = np.array(certificate.counts["sigma_0.5"])
         top = int(np.argmax(certificate.selection["sigma_0.5"]))
         lower = float(binom_lower(votes[top], 1000, 0.001))
@@ -93,19 +94,19 @@ def test_smooth_is_cohens_certify(images):
 
 @pytest.mark.parametrize("plan", [FixedPlan(100, 1000), AdaptivePlan(1000, [0, 0.25, 0.5])], ids=["fixed", "adaptive"])
 def test_certificates_do_not_depend_on_grouping(routed, images, plan):
-    base = routed.certify(images, plan=plan, ids=range(6))
+    base = routed.certify(images, plan, ids=range(6))
     assert any(c.radius > 0 for c in base)
     for batch_size in (64, 250, 1000):
-        assert routed.certify(images, plan=plan, ids=range(6), batch_size=batch_size) == base
+        assert routed.certify(images, plan, ids=range(6), batch_size=batch_size) == base
     order = [4, 0, 5, 2, 1, 3]
-    shuffled = routed.certify(images[order], plan=plan, ids=order)
+    shuffled = routed.certify(images[order], plan, ids=order)
     assert shuffled == [base[i] for i in order]
-    assert [routed.certify(images[i : i + 1], plan=plan, ids=[i])[0] for i in range(6)] == base
+    assert [routed.certify(images[i : i + 1], plan, ids=[i])[0] for i in range(6)] == base
 
 
 def test_tree_rule_is_never_below_the_min_rule_and_draws_at_least_as_much(routed, images):
     plan = FixedPlan(100, 2000)
-    tree, least = (routed.certify(images, plan=plan, rule=r, seed=7) for r in ("tree", "min"))
+    tree, least = (routed.certify(images, Terms(plan, rule=r, seed=7)) for r in ("tree", "min"))
     for a, b in zip(tree, least, strict=True):
         assert a.radius >= b.radius
         assert a.n_drawn >= b.n_drawn
@@ -124,7 +125,7 @@ def test_predict(routed, images):
     answers = routed.predict(images, n=500)
     assert answers.dtype == np.int64
     assert answers.shape == (6,)
-    certified = routed.certify(images, plan=FixedPlan(100, 2000))
+    certified = routed.certify(images, FixedPlan(100, 2000))
     clear = [i for i, c in enumerate(certified) if c.radius > 0.0]
     assert clear
     assert all(answers[i] in (certified[i].predict, -1) for i in clear)
@@ -150,7 +151,7 @@ def test_predict_prepares_networks_once_and_notices_a_change(images, monkeypatch
 
 def test_cascade_needs_no_training(pool, images):
     routed = RoutedSmooth(pool, CascadeRouter((0.55, 0.55)))
-    certificates = routed.certify(images, plan=FixedPlan(100, 1000))
+    certificates = routed.certify(images, FixedPlan(100, 1000))
     assert any(c.radius > 0 for c in certificates)
     assert routed.tree.root == "sigma_1"
 
@@ -161,7 +162,7 @@ def test_an_expert_that_always_says_nan_is_never_certified(images):
             return torch.full((len(x), 3), float("nan"))
 
     for certificate in Smooth(expert(0.5).__class__(NaN(), sigma=0.5, num_classes=3, input_shape=SHAPE)).certify(
-        images, plan=FixedPlan(10, 100)
+        images, FixedPlan(10, 100)
     ):
         assert (certificate.predict, certificate.radius) == (-1, 0.0)
 
@@ -179,7 +180,7 @@ def test_save_and_load_give_the_same_certificates(routed, images, tmp_path):
     routed.save_pretrained(tmp_path / "router")
     loaded = RoutedSmooth.from_pretrained(tmp_path / "router")
     plan = FixedPlan(50, 300)
-    assert loaded.certify(images, plan=plan) == routed.certify(images, plan=plan)
+    assert loaded.certify(images, plan) == routed.certify(images, plan)
     assert loaded.digest == routed.digest
 
 
@@ -198,7 +199,7 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("kind", BAD_IMAGES)
 def test_bad_images_get_a_typed_error(routed, kind):
     images, words = BAD_IMAGES[kind]
-    for call in (lambda: routed.certify(images, plan=FixedPlan(10, 100)), lambda: routed.predict(images, n=100)):
+    for call in (lambda: routed.certify(images, FixedPlan(10, 100)), lambda: routed.predict(images, n=100)):
         with pytest.raises(InputError, match=words) as caught:
             call()
         assert caught.value.expected
@@ -209,21 +210,21 @@ def test_bad_images_get_a_typed_error(routed, kind):
 def test_other_bad_input(routed, pool, images):
     plan = FixedPlan(10, 100)
     with pytest.raises(InputError, match="device"):
-        routed.certify(images, plan=plan, device="warp")
+        routed.certify(images, plan, device="warp")
     with pytest.raises(InputError, match="one id per image"):
-        routed.certify(images, plan=plan, ids=[1, 2])
+        routed.certify(images, plan, ids=[1, 2])
     with pytest.raises(InputError, match="batch_size"):
-        routed.certify(images, plan=plan, batch_size=0)
+        routed.certify(images, plan, batch_size=0)
     with pytest.raises(RSRouterError, match="rule"):
-        routed.certify(images, plan=plan, rule="max")
+        routed.certify(images, Terms(plan, rule="max"))
     with pytest.raises(RSRouterError, match="alpha"):
-        routed.certify(images, plan=plan, alpha=0.0)
+        routed.certify(images, Terms(plan, alpha=0.0))
     with pytest.raises(RSRouterError, match="radius 9"):
-        routed.certify(images, plan=AdaptivePlan(1000, [9.0]))
+        routed.certify(images, AdaptivePlan(1000, [9.0]))
     with pytest.raises(InputError, match="do not fit the pool"):
         RoutedSmooth(pool, FlatRouter(linear(), sigma=1.0, experts=["sigma_0.25", "nobody", "sigma_1"]))
     with pytest.raises(NetworkError, match="wrong shape"):
-        RoutedSmooth(pool, FlatRouter(linear(classes=2), sigma=1.0)).certify(images, plan=plan)
+        RoutedSmooth(pool, FlatRouter(linear(classes=2), sigma=1.0)).certify(images, plan)
     with pytest.raises(InputError, match="thresholds"):
         RoutedSmooth(pool, CascadeRouter((0.55,)))
     with pytest.raises(InputError, match="/255"):
@@ -231,18 +232,18 @@ def test_other_bad_input(routed, pool, images):
 
 
 def test_empty_input(routed):
-    assert routed.certify(torch.zeros((0, *SHAPE)), plan=FixedPlan(10, 100)) == []
+    assert routed.certify(torch.zeros((0, *SHAPE)), FixedPlan(10, 100)) == []
     assert routed.predict(torch.zeros((0, *SHAPE)), n=100).shape == (0,)
 
 
 def test_wrong_types_get_typed_errors_too(routed, images):
     for alpha in ("x", [0.1, "b"], None):
         with pytest.raises(RSRouterError, match="alpha"):
-            routed.certify(images, plan=FixedPlan(10, 100), alpha=alpha)
+            routed.certify(images, Terms(FixedPlan(10, 100), alpha=alpha))
     with pytest.raises(RSRouterError, match="radii"):
         AdaptivePlan(1000, None)
     with pytest.raises(InputError, match="one id per image"):
-        routed.certify(images, plan=FixedPlan(10, 100), ids=3)
+        routed.certify(images, FixedPlan(10, 100), ids=3)
     with pytest.raises(RSRouterError):
         CascadeRouter(0.6)
 

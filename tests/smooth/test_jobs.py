@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rsrouter import CascadeRouter, Execution, Expert, ExpertPool, FixedPlan, RoutedSmooth, Smooth, train_router
 from rsrouter.core.errors import InputError, NetworkError, PlanError, ResultsError
+from rsrouter.core.terms import Terms
 from rsrouter.jobs import certify_table, label_table
 from rsrouter.results import Table, read_table
 from rsrouter.training import label_votes
@@ -61,14 +62,14 @@ class Images:
 )
 def test_arguments_are_checked_before_anything_is_written(tmp_path: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises((InputError, PlanError)) as caught:
-        certify_table(routed(), Images(), tmp_path / "t.tsv", **{"plan": FixedPlan(10, 50), **arguments})
+        certify_table(routed(), Images(), tmp_path / "t.tsv", **{"terms": FixedPlan(10, 50), **arguments})
     assert caught.value.remedy
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_noise_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Unknown noise"):
-        certify_table(routed("uniform"), Images(), tmp_path / "t.tsv", plan=FixedPlan(10, 50))
+        certify_table(routed("uniform"), Images(), tmp_path / "t.tsv", FixedPlan(10, 50))
     assert not list(tmp_path.iterdir())
 
 
@@ -87,7 +88,7 @@ def test_unknown_noise_writes_nothing(tmp_path: Path) -> None:
 )
 def test_images_and_labels_that_do_not_fit(tmp_path: Path, odd: dict[str, Any]) -> None:
     with pytest.raises(InputError):
-        certify_table(routed(), Images(**odd), tmp_path / "t.tsv", plan=FixedPlan(10, 50))
+        certify_table(routed(), Images(**odd), tmp_path / "t.tsv", FixedPlan(10, 50))
 
 
 def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_table_is_not_continued_over_other_images(tmp_path: Path) -> None:
 
 def test_images_of_another_size_begin_no_table(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="wrong shape") as caught:
-        certify_table(routed(), [(torch.zeros(1, 5, 5), 0)], tmp_path / "t.tsv", plan=FixedPlan(10, 50))
+        certify_table(routed(), [(torch.zeros(1, 5, 5), 0)], tmp_path / "t.tsv", FixedPlan(10, 50))
     assert "4 x 4" in caught.value.remedy
     assert not list(tmp_path.iterdir())
 
@@ -155,7 +156,7 @@ def test_no_row_of_a_network_that_changed_on_the_way_reaches_a_table(
         torch.manual_seed(0)
         expert = Expert(Drifts(after), sigma=0.5, num_classes=3, input_shape=SHAPE, name="e")
         smooth = Smooth(expert, execution=Execution(batch=20, fold=False))
-        return certify_table(smooth, images, path, plan=FixedPlan(10, 100), seed=1, block=6)
+        return certify_table(smooth, images, path, Terms(FixedPlan(10, 100), seed=1), block=6)
 
     honest = certify(10**9, tmp_path / "honest.tsv")
     with pytest.raises(NetworkError, match="changed while it was voting"):
@@ -173,7 +174,7 @@ def test_settings_changed_in_place_are_refused() -> None:
     changed = routed()
     changed.router.thresholds = (0.7,)  # type: ignore[attr-defined]
     with pytest.raises(NetworkError, match="The router was changed"):
-        changed.certify(x, plan=plan)
+        changed.certify(x, plan)
     moved = routed()
     moved.pool[0].sigma = 1.0
     with pytest.raises(NetworkError, match=r"Expert 'sigma_0\.25' was changed"):
