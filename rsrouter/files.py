@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from glob import escape as glob_escape
 from pathlib import Path
 
 
@@ -39,6 +42,32 @@ def write_atomically(path: Path, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the body is done: a crash leaves no half of it.
+
+    What an earlier, killed run left beside `target` is removed. `target` may exist as an empty folder.
+
+    Raises:
+        OSError: `target` holds something, or the disk refuses.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for old in target.parent.glob(f".{glob_escape(target.name)}.*.part"):
+        shutil.rmtree(old, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        scratch.chmod(0o777 & ~umask)
+        yield scratch
+        if target.is_dir():
+            target.rmdir()
+        os.rename(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    sync_folder(target.parent)
 
 
 def is_leftover(path: Path, names: Iterable[str]) -> bool:

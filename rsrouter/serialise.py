@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from rsrouter._version import __version__
@@ -21,25 +20,38 @@ from rsrouter.experts.describe import describe_module
 from rsrouter.experts.expert import Expert, Provenance
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.experts.spec import pool_from_dict, pool_to_dict
-from rsrouter.files import sha256_of
+from rsrouter.files import sha256_of, write_atomically
 from rsrouter.hub import Hub, Reference, hub_settings, is_hub_reference
 from rsrouter.router import router_from_config
 from rsrouter.router.base import Routed, Router, single_tree
 from rsrouter.sampling.execution import Execution
+from rsrouter.stored import Stored, read_json, validated
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[2] = 2
 CONFIG, WEIGHTS = "config.json", "router.safetensors"
-_KEYS = {
-    "schema_version",
-    "rsrouter_version",
-    "library_name",
-    "pool",
-    "router",
-    "router_digest",
-    "execution",
-    "noise",
-    "training",
-}
+
+
+class RouterConfig(Stored):
+    """`config.json` of a saved router.
+
+    Attributes:
+        schema_version: 2.
+        rsrouter_version: which wrote it.
+        pool: as `rsrouter.experts.spec` writes it.
+        router, router_digest: kind and settings, and the sha256 over them and the weights.
+        execution, noise: how the networks run.
+        training: notes.
+    """
+
+    schema_version: Literal[2]
+    rsrouter_version: str
+    library_name: Literal["rsrouter"]
+    pool: dict[str, Any]
+    router: dict[str, Any]
+    router_digest: str
+    execution: dict[str, Any]
+    noise: str
+    training: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,21 +127,19 @@ def save_routed(folder: Path, pool: ExpertPool, router: Router, execution: Execu
     described = [describe_module(e.module) for e in pool if e.provenance is None]  # refuse before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     pinned = ExpertPool([_written_down(e, folder) for e in pool]) if described else pool
-    config = {
-        "schema_version": SCHEMA_VERSION,
-        "rsrouter_version": __version__,
-        "library_name": "rsrouter",
-        "pool": pool_to_dict(pinned, folder),
-        "router": router_config,
-        "router_digest": router.digest,
-        "execution": execution.to_dict(),
-        "noise": noise,
-    }
-    tensors = {k: _compact(v.detach().cpu().contiguous().clone()) for k, v in router.modules.state_dict().items()}
-    _replace(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
-    _replace(
-        folder / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    config = RouterConfig(
+        schema_version=SCHEMA_VERSION,
+        rsrouter_version=__version__,
+        library_name="rsrouter",
+        pool=pool_to_dict(pinned, folder),
+        router=router_config,
+        router_digest=router.digest,
+        execution=execution.to_dict(),
+        noise=noise,
     )
+    tensors = {k: _compact(v.detach().cpu().contiguous().clone()) for k, v in router.modules.state_dict().items()}
+    write_atomically(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    _write_config(folder, config)
     return folder
 
 
@@ -141,62 +151,42 @@ def _compact(tensor: Tensor) -> Tensor:
     return half if torch.equal(half.float(), tensor) else tensor
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Writes a file in one step: a crash leaves the old one, or none."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
+def read_router_config(folder: Path) -> RouterConfig:
     """The checked content of `config.json`.
 
     Raises:
         InputError: no such file. CheckpointError: not ours, or another schema.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except OSError as error:
+    file = folder / CONFIG
+    if not file.is_file():
         raise InputError(
             "No router there",
             expected=f"a folder with {CONFIG} and {WEIGHTS}, or a Hub repository",
             received=str(folder),
             remedy="write it with RoutedSmooth.save_pretrained or `rsrouter train`",
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{CONFIG} is not JSON", expected="a JSON object", received=str(error), remedy="fetch or save it again"
-        ) from error
-    if not isinstance(config, dict) or config.get("schema_version") != SCHEMA_VERSION:
-        received = config.get("schema_version") if isinstance(config, dict) else type(config).__name__
+        )
+    content = read_json(file, CONFIG, error=CheckpointError, remedy="fetch or save it again")
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION and isinstance(content, dict):
         raise CheckpointError(
             f"{CONFIG} has another schema",
             expected=f"schema_version {SCHEMA_VERSION}",
-            received=repr(received),
-            remedy="upgrade rsrouter, or check that this is an rsrouter repository",
+            received=repr(version),
+            remedy="it was written by an unreleased version: train the router again (`rsrouter train`)"
+            if version == 1
+            else "upgrade rsrouter, or check that this is an rsrouter repository",
         )
-    missing = sorted({"pool", "router", "router_digest", "execution", "noise"} - config.keys())
-    if missing:
-        raise CheckpointError(
-            f"{CONFIG} is incomplete",
-            expected=f"the keys {sorted(_KEYS)}",
-            received=f"without {missing}",
-            remedy="fetch or save it again",
-        )
-    if unknown := sorted(config.keys() - _KEYS):
-        warnings.warn(f"{CONFIG}: unknown keys {unknown} are ignored; they may need a newer rsrouter", stacklevel=3)
-    return config
+    return validated(RouterConfig, content, CONFIG, error=CheckpointError, remedy="fetch or save it again")
 
 
 def store_execution(folder: Path, execution: Execution) -> None:
-    """Writes how networks run into a saved router; its weights and digest stay. Tables drawn otherwise cannot be gone on with."""
-    config = {**read_config(folder), "execution": execution.to_dict()}
-    _replace(
-        folder / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    )
+    """Writes how networks run into a saved router; its weights and digest stay. Tables drawn otherwise cannot be resumed."""
+    _write_config(folder, read_router_config(folder).model_copy(update={"execution": execution.to_dict()}))
+
+
+def _write_config(folder: Path, config: RouterConfig) -> None:
+    content = config.model_dump(exclude_none=True)
+    write_atomically(folder / CONFIG, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def router_folder(folder: Path) -> Path:
@@ -222,9 +212,9 @@ def load_folder(folder: Path) -> Saved:
         IntegrityError: weights that are not the ones that were saved.
         CheckpointError, InputError: files that are missing or do not fit.
     """
-    config = read_config(folder)
-    pool = pool_from_dict(config["pool"], folder)
-    router = router_from_config(config["router"])
+    config = read_router_config(folder)
+    pool = pool_from_dict(config.pool, folder)
+    router = router_from_config(config.router)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -245,15 +235,15 @@ def load_folder(folder: Path) -> Saved:
     router.modules.load_state_dict(tensors, strict=True)
     for module in router.modules.values():
         module.eval().requires_grad_(False)
-    if router.digest != config["router_digest"]:
+    if router.digest != config.router_digest:
         raise IntegrityError(
             "The router is not the one that was saved",
-            expected=f"digest {config['router_digest']}",
+            expected=f"digest {config.router_digest}",
             received=f"digest {router.digest}",
             remedy="fetch or save it again; do not use its certificates",
         )
-    execution = Execution.from_dict(config["execution"], f"{CONFIG} of {folder.name}")
-    return Saved(pool, router, execution, str(config["noise"]))
+    execution = Execution.from_dict(config.execution, f"{CONFIG} of {folder.name}")
+    return Saved(pool, router, execution, config.noise)
 
 
 def check_fetched(pool: ExpertPool, where: str) -> None:

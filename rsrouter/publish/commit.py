@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from rsrouter._version import __version__
-from rsrouter.core.errors import HubError, InputError, RSRouterError
+from rsrouter.core.errors import HubError, InputError, IntegrityError, RSRouterError
+from rsrouter.files import new_folder, sha256_of
 from rsrouter.hub import explained
-from rsrouter.publish.files import check_pinned, stage
-from rsrouter.serialise import find_tables, read_config, router_folder
+from rsrouter.publish.files import check_pinned, collect
+from rsrouter.serialise import find_tables, read_router_config, router_folder
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Publication:
         parent: the commit it stands on; None for a dry run.
         url: of the commit, or of the pull request.
         dry_run: nothing was sent.
+        verified: the commit was read back and is what was sent; False where the Hub could not be asked.
         refused: of a dry run: why the publication itself would be refused (experts that are not on the Hub); None: it would not.
     """
 
@@ -51,6 +53,7 @@ class Publication:
     parent: str | None = None
     url: str | None = None
     dry_run: bool = False
+    verified: bool = False
     refused: str | None = None
     card: str = field(default="", repr=False)
 
@@ -113,10 +116,10 @@ def publish(
         tables = _tables(given, source, certificates)
         refused = _refused(source) if dry_run else None
         try:
-            paths, card, _ = stage(source, fresh, repo_id, tables=tables, licence=licence, title=title, pinned=refused is None)
+            paths, card, _ = collect(source, fresh, repo_id, tables=tables, licence=licence, title=title, pinned=refused is None)
         except RSRouterError as error:
             if refused is not None:  # the first thing to mend
-                check_pinned(read_config(source)["pool"]["experts"])
+                check_pinned(read_router_config(source).pool["experts"])
             raise error
         files = tuple(_describe(fresh, path) for path in paths)
         plan = Publication(repo_id, files, dry_run=True, refused=refused, card=card.text)
@@ -168,18 +171,15 @@ def write_card(
             remedy="check the path, or train a router first",
         )
     tables = _tables(given, source, certificates)
-    with tempfile.TemporaryDirectory(prefix="rsrouter-card-") as scratch:
-        fresh = Path(scratch) / "card"
-        fresh.mkdir()
-        stage(source, fresh, repo_id, tables=tables, licence=licence, title=title, pinned=False)
-        shutil.copytree(fresh, target, dirs_exist_ok=True)
+    with new_folder(target) as fresh:
+        collect(source, fresh, repo_id, tables=tables, licence=licence, title=title, pinned=False)
     return target / "README.md"
 
 
 def _refused(source: Path) -> str | None:
     """What `publish` would say about the router's experts."""
     try:
-        check_pinned(read_config(source)["pool"]["experts"])
+        check_pinned(read_router_config(source).pool["experts"])
     except InputError as error:
         return str(error)
     return None
@@ -201,8 +201,7 @@ def _tables(given: Path, source: Path, certificates: str | Path | None) -> list[
 
 
 def _describe(fresh: Path, path: str) -> File:
-    data = (fresh / path).read_bytes()
-    return File(path, len(data), hashlib.sha256(data).hexdigest())
+    return File(path, (fresh / path).stat().st_size, sha256_of(fresh / path))
 
 
 def _send(
@@ -245,12 +244,18 @@ def _send(
         landed = None if create_pr else _landed(api, plan, fresh, branch, str(info.sha))
         if landed is None:
             raise
-        return Publication(
-            repo_id, plan.files, stale, landed, info.sha, f"{api.endpoint}/{repo_id}/commit/{landed}", card=plan.card
-        )
-    _read_back(api, repo_id, done.oid, fresh, plan.files)
+        url = f"{api.endpoint}/{repo_id}/commit/{landed}"
+        return Publication(repo_id, plan.files, stale, landed, info.sha, url, verified=True, card=plan.card)
+    verified = True
+    try:
+        _read_back(api, repo_id, done.oid, fresh, plan.files)
+    except IntegrityError:
+        raise
+    except Exception as error:  # whatever the line does now, the commit stands
+        verified = False
+        warnings.warn(f"published, but the commit could not be read back: {error}", RuntimeWarning, stacklevel=2)
     url = str(done.pr_url or done.commit_url)
-    return Publication(repo_id, plan.files, stale, done.oid, info.sha, url, card=plan.card)
+    return Publication(repo_id, plan.files, stale, done.oid, info.sha, url, verified=verified, card=plan.card)
 
 
 def _landed(api: HfApi, plan: Publication, fresh: Path, branch: str, parent: str) -> str | None:
@@ -275,8 +280,8 @@ def _read_back(api: HfApi, repo_id: str, commit: str, fresh: Path, files: tuple[
         lfs = getattr(entry, "lfs", None)
         same = entry is not None and (lfs.sha256 == file.sha256 if lfs else getattr(entry, "blob_id", None) == blob)
         if not same:
-            raise HubError(
-                f"{file.path} is not on {repo_id} as it was sent",
+            raise IntegrityError(
+                f"{file.path} is not on {repo_id} as it was sent, though the commit stands",
                 expected=f"sha256 {file.sha256}",
                 received="no such file" if entry is None else "other content",
                 remedy="publish again, and look at the repository",

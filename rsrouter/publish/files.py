@@ -12,7 +12,7 @@ from rsrouter.core.errors import InputError, IntegrityError, ResultsError
 from rsrouter.publish.card import Card, check_claims, render_card
 from rsrouter.results import Table, metadata_path, read_table
 from rsrouter.results.verify import Run, verify_rows
-from rsrouter.serialise import CONFIG, WEIGHTS, Saved, load_folder, read_config
+from rsrouter.serialise import CONFIG, WEIGHTS, Saved, load_folder, read_router_config
 
 README, FIGURE = "README.md", "certificates/curve.svg"
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
@@ -48,7 +48,7 @@ def check_pinned(experts: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def stage(
+def collect(
     folder: Path,
     fresh: Path,
     repo_id: str,
@@ -78,7 +78,7 @@ def stage(
         ResultsError, CheckpointError, HubError: files or experts that cannot be read or fetched.
     """
     if pinned:
-        check_pinned(read_config(folder)["pool"]["experts"])
+        check_pinned(read_router_config(folder).pool["experts"])
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(folder / name, fresh / name)
     if not pinned and (folder / "experts").is_dir():
@@ -143,6 +143,17 @@ def check_table(table: Table, saved: Saved) -> Run:
             expected=f"seed_derived {derived}",
             received=f"seed_derived {table.metadata.get('seed_derived')}, seed {run.seed}",
             remedy="restore the table's JSON",
+        )
+    ours, theirs = saved.execution.to_dict(), dict(run.execution)
+    if saved.execution.batch == 0:  # the default; a table records what it came to
+        ours.pop("batch"), theirs.pop("batch", None)
+    if ours != theirs:
+        raise IntegrityError(
+            f"Table {table.name!r} was drawn in another way than the router runs",
+            expected=f"execution {ours}",
+            received=f"execution {theirs}",
+            remedy="votes of another dtype or layout belong to another function: certify the router as it is saved, or save it "
+            "with the table's execution (`RoutedSmooth.with_execution`)",
         )
     if wrong := verify_rows(table, subject.tree, run):
         raise IntegrityError(

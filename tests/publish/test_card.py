@@ -12,9 +12,7 @@ import small_router as small
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 
-from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, InputError, RoutedSmooth
-from rsrouter.cli.options import make_plan
-from rsrouter.core.terms import Terms
+from rsrouter import CascadeRouter, ExpertPool, InputError, RoutedSmooth
 from rsrouter.jobs import certify_table
 from rsrouter.publish import publish, write_card
 from rsrouter.publish.card import render_card
@@ -141,17 +139,3 @@ def test_the_command_names_the_certified_images(pool: ExpertPool, tmp_path: Path
     table = certify_table(router, small.images(), tmp_path / "part.tsv", small.PLAN, indices=range(2, 9, 3))
     assert " --start 2 --count 9 --every 3 " in render_card(router, "org/router", [table]).text
     assert list(range(2, min(12, 2 + 9), 3)) == table.idx.tolist()
-
-
-def test_the_command_names_the_plan_of_older_tables(pool: ExpertPool, tmp_path: Path) -> None:
-    router = small.routed(pool)
-    for name, spending in (("linear", "linear"), ("even", "even")):
-        plan = AdaptivePlan(200, (0.25,), 20, spending=spending)
-        table = certify_table(
-            router, small.images(4), tmp_path / f"{name}.tsv", Terms(plan, alpha=0.001), indices=range(2), name="routed"
-        )
-        told = render_card(router, "org/router", [table]).text
-        assert ("--plan adaptive-even --n 200" in told) == (spending == "even")
-        assert ("--plan adaptive --n 200" in told) == (spending == "linear")
-        kind = "adaptive-even" if spending == "even" else "adaptive"
-        assert make_plan(kind, 200, 20, "0.25") == plan

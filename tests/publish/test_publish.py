@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from rsrouter.cli import main
 from rsrouter.experts import loaders
 from rsrouter.jobs import certify_table
 from rsrouter.publish import publish
-from rsrouter.serialise import CONFIG, WEIGHTS
+from rsrouter.serialise import CONFIG, WEIGHTS, store_execution
 
 
 class _NoSharing(dict):
@@ -320,8 +321,24 @@ def test_a_truncated_upload_is_refused(hub: HubServer, run: Path, monkeypatch: p
         keep(self, id, rev, type)
 
     monkeypatch.setattr(hub_server._Handler, "commit", lossy)
-    with pytest.raises(HubError, match="as it was sent"):
+    with pytest.raises(IntegrityError, match="as it was sent, though the commit stands"):
         publish(run, "org/router")
+
+
+@pytest.mark.parametrize("action", ["cut", "drop", 500])
+def test_a_commit_that_cannot_be_read_back_is_published_all_the_same(hub: HubServer, run: Path, action: int | str) -> None:
+    hub.fault("POST", r"/paths-info/", action, times=None)
+    with pytest.warns(RuntimeWarning, match="published, but the commit could not be read back"):
+        done = publish(run, "org/router")
+    assert (done.commit, done.verified) == (hub.head("org/router"), False)
+
+
+def test_a_table_of_another_execution_belongs_to_another_function(run: Path) -> None:
+    folder = run / "router"
+    store_execution(folder, replace(RoutedSmooth.from_pretrained(folder).execution, fold=False))
+    with pytest.raises(IntegrityError, match="drawn in another way") as caught:
+        publish(run, "org/router", dry_run=True)
+    assert "'fold': True" in caught.value.received
 
 
 def test_gated_and_missing(hub: HubServer, run: Path, tmp_path: Path) -> None:
