@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import traceback
 
 import typer
 
 from rsrouter._version import __version__
+from rsrouter.cli import bench, certify, demo, doctor, execution, experts, plan, publish, report, train
 from rsrouter.cli.options import Format, asked, echo_json
 from rsrouter.core.errors import RSRouterError
 
@@ -30,9 +30,6 @@ app = typer.Typer(
     "Shell completion: rsrouter --install-completion",
 )
 
-#: each has `register(app)`; in the order in which the verbs are shown
-_GROUPS = ("demo", "experts", "train", "certify", "report", "publish", "plan", "execution", "bench", "doctor")
-
 
 def _version(show: bool) -> None:
     if show:
@@ -47,8 +44,8 @@ def _root(
     """Options before the verb."""
 
 
-for _name in _GROUPS:
-    importlib.import_module(f"rsrouter.cli.{_name}").register(app)
+for _group in (demo, experts, train, certify, report, publish, plan, execution, bench, doctor):  # as verbs are shown
+    _group.register(app)
 
 
 def _explained(error: Exception) -> RSRouterError | None:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rsrouter.core.errors import InputError
-from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
+
+if TYPE_CHECKING:
+    from rsrouter.core.plans import Plan
 
 Device = Annotated[str, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of labelling and training.")]
@@ -192,6 +194,8 @@ def make_plan(kind: str, n: int, n0: int, radii: str) -> Plan:
     Raises:
         InputError: unknown kind. PlanError: numbers that cannot work.
     """
+    from rsrouter.core.plans import AdaptivePlan, FixedPlan
+
     if kind == "fixed":
         return FixedPlan(n0, n)
     if kind == "adaptive":

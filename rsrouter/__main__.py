@@ -1,4 +1,4 @@
-"""`python -m rsrouter.cli`."""
+"""`python -m rsrouter`."""
 
 from rsrouter.cli import main
 
