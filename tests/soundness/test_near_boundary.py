@@ -78,7 +78,8 @@ def test_random_topologies() -> None:
         try:
             certificates = made.certify(Terms(plan, ALPHA, rule, sides, int(rng.integers(2**60))), 200)
         except PlanError as error:
-            assert "can certify radius" in str(error)
+            if "can certify radius" not in str(error):
+                raise
             continue
         worst.append(excess(made.violations(certificates), 200))
         done += 1

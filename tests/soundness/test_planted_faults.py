@@ -116,6 +116,7 @@ LINEAR = AdaptivePlan(800, [0.3], n0=30, first=10, growth=1.1, last_share=0.05)
 ONE_LOOK = AdaptivePlan(150, [0.05], n0=150, first=150)
 FAULTS = {
     selection_reused: [
+        ("ten tied", ONE_LOOK, "tree"),
         ("tied", FixedPlan(150, 150), "tree"),
         ("ten tied", FixedPlan(150, 150), "tree"),
         ("tied", ONE_LOOK, "tree"),
