@@ -293,11 +293,23 @@ def nested() -> Design:
     return of_stages({v.name: v for v in votes}, "r")
 
 
-def chain(length: int) -> Design:
-    """Plurality stages in a row, every one of which leads to class 1 from `CHANGE` on: any bound that fails is a violation."""
-    votes = [half(f"s{k}", 1.0 - 0.1 * k, CHANGE, [f"s{k + 1}", 1, -1]) for k in range(length - 1)]
+def ladder(length: int) -> Design:
+    """Plurality stages in a row: each answers class 0 up to `CHANGE`, then leads on; the last one changes there too. So one
+    bound that fails, anywhere on the path, is a violation."""
+    votes = [half(f"s{k}", 1.0 - 0.1 * k, CHANGE, [0, f"s{k + 1}", -1]) for k in range(length - 1)]
     votes.append(half(f"s{length - 1}", 0.5, CHANGE, [0, 1, -1]))
     return of_stages({v.name: v for v in votes}, "s0")
+
+
+def folded_tie() -> Design:
+    """One expert on its boundary, whose outcomes own two pieces of the line each."""
+    vote = Vote("e", 0.5, [X - 0.6, X, X + 0.6], [1, 0, 1, 0], [0, 1, -1])
+    return _routed([vote], "e", CascadeRouter([], ["e"]), [vote])
+
+
+def tied_at(tau: float) -> Design:
+    """A threshold stage whose outcome 0 has exactly probability `tau` at X; else it defers, to class 1."""
+    return of_stages({"e": half("e", 0.5, 0.5 * norm.ppf(tau), [0, 1, -1, 1], tau)}, "e")
 
 
 DESIGNS: dict[str, Callable[[], Design]] = {
@@ -308,7 +320,10 @@ DESIGNS: dict[str, Callable[[], Design]] = {
     "wrong class": wrong_class,
     "shared network": shared_network,
     "nested": nested,
-    "chain of 4": lambda: chain(4),
+    "ladder of 4": lambda: ladder(4),
+    "folded tie": folded_tie,
+    "tied at .8": lambda: tied_at(0.8),
+    "tied at .9": lambda: tied_at(0.9),
 }
 
 

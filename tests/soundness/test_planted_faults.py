@@ -18,7 +18,7 @@ from .designs import DESIGNS
 from .test_near_boundary import ALPHA, PLANS
 
 pytestmark = pytest.mark.slow
-COUNT = 2000
+COUNT = 1000
 #: A fault counts as seen where an honest package would fail the same test with probability below this.
 SEEN = 1e-6
 
@@ -111,37 +111,37 @@ def class_from_estimates(patch: pytest.MonkeyPatch) -> None:
 
 
 MANY = AdaptivePlan(800, [0.3], n0=30, first=10, growth=1.3, spending="even")
-LINEAR = AdaptivePlan(800, [0.3], n0=30, first=10, growth=1.1, last_share=0.05)
-#: As many votes to select as to bound: selection votes that are used again lean most.
-ONE_LOOK = AdaptivePlan(150, [0.05], n0=150, first=150)
-FAULTS = {
+LINEAR = AdaptivePlan(1600, [0.0], n0=200, beta=1e-9, growth=1.1, last_share=0.1)
+EQUAL = FixedPlan(1000, 1000)
+#: As many votes to select as to bound at the first look: selection votes that are used again lean most.
+ONE_LOOK = AdaptivePlan(600, [0.05], n0=600, first=600)
+FAULTS: dict[Any, list[tuple[str, Plan, str, str]]] = {
     selection_reused: [
-        ("ten tied", ONE_LOOK, "tree"),
-        ("tied", FixedPlan(150, 150), "tree"),
-        ("ten tied", FixedPlan(150, 150), "tree"),
-        ("tied", ONE_LOOK, "tree"),
+        ("tied", EQUAL, "tree", "one"),
+        ("folded tie", EQUAL, "tree", "two"),
+        ("tied", ONE_LOOK, "tree", "one"),
+        ("tied at .8", ONE_LOOK, "tree", "one"),
     ],
     alpha_unsplit: [
-        ("flat", FixedPlan(30, 1000), "tree"),
-        ("cascade", PLANS["fixed"], "tree"),
-        ("chain of 4", PLANS["fixed"], "tree"),
+        ("flat", FixedPlan(100, 400), "tree", "two"),
+        ("cascade", PLANS["fixed"], "tree", "one"),
+        ("ladder of 4", PLANS["fixed"], "tree", "two"),
     ],
-    alpha_at_every_look: [("tied", MANY, "tree"), ("chain of 4", MANY, "tree")],
-    due_at_every_look: [("tied", LINEAR, "tree"), ("chain of 4", LINEAR, "tree")],
-    radii_too_long: [("flat", PLANS["linear"], "tree"), ("nested", PLANS["linear"], "tree")],
-    deferral_forgotten: [("cascade", PLANS["linear"], "tree"), ("shared network", PLANS["linear"], "tree")],
-    unsampled_is_certain: [("flat", PLANS["linear"], "min"), ("nested", PLANS["linear"], "min")],
-    class_from_estimates: [("tied", FixedPlan(150, 150), "tree"), ("ten tied", FixedPlan(150, 150), "tree")],
+    alpha_at_every_look: [("tied", MANY, "tree", "one"), ("folded tie", MANY, "tree", "one")],
+    due_at_every_look: [("tied at .8", LINEAR, "tree", "one"), ("tied at .9", LINEAR, "tree", "one")],
+    radii_too_long: [("flat", PLANS["linear"], "tree", "one"), ("nested", PLANS["linear"], "tree", "one")],
+    deferral_forgotten: [("cascade", PLANS["linear"], "tree", "one"), ("shared network", PLANS["linear"], "tree", "one")],
+    unsampled_is_certain: [("flat", PLANS["linear"], "min", "one"), ("nested", PLANS["linear"], "min", "one")],
+    class_from_estimates: [("tied", EQUAL, "tree", "one"), ("folded tie", EQUAL, "tree", "one")],
 }
 
 
-@pytest.mark.parametrize(
-    ("fault", "design", "plan", "rule"),
-    [(fault, *case) for fault, cases in FAULTS.items() for case in cases],
-    ids=lambda v: getattr(v, "__name__", None) or (v if isinstance(v, str) else v.to_dict()["kind"]),
-)
-def test_seen(monkeypatch: pytest.MonkeyPatch, fault: Any, design: str, plan: Plan, rule: str) -> None:
-    assert p_value(design, plan, rule) > 1e-3  # the honest package passes
+CASES = [(fault, *case) for fault, cases in FAULTS.items() for case in cases]
+
+
+@pytest.mark.parametrize(("fault", "design", "plan", "rule", "sides"), CASES, ids=[f"{c[0].__name__}-{c[1]}" for c in CASES])
+def test_seen(monkeypatch: pytest.MonkeyPatch, fault: Any, design: str, plan: Plan, rule: str, sides: str) -> None:
+    assert p_value(design, plan, rule, sides) > 1e-3  # the honest package passes
     with monkeypatch.context() as patch:
         fault(patch)
-        assert p_value(design, plan, rule) < SEEN
+        assert p_value(design, plan, rule, sides) < SEEN
