@@ -307,9 +307,10 @@ def folded_tie() -> Design:
     return _routed([vote], "e", CascadeRouter([], ["e"]), [vote])
 
 
-def tied_at(tau: float) -> Design:
-    """A threshold stage whose outcome 0 has exactly probability `tau` at X; else it defers, to class 1."""
-    return of_stages({"e": half("e", 0.5, 0.5 * norm.ppf(tau), [0, 1, -1, 1], tau)}, "e")
+def alone(sigma: float) -> Design:
+    """One expert that changes at `CHANGE`."""
+    vote = half("e", sigma, CHANGE, [0, 1, -1])
+    return _routed([vote], "e", CascadeRouter([], ["e"]), [vote])
 
 
 DESIGNS: dict[str, Callable[[], Design]] = {
@@ -322,8 +323,8 @@ DESIGNS: dict[str, Callable[[], Design]] = {
     "nested": nested,
     "ladder of 4": lambda: ladder(4),
     "folded tie": folded_tie,
-    "tied at .8": lambda: tied_at(0.8),
-    "tied at .9": lambda: tied_at(0.9),
+    "expert": lambda: alone(0.4),
+    "sharp expert": lambda: alone(0.25),
 }
 
 

@@ -14,7 +14,7 @@ from rsrouter.core import AlphaSplit, Plan, bounds, certify, plans
 from rsrouter.router import base
 from rsrouter.sampling import engine
 
-from .designs import DESIGNS
+from .designs import CHANGE, DESIGNS
 from .test_near_boundary import ALPHA, PLANS
 
 pytestmark = pytest.mark.slow
@@ -111,7 +111,7 @@ def class_from_estimates(patch: pytest.MonkeyPatch) -> None:
 
 
 MANY = AdaptivePlan(800, [0.3], n0=30, first=10, growth=1.3, spending="even")
-LINEAR = AdaptivePlan(1600, [0.0], n0=200, beta=1e-9, growth=1.1, last_share=0.1)
+LINEAR = AdaptivePlan(1600, [CHANGE], n0=30, beta=1e-9, first=10, growth=1.05, last_share=0.02)
 EQUAL = FixedPlan(1000, 1000)
 #: As many votes to select as to bound at the first look: selection votes that are used again lean most.
 ONE_LOOK = AdaptivePlan(600, [0.05], n0=600, first=600)
@@ -120,7 +120,7 @@ FAULTS: dict[Any, list[tuple[str, Plan, str, str]]] = {
         ("tied", EQUAL, "tree", "one"),
         ("folded tie", EQUAL, "tree", "two"),
         ("tied", ONE_LOOK, "tree", "one"),
-        ("tied at .8", ONE_LOOK, "tree", "one"),
+        ("folded tie", ONE_LOOK, "tree", "one"),
     ],
     alpha_unsplit: [
         ("flat", FixedPlan(100, 400), "tree", "two"),
@@ -128,7 +128,7 @@ FAULTS: dict[Any, list[tuple[str, Plan, str, str]]] = {
         ("ladder of 4", PLANS["fixed"], "tree", "two"),
     ],
     alpha_at_every_look: [("tied", MANY, "tree", "one"), ("folded tie", MANY, "tree", "one")],
-    due_at_every_look: [("tied at .8", LINEAR, "tree", "one"), ("tied at .9", LINEAR, "tree", "one")],
+    due_at_every_look: [("expert", LINEAR, "tree", "one"), ("sharp expert", LINEAR, "tree", "one")],
     radii_too_long: [("flat", PLANS["linear"], "tree", "one"), ("nested", PLANS["linear"], "tree", "one")],
     deferral_forgotten: [("cascade", PLANS["linear"], "tree", "one"), ("shared network", PLANS["linear"], "tree", "one")],
     unsampled_is_certain: [("flat", PLANS["linear"], "min", "one"), ("nested", PLANS["linear"], "min", "one")],
