@@ -27,8 +27,8 @@ _READ = """.png .apng .jpg .jpeg .jpe .jfif .mpo .jp2 .j2k .jpc .jpf .jpx .j2c .
 .pgm .pbm .pnm .pfm .tga .icb .vda .vst .ico .qoi .pcx .sgi .rgb .rgba .bw .ras .psd .dds .xbm .xpm .msp .im"""
 SUFFIXES = frozenset(_READ.split())
 #: Pictures for others, but not read here.
-_NOT_READ = """.eps .ps .pdf .svg .wmf .emf .heic .heif .jxl .fits .fit .fts .dcm .nii .mat .h5 .hdf .hdf5 .npy .npz .raw .cr2 .nef
-.dng .exr .hdr .icns .mp4 .avi .mov .webm .mpg .mpeg .fli .flc .blp .cur .dcx .gbr .pcd .pxr"""
+_NOT_READ = """.eps .ps .pdf .svg .wmf .emf .heic .heif .jxl .fits .fit .fts .dcm .nii .mat .h5 .hdf .hdf5 .npy .npz .raw
+.cr2 .nef .dng .exr .hdr .icns .mp4 .avi .mov .webm .mpg .mpeg .fli .flc .blp .cur .dcx .gbr .pcd .pxr"""
 FOREIGN = frozenset(_NOT_READ.split())
 #: Pictures whose header says whether a data set is gray.
 PROBED = 8
