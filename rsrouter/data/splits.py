@@ -39,7 +39,7 @@ def is_split(name: str) -> bool:
 def split_of(path: PurePath) -> tuple[str, str]:
     """Configuration and split of a file, `""` where its name does not tell.
 
-    >>> split_of(PurePosixPath("data/train-00000-of-00002.parquet")), split_of(PurePosixPath("plain/test/0000.parquet"))
+    >>> split_of(PurePath("data/train-00000-of-00002.parquet")), split_of(PurePath("plain/test/0000.parquet"))
     (('', 'train'), ('plain', 'test'))
     """
     stem = path.name.partition(".")[0] if path.name.count(".") == 1 else path.name.rsplit(".", 1)[0]
