@@ -46,12 +46,12 @@ def from_object(source: Any, reading: Reading) -> ImageData:
         return from_arrays(source, reading=reading)
     if _is_picture(source):
         return _from_items([source], None, reading, "a picture", None)
-    if isinstance(source, Mapping) and not hasattr(source, "column_names"):
-        return _from_mapping(source, reading)
-    if hasattr(source, "column_names") and hasattr(source, "features"):
-        if isinstance(source, Mapping):  # DatasetDict
+    if isinstance(source, Mapping):
+        if source and all(_is_table(v) for v in source.values()):  # DatasetDict
             split = choose("split", reading.split, sorted(map(str, source)), "The data set")
             return from_object(source[split], replace(reading, split=None))
+        return _from_mapping(source, reading)
+    if _is_table(source):
         return _from_datasets(source, reading)
     if isinstance(source, torch.utils.data.DataLoader):
         return _from_loader(source, reading)
@@ -74,6 +74,10 @@ def _unknown(source: Any) -> InputError:
 
 def _is_picture(value: Any) -> bool:
     return hasattr(value, "convert") and hasattr(value, "getexif")
+
+
+def _is_table(value: Any) -> bool:
+    return hasattr(value, "column_names") and hasattr(value, "features")
 
 
 def _from_mapping(source: Mapping[Any, Any], reading: Reading) -> ImageData:
