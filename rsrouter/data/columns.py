@@ -157,8 +157,7 @@ def class_order(names: Iterable[str], where: str) -> tuple[dict[str, int], tuple
     ({'cat': 0, 'dog': 1}, ('cat', 'dog'))
     """
     ordered = sorted(set(names))
-    numbers = {n: int(n) for n in ordered if re.fullmatch(r"[0-9]{1,9}", n)}
-    if numbers and len(numbers) == len(set(numbers.values())) == len(ordered):
+    if (numbers := as_numbers(ordered)) is not None:
         by_number = sorted(ordered, key=numbers.__getitem__)
         first, last = numbers[by_number[0]], numbers[by_number[-1]]
         if first == 0 and last < MOST_CLASSES:
@@ -174,6 +173,17 @@ def class_order(names: Iterable[str], where: str) -> tuple[dict[str, int], tuple
     if ordered != sorted(ordered, key=_natural):
         _mapping(where, "are in alphabetical order, as in torchvision, not in that of their numbers", ranks, ordered, "")
     return ranks, tuple(map(printable, ordered))
+
+
+def as_numbers(names: Iterable[str]) -> dict[str, int] | None:
+    """Names as numbers, where all of them are different whole numbers; else None.
+
+    >>> as_numbers(["0", "11", "2"]), as_numbers(["0", "cat"])
+    ({'0': 0, '11': 11, '2': 2}, None)
+    """
+    listed = list(names)
+    numbers = {n: int(n) for n in listed if re.fullmatch(r"[0-9]{1,9}", n)}
+    return numbers if numbers and len(numbers) == len(set(numbers.values())) == len(listed) else None
 
 
 def _gap(numbers: Iterable[int]) -> int:

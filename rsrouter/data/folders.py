@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rsrouter.core.errors import InputError
-from rsrouter.data.columns import NONE, Reading, chosen_order, class_indices, class_order, find_label
+from rsrouter.data.columns import NONE, Reading, as_numbers, chosen_order, class_indices, class_order, find_label
 from rsrouter.data.digests import files_digest
 from rsrouter.data.images import ImageData, Origin
 from rsrouter.data.pictures import FOREIGN, SUFFIXES, Pictures, UnreadableError, spread
@@ -189,6 +189,9 @@ def _labelled(root: Path, part: Path, found: Found, name: str, reading: Reading,
             )
         ranks, classes = chosen_order([], reading.classes, name), tuple(map(printable, reading.classes))
     else:
+        numbers = as_numbers(tops)
+        if numbers is not None and 0 in numbers.values():
+            known = tops | known  # an empty folder shifts no number
         if empty := sorted(tops - known):
             _refuse_empty(empty, name, pictures)
         _refuse_wrapped(part, used, pictures, name, depth)

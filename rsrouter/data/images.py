@@ -109,6 +109,7 @@ class ImageData(Sequence[tuple[Tensor, int]]):
             )
             self.classes = None
         self.unreadable: dict[int, str] = {}
+        self._whole: ImageData | None = None
         self._who = who or (lambda i: f"image {i} of {name}")
 
     def __len__(self) -> int:
@@ -200,7 +201,7 @@ class ImageData(Sequence[tuple[Tensor, int]]):
                 "Rows outside the data", expected=f"0 to {len(self) - 1}", received=str(bad[:4]), remedy="check the range"
             )
         where = hashlib.sha256(np.asarray(chosen, dtype=np.int64).tobytes()).hexdigest()
-        return ImageData(
+        part = ImageData(
             lambda i: self._read(chosen[i]),
             self._labels[chosen] if self.labelled else None,
             fingerprint=lambda: hashlib.sha256(f"{self.fingerprint} rows {where}".encode()).hexdigest(),
@@ -212,6 +213,8 @@ class ImageData(Sequence[tuple[Tensor, int]]):
             origin=self.origin,
             who=lambda i: self._who(chosen[i]),
         )
+        part._whole = self
+        return part
 
     @property
     def preprocessing(self) -> dict[str, Any] | None:
@@ -226,7 +229,7 @@ class ImageData(Sequence[tuple[Tensor, int]]):
     @property
     def notes(self) -> Mapping[str, int]:
         """What was done to pictures read so far, and to how many of them."""
-        return dict(getattr(self._read, "notes", {}))
+        return dict(getattr(self._read, "notes", {}) if self._whole is None else self._whole.notes)
 
     @cached_property
     def fingerprint(self) -> str:

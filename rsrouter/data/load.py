@@ -250,6 +250,13 @@ def _from_hub(hub: Hub, reference: Reference, reading: Reading, stream: bool) ->
             raise
     if stream:
         paths = [PurePosixPath(f) for f in hub.files(reference) if f.endswith(".parquet")]
+        if not paths:
+            raise InputError(
+                f"{name} holds no parquet",
+                expected="parquet, which can be read in pieces",
+                received="other files",
+                remedy="leave stream out",
+            )
         files, config, split = choose_files(paths, reading.split, reading.config, name, card.files)
         source = hub_source(hub, reference, [p.as_posix() for p in files], name)
         return from_tables(source, replace(reading, split=split or None), names=card.names, config=config)

@@ -80,12 +80,13 @@ def choose(kind: str, wanted: str | None, there: Sequence[str], name: str) -> st
     if wanted is None and len(there) == 1:
         found = there[0]
     if found is None:
-        listed = ", ".join(printable(t) or "(unnamed)" for t in there) or "none"
+        flag = "split= (--split)" if kind == "split" else "config= (--config)"
+        listed = ", ".join(printable(t) or "(unnamed)" for t in there)
         raise InputError(
-            f"{name} has several {kind}s" if wanted is None else f"{name} has no such {kind}",
-            expected=f"one of: {listed}",
+            f"{name} has {'several' if there else 'no'} {kind}s" if wanted is None else f"{name} has no such {kind}",
+            expected=f"one of: {listed}" if there else f"data without {kind}s",
             received="none named" if wanted is None else repr(printable(wanted)),
-            remedy="give split= (--split)" if kind == "split" else "give config= (--config)",
+            remedy=f"give {flag}" if there else f"leave {flag} out",
         )
     return found
 

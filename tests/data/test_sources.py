@@ -67,6 +67,8 @@ def test_pictures_and_shards_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
     hub.put("org/text", {"data.csv": "a,b\n1,2\n"}, repo_type="dataset")
     with pytest.raises(InputError, match="refs/convert/parquet"):
         load_data("hf-hub:org/text")
+    with pytest.raises(InputError, match="leave stream out"):
+        load_data("hf-hub:org/shards", stream=True)
     with pytest.raises(HubError):
         load_data("hf-hub:org/nothing")
 
