@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rsrouter.core.errors import InputError
+from rsrouter.core.errors import InputError, RSRouterError
 from rsrouter.data.columns import Reading, class_indices, class_names, features_of, find_image, find_label, of_type
 from rsrouter.data.digests import files_digest, names_digest, with_labels
 from rsrouter.data.images import ImageData, Origin
@@ -83,9 +83,9 @@ def _damage(source: Source, file: str) -> Iterator[None]:
     try:
         with source.reading():
             yield
-    except InputError:
+    except RSRouterError:
         raise
-    except (pa.ArrowException, OSError, EOFError, IndexError, KeyError, MemoryError) as error:
+    except (pa.ArrowException, OSError, EOFError, LookupError, ValueError, MemoryError) as error:
         raise InputError(
             f"{printable(source.name)} is not readable {source.kind}",
             expected=f"{source.kind} with an image and a label column",
@@ -134,9 +134,11 @@ class Tables:
         opened = self.source.open(name)
         mapped = pa.memory_map(str(opened)) if isinstance(opened, Path) else opened
         try:
-            return pa.ipc.open_stream(mapped).read_all()
+            table = pa.ipc.open_stream(mapped).read_all()
         except pa.ArrowInvalid:
-            return pa.ipc.open_file(mapped).read_all()
+            table = pa.ipc.open_file(mapped).read_all()
+        table.validate(full=True)  # what is mapped is not checked while it is read
+        return table
 
     def column(self, name: str) -> list[Any]:
         """A whole column, as one array a file."""
@@ -166,7 +168,8 @@ class Tables:
                 if self.source.kind == "parquet":
                     table = table.read_row_group(number, columns=[column])
                 self._held = (group, table.column(column))
-        return self._held[1][i - self.starts[group]].as_py()
+        with _damage(self.source, self._groups[group][0]):
+            return self._held[1][i - self.starts[group]].as_py()
 
 
 def from_tables(
@@ -186,14 +189,14 @@ def from_tables(
     """
     name = source.name
     tables = Tables(source)
-    columns, features = list(tables.schema.names), features_of(tables.schema.metadata)
-    image = find_image(columns, reading.image, name, [*of_type(features, "Image"), *_encoded(tables.schema)])
-    label = find_label(columns, image, reading.label, name, of_type(features, "ClassLabel"))
-    labels, classes = None, None
-    if label is not None:
-        values = _label_values(tables, label)
-        known = class_names(features, label) or (names or {}).get(label)
-        labels, classes = class_indices(values, known, reading, name)
+    with _damage(source, source.names[0]):
+        columns, features = list(tables.schema.names), features_of(tables.schema.metadata)
+        image = find_image(columns, reading.image, name, [*of_type(features, "Image"), *_encoded(tables.schema)])
+        label = find_label(columns, image, reading.label, name, of_type(features, "ClassLabel"))
+        labels, classes = None, None
+        if label is not None:
+            known = class_names(features, label) or (names or {}).get(label)
+            labels, classes = class_indices(_label_values(tables, label), known, reading, name)
 
     def fetch(i: int) -> bytes:
         value = tables.value(image, i)

@@ -128,6 +128,14 @@ TABLES: dict[str, Case] = {
     "saved, pointing outside": case(lambda p: saved(p / "s", _data_files=[{"filename": "../x.arrow"}]), "not a saved data set"),
     "saved, odd state": case(lambda p: saved(p / "s", _data_files=7), "not a saved data set"),
     "saved, no JSON": case(lambda p: tree(p, {"state.json": "{"}), "not JSON"),
+    "arrow with a name that is not UTF-8": case(
+        lambda p: (
+            one(p, (saved(p / "s") / "data-00000-of-00001.arrow").read_bytes().replace(b"bytes", b"by\xffes"), "x/a.arrow")
+            / "x"
+            / "a.arrow"
+        ),
+        "not readable arrow",
+    ),
     "arrow that is none": case(lambda p: one(p, b"ARROW1", "a.arrow") / "a.arrow", "not readable arrow"),
     # shards
     "shards": case(
