@@ -99,7 +99,7 @@ def decode(content: bytes, shape: tuple[int, ...]) -> Tensor:
         raise TooLarge("The upload is too large", expected=f"at most {MOST_BYTES:,} bytes", received=f"{len(content):,} bytes")
     mode, size = ("L" if shape[0] == 1 else "RGB"), (shape[2], shape[1])
     try:
-        picture = Image.open(io.BytesIO(content))
+        picture = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"))
         if picture.width * picture.height > MOST_PIXELS:
             raise TooLarge(
                 "The picture is too large", expected=f"{size[0]} x {size[1]}", received=f"{picture.width} x {picture.height}"

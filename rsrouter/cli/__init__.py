@@ -8,7 +8,7 @@ import traceback
 import typer
 
 from rsrouter._version import __version__
-from rsrouter.cli import bench, certify, demo, doctor, execution, experts, plan, publish, report, train
+from rsrouter.cli import bench, certify, demo, doctor, execution, experts, inspect, plan, publish, report, train
 from rsrouter.cli.options import Format, asked, echo_json
 from rsrouter.core.errors import RSRouterError
 
@@ -44,7 +44,7 @@ def _root(
     """Options before the verb."""
 
 
-for _group in (demo, experts, train, certify, report, publish, plan, execution, bench, doctor):  # as verbs are shown
+for _group in (demo, inspect, experts, train, certify, report, publish, plan, execution, bench, doctor):  # as verbs are shown
     _group.register(app)
 
 

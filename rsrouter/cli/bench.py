@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import Device, Format, OutputFormat, check_out, echo_json
+from rsrouter.cli.options import Device, Format, OutputFormat, check_out, data_options, echo_json, read_data, readable_rows
 
 
+@data_options
 def bench(
     device: Device = "cpu",
     router: Annotated[
@@ -29,6 +30,8 @@ def bench(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the JSON here.")] = None,
     format: OutputFormat = Format.text,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Speed as ratios measured in one run: against pure forward passes, and against the papers' own loop.
 
@@ -39,15 +42,14 @@ def bench(
     from rsrouter import RoutedSmooth
     from rsrouter.bench import run_bench
     from rsrouter.bench.run import QUICK
-    from rsrouter.data import load_data
     from rsrouter.demo import load_pool, load_slice
 
     check_out(out)
     routed = None if router is None else RoutedSmooth.from_pretrained(router)
     given = {"repeats": repeats, "n_max": n_max, "certificates": images, "most": most}
     settings = {**(QUICK if quick else {}), **{key: value for key, value in given.items() if value is not None}}
-    slices = load_slice("test") if data is None else load_data(data)
-    x = slices.batch(range(min(len(slices), max(50, settings.get("certificates", 50)))))[0]
+    slices = load_slice("test") if data is None else read_data(data, reading)
+    x = slices.batch(readable_rows(slices, range(min(len(slices), max(50, settings.get("certificates", 50))))))[0]
     pool = load_pool() if routed is None else routed.pool
     result = run_bench(pool, x, router=None if routed is None else routed.router, device=device, **settings)
     if out is not None:

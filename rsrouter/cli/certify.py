@@ -14,9 +14,6 @@ from rsrouter.cli.jobs import (
     Estimate,
     RayAddress,
     Shard,
-    Size,
-    Split,
-    Stream,
     Threads,
     UseRay,
     Workers,
@@ -25,7 +22,20 @@ from rsrouter.cli.jobs import (
     say_estimate,
 )
 from rsrouter.cli.jobs import ray_address as address_of
-from rsrouter.cli.options import DEFAULT_RADII, DEFAULT_VOTES, Alpha, Device, Format, OutputFormat, Radii, echo_json, make_plan
+from rsrouter.cli.options import (
+    DEFAULT_RADII,
+    DEFAULT_VOTES,
+    Alpha,
+    Device,
+    Format,
+    OutputFormat,
+    Radii,
+    data_options,
+    echo_json,
+    make_plan,
+    read_data,
+    readable_rows,
+)
 from rsrouter.core.errors import InputError
 
 Source = Annotated[
@@ -53,6 +63,7 @@ def load_smoothed(source: str, expert: str | None, revision: str | None) -> Any:
     return routed if expert is None else Smooth(routed.pool[expert], execution=routed.execution, noise=routed.noise)
 
 
+@data_options
 def certify(
     source: Source,
     data: Data,
@@ -84,9 +95,6 @@ def certify(
     ray_address: RayAddress = None,
     threads: Threads = None,
     estimate: Estimate = False,
-    size: Size = None,
-    split: Split = None,
-    stream: Stream = False,
     execution: ExecutionFile = None,
     dtype: Dtype = None,
     execution_batch: ExecutionBatch = None,
@@ -94,6 +102,8 @@ def certify(
     revision: Revision = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run in reports.")] = None,
     format: OutputFormat = Format.text,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Certify a data set into a results table (TSV and JSON); started again, it goes on where it stopped.
 
@@ -101,21 +111,20 @@ def certify(
     """
     from rsrouter.cli.options import parse_radii
     from rsrouter.core.terms import Terms
-    from rsrouter.data import load_data
     from rsrouter.jobs import certify_table, estimate_table
     from rsrouter.jobs.driver import on_cpu
     from rsrouter.report import summarise
     from rsrouter.report.text import print_summary
 
     smoothed = load_smoothed(source, expert, revision)
-    images = load_data(data, size=size, split=split, stream=stream)
+    images = read_data(data, reading)
     smoothed = smoothed.with_execution(choose_execution(smoothed.execution, execution, dtype, execution_batch))
     last = len(images) if count is None else min(len(images), start + count)
     terms = Terms(make_plan(plan, n, n0, radii), alpha, rule, sides, seed)
     job: dict[str, Any] = {
         "device": device,
         "batch_size": batch_size,
-        "indices": range(start, last, every),
+        "indices": readable_rows(images, range(start, last, every)),
         "shard": parse_shard(shard),
         "workers": parse_workers(workers),
         "ray": address_of(ray, ray_address),
@@ -141,6 +150,7 @@ def certify(
     typer.echo(f"table: {out}")
 
 
+@data_options
 def predict(
     source: Source,
     data: Data,
@@ -156,19 +166,19 @@ def predict(
     expert: ExpertName = None,
     revision: Revision = None,
     format: OutputFormat = Format.text,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Answers of the smoothed classifier, -1 where the votes do not decide.
 
     Example: rsrouter predict demo/router --data test.npz --count 5
     """
-    from rsrouter.data import load_data
-
-    smoothed, images = load_smoothed(source, expert, revision), load_data(data)
+    smoothed, images = load_smoothed(source, expert, revision), read_data(data, reading)
     smoothed = smoothed.with_execution(choose_execution(smoothed.execution, execution, dtype, execution_batch))
     last = len(images) if count is None else min(len(images), start + count)
     answers: dict[int, int] = {}
-    for first in range(start, last, 256):
-        part = range(first, min(first + 256, last))
+    rows = readable_rows(images, range(start, last))
+    for part in (rows[k : k + 256] for k in range(0, len(rows), 256)):
         found = smoothed.predict(images.batch(part)[0], n=n, alpha=alpha, seed=seed, device=device)
         answers.update(zip(part, found.tolist(), strict=True))
     if format is Format.json:

@@ -13,9 +13,12 @@ from rsrouter.cli.options import (
     OutputFormat,
     Radii,
     checkpoint_options,
+    data_options,
     echo_json,
     parse_numbers,
     parse_radii,
+    read_data,
+    readable_rows,
 )
 from rsrouter.core.errors import InputError
 
@@ -24,16 +27,17 @@ Sigma = Annotated[str | None, typer.Option(help="Noise level in [0,1] pixels; wi
 
 
 @checkpoint_options
+@data_options
 def wrap(
     source: Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="The pool file to write.")] = Path("pool.json"),
     sigma: Sigma = None,
     data: Annotated[str | None, typer.Option(help="Labelled images on which to measure noisy accuracy.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the data.")] = None,
     images: Annotated[int, typer.Option("--images", help="How many images, spread evenly over the data.")] = 300,
     format: OutputFormat = Format.text,
     *,
     settings: dict[str, Any],
+    reading: dict[str, Any],
 ) -> None:
     """Pin checkpoints into a pool: commit hashes, sha256, sigma, normalisation. Nothing is guessed.
 
@@ -42,7 +46,6 @@ def wrap(
     rsrouter wrap a/checkpoint.pth.tar b/checkpoint.pth.tar --sigma 0.25,0.5 --architecture cifar_resnet110
     --normalisation cifar10
     """
-    from rsrouter.data import load_data
     from rsrouter.experts import wrap as wrap_spec
 
     spec: Any = source[0]
@@ -69,9 +72,9 @@ def wrap(
         )
     x = y = None
     if data is not None:
-        found = load_data(data, split=split)
+        found = read_data(data, reading)
         step = max(1, len(found) // max(1, images))
-        x, y = found.batch(list(range(0, len(found), step))[:images])
+        x, y = found.batch(readable_rows(found, list(range(0, len(found), step))[:images]))
     if out.exists():
         raise InputError(
             "The pool file is there already",

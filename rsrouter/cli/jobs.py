@@ -26,11 +26,6 @@ Shard = Annotated[str | None, typer.Option("--shard", help="i/N: only this part 
 Estimate = Annotated[
     bool, typer.Option("--estimate", help="Write nothing: measure some votes and say what the whole job will take.")
 ]
-Size = Annotated[
-    int | None, typer.Option("--size", min=1, help="Resize the short side to SIZE * 256 / 224 and crop the centre to SIZE.")
-]
-Split = Annotated[str | None, typer.Option("--split", help="Of a data set in parquet files: test, validation, ...")]
-Stream = Annotated[bool, typer.Option("--stream", help="Read images of a Hub data set as they are needed; keep no copy.")]
 
 
 def parse_workers(text: str | None) -> int | str | None:

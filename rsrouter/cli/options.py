@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -118,52 +120,124 @@ def _shape(text: str) -> list[int]:
 _Numbers = Annotated[str | None, typer.Option(help="One number per channel, such as 0.49,0.48,0.45.")]
 
 
-def checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a verb the options that describe a checkpoint. It gets what was said as one argument `settings`; what was not
-    said is asked for by `load_expert`, never guessed."""
+def _option_group(options: Callable[..., dict[str, Any]], into: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that gives a verb the options of `options`; the verb gets what that makes of them as the argument `into`."""
 
-    def options(
-        *,
-        filename: Annotated[str | None, typer.Option(help="Weight file, where a folder or repository has several.")] = None,
-        architecture: Annotated[
-            str | None, typer.Option(help="cifar_resnet110, resnet50, ...: a registered name or one of timm's.")
-        ] = None,
-        normalisation: Annotated[str | None, typer.Option(help="cifar10, imagenet, none, ...; or give --mean and --std.")] = None,
-        mean: _Numbers = None,
-        std: _Numbers = None,
-        num_classes: Annotated[
-            int | None, typer.Option("--num-classes", help="Width of the logits, where the file does not tell.")
-        ] = None,
-        input_shape: Annotated[str | None, typer.Option("--input-shape", help="C,H,W, such as 3,32,32.")] = None,
-        licence: Annotated[str | None, typer.Option(help="Licence of the weights, as their publisher states it.")] = None,
-    ) -> dict[str, Any]:
-        given: dict[str, Any] = {
-            "filename": filename,
-            "architecture": architecture,
-            "normalisation": normalisation,
-            "num_classes": num_classes,
-            "licence": licence,
-            "mean": None if mean is None else parse_numbers(mean, "mean"),
-            "std": None if std is None else parse_numbers(std, "std"),
-            "input_shape": None if input_shape is None else _shape(input_shape),
-        }
-        return {key: value for key, value in given.items() if value is not None}
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        more = inspect.signature(options, eval_str=True).parameters
+        own = inspect.signature(command, eval_str=True).parameters
 
-    more = inspect.signature(options, eval_str=True).parameters
-    own = inspect.signature(command, eval_str=True).parameters
+        @wraps(command)
+        def verb(**arguments: Any) -> None:
+            given = options(**{name: arguments.pop(name) for name in more})
+            command(**arguments, **{into: given})
 
-    @wraps(command)
-    def verb(**arguments: Any) -> None:
-        settings = options(**{name: arguments.pop(name) for name in more})
-        command(**arguments, settings=settings)
+        # typer reads both
+        last = ["format"] if "format" in own else []
+        kept = [p.replace(kind=p.KEYWORD_ONLY) for name, p in own.items() if name not in (into, *last)]
+        parameters = [*kept, *more.values(), *(own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in last)]
+        verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        verb.__annotations__ = {p.name: p.annotation for p in parameters}
+        return verb
 
-    # typer reads both
-    last = ["format"] if "format" in own else []
-    kept = [p.replace(kind=p.KEYWORD_ONLY) for name, p in own.items() if name not in ("settings", *last)]
-    parameters = [*kept, *more.values(), *(own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in last)]
-    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    verb.__annotations__ = {p.name: p.annotation for p in parameters}
-    return verb
+    return decorate
+
+
+def _checkpoint(
+    *,
+    filename: Annotated[str | None, typer.Option(help="Weight file, where a folder or repository has several.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="cifar_resnet110, resnet50, ...: a registered name or one of timm's.")
+    ] = None,
+    normalisation: Annotated[str | None, typer.Option(help="cifar10, imagenet, none, ...; or give --mean and --std.")] = None,
+    mean: _Numbers = None,
+    std: _Numbers = None,
+    num_classes: Annotated[
+        int | None, typer.Option("--num-classes", help="Width of the logits, where the file does not tell.")
+    ] = None,
+    input_shape: Annotated[str | None, typer.Option("--input-shape", help="C,H,W, such as 3,32,32.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the weights, as their publisher states it.")] = None,
+) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "filename": filename,
+        "architecture": architecture,
+        "normalisation": normalisation,
+        "num_classes": num_classes,
+        "licence": licence,
+        "mean": None if mean is None else parse_numbers(mean, "mean"),
+        "std": None if std is None else parse_numbers(std, "std"),
+        "input_shape": None if input_shape is None else _shape(input_shape),
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+#: Options that describe a checkpoint, as one argument `settings`; what was not said is asked for by `load_expert`, never guessed.
+checkpoint_options = _option_group(_checkpoint, "settings")
+
+
+def _data(
+    *,
+    split: Annotated[str | None, typer.Option("--split", help="Part of the data: train, validation, test, ...")] = None,
+    config: Annotated[str | None, typer.Option("--config", help="Configuration of a data set that has several.")] = None,
+    image: Annotated[str | None, typer.Option("--image", help="Column or array of the images.")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="Column or array of the labels; none: without labels.")] = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Class names in the experts' order: 'cat,dog', or a file with a name a line.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, help="Resize the short side to SIZE * 256 / 224 and crop the centre to SIZE.")
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option("--channels", min=1, max=3, help="1 (gray) or 3; default 1 where all pictures are gray.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Read a Hub data set as images are needed; keep no copy.")] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out pictures that cannot be decoded; which is recorded.")
+    ] = False,
+) -> dict[str, Any]:
+    return {**locals(), "classes": _class_names(classes)}
+
+
+#: Options about how data are read, as one argument `reading`, which `read_data` takes.
+data_options = _option_group(_data, "reading")
+
+
+def _class_names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    path = Path(text)
+    if "," not in text and path.is_file():
+        from rsrouter.stored import read_bytes
+
+        content = read_bytes(path, "--classes").decode("utf-8-sig", "surrogateescape")
+        return [line.strip() for line in content.splitlines() if line.strip()]
+    return [name.strip() for name in text.split(",")]
+
+
+def read_data(source: str, reading: Mapping[str, Any]) -> Any:
+    """`load_data` with a verb's data options; its warnings are told on stderr."""
+    from rsrouter.data import load_data
+
+    with told_warnings():
+        return load_data(source, **reading)
+
+
+def readable_rows(data: Any, rows: Iterable[int]) -> list[int]:
+    """The rows that are used: all, but for unreadable ones under `--skip-unreadable`."""
+    with told_warnings():
+        return list(data.readable(rows))
+
+
+@contextmanager
+def told_warnings() -> Iterator[None]:
+    """Tells warnings as one line each on stderr."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for text in dict.fromkeys(str(w.message) for w in told):
+                typer.secho(f"warning: {text}", err=True, fg="yellow")
 
 
 def parse_radii(text: str) -> tuple[float, ...]:

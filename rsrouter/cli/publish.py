@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import Device, Format, Licence, OutputFormat, Revision, Title, check_out, echo_json
+from rsrouter.cli.options import (
+    Device,
+    Format,
+    Licence,
+    OutputFormat,
+    Revision,
+    Title,
+    check_out,
+    data_options,
+    echo_json,
+    read_data,
+)
 
 
 def publish(
@@ -86,6 +97,7 @@ def card(
         typer.echo("note: no certificates beside the router; give --certificates, or a run folder with router/ in it", err=True)
 
 
+@data_options
 def audit(
     source: Annotated[str, typer.Argument(metavar="NAME_OR_DIR", help="A router's folder, a whole run, or a Hub repository.")],
     data: Annotated[
@@ -101,6 +113,8 @@ def audit(
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option("--out", help="Write the JSON report here.")] = None,
     format: OutputFormat = Format.text,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Check a router and its certificates. Exit status 0: nothing found; 1: findings; 2: the audit could not be made.
 
@@ -114,6 +128,8 @@ def audit(
         from rsrouter.demo import load_slice
 
         images = load_slice("test")
+    elif data is not None:
+        images = read_data(data, reading)
     report = check(
         source,
         data=images,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import Format, OutputFormat, echo_json, parse_radii
+from rsrouter.cli.options import Format, OutputFormat, data_options, echo_json, parse_radii, read_data
 from rsrouter.core.errors import InputError
 
 
@@ -62,6 +62,7 @@ class _Lazy(Mapping[int, Any]):
         return len(self._data)
 
 
+@data_options
 def report(
     tables: Annotated[
         list[str], typer.Argument(help="Results tables: PATH or NAME=PATH, ours or the field's TSV.", metavar="TABLE")
@@ -79,6 +80,8 @@ def report(
     confidence: Annotated[float, typer.Option(help="Level of the intervals over images.")] = 0.95,
     common: Annotated[bool, typer.Option("--common", help="Compare only the images that all tables hold.")] = False,
     format: OutputFormat = Format.text,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Make one self-contained page (and SVG, PNG, CSV) from results tables.
 
@@ -91,9 +94,7 @@ def report(
     chosen = None if radii is None else parse_radii(radii)
     images, classes = None, None
     if data is not None:
-        from rsrouter.data import load_data
-
-        source = load_data(data)
+        source = read_data(data, reading)
         images, classes = _Lazy(source), source.classes
     options: dict[str, Any] = {"routed": routed, "experts": expert, "radii": chosen, "confidence": confidence, "common": common}
     page = write_report(loaded, out, title=title, images=images, classes=classes, **options)

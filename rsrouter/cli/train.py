@@ -17,9 +17,6 @@ from rsrouter.cli.jobs import (
     Display,
     RayAddress,
     Shard,
-    Size,
-    Split,
-    Stream,
     Threads,
     UseRay,
     Workers,
@@ -41,8 +38,11 @@ from rsrouter.cli.options import (
     Radii,
     Seed,
     Start,
+    data_options,
     echo_json,
     parse_radii,
+    read_data,
+    readable_rows,
 )
 from rsrouter.core.errors import InputError
 
@@ -61,15 +61,13 @@ def _votes_bar(title: str, total: int | None = None) -> Iterator[Callable[[int],
         yield step
 
 
-def _part(source: str, start: int, count: int | None) -> tuple[Any, Any, str]:
+def _part(source: str, start: int, count: int | None, reading: dict[str, Any]) -> tuple[Any, Any, str]:
     """Images, labels and name of a part of a data set; InputError where a label is missing."""
     import torch
 
-    from rsrouter.data import load_data
-
-    data = load_data(source)
+    data = read_data(source, reading)
     rows = part_of(len(data), start, count, source)
-    images, labels = data.batch(rows)
+    images, labels = data.batch(readable_rows(data, rows))
     classes = torch.as_tensor(labels)
     if len(classes) and int(classes.min()) < 0:
         raise InputError(
@@ -78,6 +76,7 @@ def _part(source: str, start: int, count: int | None) -> tuple[Any, Any, str]:
     return images, classes, f"{data.name}, images {rows.start} to {rows.stop - 1}"
 
 
+@data_options
 def label(
     pool: Pool,
     out: Out,
@@ -96,20 +95,18 @@ def label(
     ray: UseRay = False,
     ray_address: RayAddress = None,
     threads: Threads = None,
-    size: Size = None,
-    split: Split = None,
-    stream: Stream = False,
     execution: ExecutionFile = None,
     dtype: Dtype = None,
     execution_batch: ExecutionBatch = None,
     format: OutputFormat = Format.text,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Draw every expert's votes on every image, for `rsrouter train --labels`; started again, it goes on.
 
     Example: rsrouter label pool.json --data train.npz --count 1000 --unseen --out labels.npz
     """
     from rsrouter import Execution, ExpertPool
-    from rsrouter.data import load_data
     from rsrouter.jobs import label_table
     from rsrouter.training.label_files import load_votes, store_tables
     from rsrouter.training.labels import target_radii
@@ -126,7 +123,7 @@ def label(
         metadata, mean = store_tables(experts, tables, out, unseen=unseen)
         _told(experts.names, mean, metadata, out, unseen, format)
         return
-    images = load_data(data, size=size, split=split, stream=stream)
+    images = read_data(data, reading)
     rows = part_of(len(images), start, count, data)
     with closing(Display("label")) as display:
         metadata = label_table(
@@ -139,7 +136,7 @@ def label(
             source=f"{images.name}, images {rows.start} to {rows.stop - 1}",
             device=device,
             execution=choose_execution(Execution(), execution, dtype, execution_batch),
-            indices=rows,
+            indices=readable_rows(images, rows),
             shard=parse_shard(shard),
             progress=display,
             workers=parse_workers(workers),
@@ -163,6 +160,7 @@ def _told(names: Sequence[str], mean: Any, metadata: dict[str, Any], out: Path, 
     typer.echo(f"labels: {out}")
 
 
+@data_options
 def train(
     pool: Annotated[
         str | None, typer.Argument(metavar="[POOL]", help="pool.json or a spec file; with --from that router's own pool.")
@@ -191,7 +189,12 @@ def train(
     execution: ExecutionFile = None,
     dtype: Dtype = None,
     execution_batch: ExecutionBatch = None,
+    validation_split: Annotated[
+        str | None, typer.Option("--validation-split", help="Split of --validation; default: that of --split.")
+    ] = None,
     format: OutputFormat = Format.text,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Train a router over frozen experts for the radii you care about; a killed run goes on when started again.
 
@@ -231,11 +234,13 @@ def train(
         )
     else:
         experts = ExpertPool.load(pool)
-    images, classes, name = _part(data, start, count)
+    images, classes, name = _part(data, start, count, reading)
     notes["data"] = name
     chosen = None
     if validation is not None:
-        held, held_classes, notes["validation_data"] = _part(validation, 0, None)
+        held, held_classes, notes["validation_data"] = _part(
+            validation, 0, None, {**reading, "split": validation_split or reading["split"]}
+        )
         chosen = (held, held_classes)
     routing = None
     if labels is not None:
