@@ -1,5 +1,6 @@
 """The results table: its rows, a crash-safe writer, a reader for ours and the field's, and merging of shards."""
 
+from rsrouter.results.about import ExpertRecord, Shard, TableMetadata, TreeRecord, pack_ids
 from rsrouter.results.merge import merge_tables
 from rsrouter.results.metadata import metadata_path, read_metadata
 from rsrouter.results.rows import COLUMNS, FIELD_COLUMNS, RADIUS_DECIMALS, Row, format_radius
@@ -8,6 +9,11 @@ from rsrouter.results.writer import ResultsWriter
 
 __all__ = [
     "COLUMNS",
+    "ExpertRecord",
+    "Shard",
+    "TableMetadata",
+    "TreeRecord",
+    "pack_ids",
     "FIELD_COLUMNS",
     "RADIUS_DECIMALS",
     "ResultsWriter",

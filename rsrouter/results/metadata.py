@@ -10,6 +10,7 @@ from typing import Any
 
 from rsrouter.core.errors import ResultsError
 from rsrouter.files import write_atomically
+from rsrouter.stored import read_json
 
 #: Keys that describe a run without being part of it; not compared, but for `DECISIVE`.
 NOT_COMPARED = ("info",)
@@ -95,23 +96,16 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     Raises:
         ResultsError: unreadable, or not a JSON object.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise ResultsError(
-            f"Cannot read the metadata {path.name}",
-            expected="a JSON object",
-            received=str(error),
-            remedy="it belongs to the table of the same name; restore it or start in a new folder",
-        ) from error
+    remedy = "it belongs to the table of the same name; restore it or start in a new folder"
+    data = read_json(path, f"The metadata {path.name}", error=ResultsError, remedy=remedy)
     if not isinstance(data, dict):
         raise ResultsError(
             f"Cannot read the metadata {path.name}",
             expected="a JSON object",
             received=type(data).__name__,
-            remedy="it belongs to the table of the same name; restore it or start in a new folder",
+            remedy=remedy,
         )
     return data
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.core.types import ABSTAIN
+from rsrouter.results.about import TableMetadata, understood
 from rsrouter.results.metadata import metadata_path, read_metadata
 from rsrouter.results.rows import FIELD_COLUMNS, check_counts, correctness, parse_counts, parse_time
 
@@ -23,7 +25,7 @@ class Table:
 
     Attributes:
         name: what to call it in a report.
-        metadata: content of the JSON beside it, empty for a table of the field.
+        metadata: content of the JSON beside it, empty for a table of the field; `about` is the same, checked.
         idx, label, predict, correct, n_drawn: int64; -1 where unknown (predict -1 is abstention).
         radius, r_router, r_expert: float64, L2 in [0,1]-pixel units; r_router and r_expert NaN where unknown.
         time: float64 seconds.
@@ -56,6 +58,30 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.idx)
+
+    @cached_property
+    def about(self) -> TableMetadata | None:
+        """What the table's own JSON says about its run; None where it has none, or another program's.
+
+        Raises:
+            ResultsError: the JSON is of this package, and of another version, or damaged.
+        """
+        return understood(self.metadata, f"The metadata of table {self.name!r}")
+
+    def described(self) -> TableMetadata:
+        """`about`, of a table that must have it.
+
+        Raises:
+            ResultsError: the table does not say how it was made.
+        """
+        if self.about is None:
+            raise ResultsError(
+                f"Table {self.name!r} does not say how it was made",
+                expected="the JSON that `certify` writes beside a table",
+                received="none" if not self.metadata else f"a JSON of another kind, with {sorted(self.metadata)[:8]}",
+                remedy="certify with this package; a table of the field cannot be verified",
+            )
+        return self.about
 
     @property
     def abstained(self) -> NDArray[np.bool_]:
