@@ -16,7 +16,7 @@ from rsrouter.audit.votes import repeated_rows
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
 from rsrouter.data import ImageData, from_arrays, load_data
 from rsrouter.results import Table, read_table
-from rsrouter.results.verify import Run, verify_rows
+from rsrouter.results.verify import verify_rows
 from rsrouter.sampling.execution import Execution
 from rsrouter.serialise import find_tables, resolve_source, router_folder
 from rsrouter.smooth import RoutedSmooth, Smooth
@@ -148,7 +148,7 @@ def _images(data: ImageData | Tensor | str | Path) -> ImageData:
 
 
 def _audit_table(state: State, table: Table, routed: RoutedSmooth, images: ImageData | None) -> None:
-    run, name = Run.of(table), table.name
+    run, name = table.described(), table.name
     execution = Execution(**{k: v for k, v in run.execution.items() if k in Execution.__dataclass_fields__})
     whole = RoutedSmooth(routed.pool, routed.router, execution=execution, noise=run.noise)
     subjects: list[Smooth | RoutedSmooth] = [whole, *(Smooth(e, execution=execution, noise=run.noise) for e in routed.pool)]
@@ -160,14 +160,14 @@ def _audit_table(state: State, table: Table, routed: RoutedSmooth, images: Image
         subject = alone[0] if run.role == "expert" and alone else whole
     if run.noise != routed.noise:
         wrong.append((None, f"the table was drawn with {run.noise} noise, the router is published with {routed.noise}"))
-    told = {s.get("name"): s.get("sigma") for s in table.metadata.get("stages") or []}
+    told = {s.name: s.sigma for s in run.tree.stages}
     wrong += [
         (None, f"stage {s.name}: sigma {told[s.name]} in the table, {s.sigma} in the router")
         for s in subject.tree.stages.values()
         if s.name in told and told[s.name] != s.sigma
     ]
     state.add("digests", name, wrong, "the table is about these weights" if not wrong else "the table is about other weights")
-    derived = subject.routed.default_seed(str(table.metadata.get("seed_from", "")))
+    derived = subject.routed.default_seed(run.seed_from)
     state.add(
         "seed",
         name,
@@ -176,7 +176,7 @@ def _audit_table(state: State, table: Table, routed: RoutedSmooth, images: Image
         else [(None, f"seed {run.seed} was chosen by hand; the digests give {derived}. Seeds can be shopped for")],
         "the seed derives from the digests" if run.seed == derived else "the seed does not derive from the digests",
     )
-    cells = verify_rows(table, subject.tree, run)
+    cells = verify_rows(table, subject.tree)
     state.add(
         "radii",
         name,

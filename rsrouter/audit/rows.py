@@ -27,14 +27,13 @@ from rsrouter.core.errors import PlanError
 from rsrouter.core.recompute import StoredVotes, read_votes
 from rsrouter.core.types import ABSTAIN
 from rsrouter.data import ImageData
-from rsrouter.results import Table
-from rsrouter.results.verify import Run
+from rsrouter.results import Table, TableMetadata
 from rsrouter.sampling.engine import Engine
 from rsrouter.sampling.noise import CHUNK, SHARED
 from rsrouter.smooth import RoutedSmooth, Smooth
 
 
-def audit_rows(state: State, table: Table, run: Run, subject: Smooth | RoutedSmooth, images: ImageData) -> None:
+def audit_rows(state: State, table: Table, run: TableMetadata, subject: Smooth | RoutedSmooth, images: ImageData) -> None:
     settings = state.settings
     rng = np.random.default_rng([settings.seed, int.from_bytes(hashlib.sha256(table.name.encode()).digest()[:4], "little")])
     count = len(table) if settings.rows is None else min(settings.rows, len(table))
@@ -62,7 +61,7 @@ def _engine(subject: Smooth | RoutedSmooth, seed: int, device: str | None) -> En
 def _votes(
     state: State,
     table: Table,
-    run: Run,
+    run: TableMetadata,
     subject: Smooth | RoutedSmooth,
     rows: list[tuple[int, StoredVotes]],
     pixels: dict[int, Tensor],
@@ -127,7 +126,7 @@ def _votes(
 def _fresh(
     state: State,
     table: Table,
-    run: Run,
+    run: TableMetadata,
     subject: Smooth | RoutedSmooth,
     rows: list[tuple[int, StoredVotes]],
     pixels: dict[int, Tensor],
@@ -207,7 +206,7 @@ def _finite(value: float) -> float | None:
 def _attack(
     state: State,
     table: Table,
-    run: Run,
+    run: TableMetadata,
     subject: Smooth | RoutedSmooth,
     rows: list[tuple[int, StoredVotes]],
     pixels: dict[int, Tensor],

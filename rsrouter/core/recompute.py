@@ -76,6 +76,8 @@ class Recomputed:
         predict, n_drawn: int64 `(N,)`.
         radius, r_router, r_expert: float64 `(N,)`.
         bound_by, expert: `(N,)` names; `expert` None without one.
+        answered_by: `(N,)` name of the stage whose selection votes named the class.
+        fixed_votes: int64 `(N,)` what a fixed plan would have drawn on the same networks, selection as drawn.
         faults: by image the PlanError that says why such votes cannot come from this tree and plan.
     """
 
@@ -86,6 +88,8 @@ class Recomputed:
     n_drawn: Ints
     bound_by: NDArray[np.object_]
     expert: NDArray[np.object_]
+    answered_by: NDArray[np.object_]
+    fixed_votes: Ints
     faults: dict[int, PlanError]
     read: _Read
     grouped: dict[str, Array]
@@ -96,7 +100,7 @@ class Recomputed:
         if name == self.bound_by[i] or name not in tree.stages or self.read.c[i] <= ABSTAIN:
             return bool(name == self.bound_by[i])
         entries = {s: entry[i : i + 1] * (1.0 - ROOM if s == name else 1.0) for s, entry in self.grouped.items()}
-        return tree.order[recursion(tree, entries)[1][0]] == name
+        return bool(tree.order[recursion(tree, entries)[1][0]] == name)
 
     def certificate(self, i: int) -> Certificate:
         """The certificate of image `i`; its PlanError is raised where it has none."""
@@ -141,8 +145,8 @@ class _Read:
     def earlier(self, name: str, i: int) -> list[tuple[int, Ints]]:
         """Looks of one image before its last one, ascending: their position in the plan and their cumulative votes."""
         stage = self.stages[name]
-        at = np.flatnonzero(stage.past_row == i)
-        return [(int(stage.past_look[k]), stage.past[k]) for k in at[np.argsort(stage.past_look[at])]]
+        first, end = np.searchsorted(stage.past_row, [i, i + 1])  # sorted by image, then by look
+        return [(int(stage.past_look[k]), stage.past[k]) for k in range(first, end)]
 
     def sound(self) -> Mask:
         """`(N,)` images without a fault."""
@@ -323,7 +327,7 @@ def recompute_all(
     >>> votes = [{"select": {"sigma_0.5": [10, 0, 0]}, "estimate": {"sigma_0.5": [99, 1, 0]}}]
     >>> found = recompute_all(tree, FixedPlan(10, 100), AlphaSplit.even(0.001, tree.paths), votes)
     >>> found.predict.tolist(), found.radius.round(3).tolist()
-    ([0], [0.664])
+    ([0], [0.671])
     """
     check_sides(sides)
     if rule not in RULES:
@@ -353,6 +357,7 @@ def recompute_all(
     networks = {stage.network: read.stages[name] for name, stage in tree.stages.items()}
     looks = np.array([*plan.looks, 0])
     drawn = sum((looks[s.look] + plan.n0 * s.chosen for s in networks.values()), np.zeros(n, np.int64))
+    fixed = sum((plan.n_max * (s.look >= 0) + plan.n0 * s.chosen for s in networks.values()), np.zeros(n, np.int64))
     names = np.array(tree.order, dtype=object)
     experts = np.array([tree.stages[name].expert for name in tree.order], dtype=object)
     return Recomputed(
@@ -363,6 +368,8 @@ def recompute_all(
         n_drawn=np.asarray(drawn),
         bound_by=names[np.where(answered, by, read.last)],
         expert=experts[read.last],
+        answered_by=names[read.last],
+        fixed_votes=np.asarray(fixed),
         faults=read.faults,
         read=read,
         grouped=grouped,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,13 @@ from rsrouter.core.terms import Terms
 from rsrouter.inputs import check_images
 from rsrouter.jobs.driver import Images, Running, load_task, make_executor, run_job, stored_threads
 from rsrouter.jobs.work import CertifyWork
-from rsrouter.results import Table
+from rsrouter.results import ExpertRecord, Table, TableMetadata, TreeRecord, pack_ids
 from rsrouter.sampling.execution import KERNELS, default_batch
-from rsrouter.sampling.noise import CHUNK, SHARED
+from rsrouter.sampling.noise import CHUNK
 from rsrouter.smooth import RoutedSmooth, Smooth
 
 #: Images that stand for a data set that knows no fingerprint.
 SAMPLED = 8
-
-
-def describe_indices(order: Sequence[int]) -> dict[str, Any]:
-    """The images of a job, short enough for metadata: start, stop and step where they are evenly spaced, else a digest."""
-    steps = {b - a for a, b in pairwise(order)}
-    if len(steps) <= 1:
-        step = steps.pop() if steps else 1
-        return {"start": order[0], "stop": order[-1] + step, "step": step} if order else {"start": 0, "stop": 0, "step": 1}
-    return {"sha256": hashlib.sha256(repr(list(order)).encode()).hexdigest()}
 
 
 def describe_data(images: Images, data: dict[str, Any] | None, order: Sequence[int]) -> dict[str, Any]:
@@ -125,39 +115,32 @@ def job_metadata(
     """What makes a table reproducible; rows are only ever added under the same metadata (but for `info`)."""
     execution = {**smoothed.execution.to_dict(), "batch": settled_batch(smoothed, device)}
     experts = smoothed.pool if isinstance(smoothed, RoutedSmooth) else [smoothed.expert]
-    return {
-        "kind": "rsrouter-certificates",
-        "schema_version": 2,
-        "name": name,
-        "role": "routed" if isinstance(smoothed, RoutedSmooth) else "expert",
-        "terms": terms.to_dict(),
-        "seed_from": seed_from,
-        "seed_derived": terms.seed == smoothed.routed.default_seed(seed_from),
-        "digest": smoothed.digest,
-        "router_digest": smoothed.router.digest if isinstance(smoothed, RoutedSmooth) else None,
-        "router": smoothed.router.kind if isinstance(smoothed, RoutedSmooth) else None,
-        "experts": [{"name": e.name, "sigma": e.sigma, "digest": e.digest} for e in experts],
-        "stages": [
-            {"name": s.name, "sigma": s.sigma, "kind": s.kind, "tau": s.tau, "network": s.network}
-            for s in smoothed.tree.stages.values()
-        ],
-        "noise": smoothed.noise,
-        "independent_noise": not smoothed.noise.endswith(SHARED),
-        "stream": {"chunk": CHUNK},
-        "execution": execution,
-        "kernels": dict(KERNELS),
-        "data": data,
-        "indices": describe_indices(order),
-        "num_images": len(order),
-        "device": facts["device"],
-        "versions": facts["versions"],
-        "info": {
+    return TableMetadata(
+        name=name,
+        role="routed" if isinstance(smoothed, RoutedSmooth) else "expert",
+        digest=smoothed.digest,
+        router=smoothed.router.kind if isinstance(smoothed, RoutedSmooth) else None,
+        experts=tuple(ExpertRecord(name=e.name, sigma=float(e.sigma), digest=e.digest) for e in experts),
+        tree=TreeRecord.of(smoothed.tree),
+        terms=terms,
+        seed_from=seed_from,
+        seed_derived=terms.seed == smoothed.routed.default_seed(seed_from),
+        noise=smoothed.noise,
+        stream={"chunk": CHUNK},
+        execution=execution,
+        kernels=dict(KERNELS),
+        data=data,
+        indices=pack_ids(order),
+        num_images=len(order),
+        device=facts["device"],
+        versions=facts["versions"],
+        info={
             "threads": threads or torch.get_num_threads(),
             "instructions": facts["instructions"],
             "platform": platform.platform(),
             "python": platform.python_version(),
         },
-    }
+    ).to_dict()
 
 
 def certify_table(

@@ -15,9 +15,10 @@ from rsrouter.core.errors import InputError
 from rsrouter.core.plans import check_whole
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_images, check_seed
-from rsrouter.jobs.certify import check_order, describe_data, describe_indices, take_shard
+from rsrouter.jobs.certify import check_order, describe_data, take_shard
 from rsrouter.jobs.driver import Images, Running, load_task, make_executor, run_job, stored_threads
 from rsrouter.jobs.work import LabelWork
+from rsrouter.results import pack_ids
 from rsrouter.results.metadata import metadata_path, normalise
 from rsrouter.sampling.execution import Execution, default_batch
 from rsrouter.training.label_files import has_votes, save_votes
@@ -118,7 +119,7 @@ def label_table(
                 "unseen": unseen,
                 "source": source,
                 "images": len(mine),
-                "indices": describe_indices(order),
+                "indices": pack_ids(order),
                 "data": describe_data(images, None, order),
                 "device": facts["device"],
                 "versions": facts["versions"],

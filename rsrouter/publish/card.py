@@ -16,8 +16,7 @@ from rsrouter.core.errors import InputError
 from rsrouter.experts.expert import Expert
 from rsrouter.report import Summary, summarise, wrong_certificates
 from rsrouter.report.summary import Series
-from rsrouter.results import Table
-from rsrouter.results.verify import Run
+from rsrouter.results import Table, TableMetadata
 from rsrouter.sampling.noise import SHARED
 from rsrouter.serialise import Saved, origins
 
@@ -136,7 +135,7 @@ def _expert(expert: Expert) -> list[dict[str, Any]]:
 
 
 def _results(summary: Summary, tables: list[Table], repo_id: str, figure: str | None) -> dict[str, Any]:
-    runs = [(table, Run.of(table)) for table in tables]
+    runs = [(table, table.described()) for table in tables]
     main = next(run for table, run in runs if table.name == summary.main.name)
     images, shared = len(summary.main), main.noise.endswith(SHARED)
     return {
@@ -185,7 +184,7 @@ def _lines(summary: Summary) -> list[str]:
     return [f"| {line} |" if " | " in line else f"|{line}|" for line in lines]
 
 
-def _run(table: Table, run: Run, repo_id: str) -> dict[str, Any]:
+def _run(table: Table, run: TableMetadata, repo_id: str) -> dict[str, Any]:
     data = table.metadata.get("data") or {}
     name = str(data.get("name") or "data set not named")
     plan = run.plan.to_dict()
@@ -220,17 +219,17 @@ def _run(table: Table, run: Run, repo_id: str) -> dict[str, Any]:
 
 def _part(table: Table) -> str:
     """The options that choose the certified images, "" where they are all of the data set."""
-    indices = table.metadata.get("indices") or {}
-    whole = (table.metadata.get("data") or {}).get("images")
-    if not {"start", "stop", "step"} <= indices.keys() or (indices["start"], indices["stop"], indices["step"]) == (0, whole, 1):
+    indices = table.described().indices
+    if len(indices) != 1 or indices[0] == (0, table.described().data.get("images"), 1):
         return ""
-    every = f" --every {indices['step']}" if indices["step"] != 1 else ""
-    return f" --start {indices['start']} --count {indices['stop'] - indices['start']}{every}"
+    start, stop, step = indices[0]
+    every = f" --every {step}" if step != 1 else ""
+    return f" --start {start} --count {stop - start}{every}"
 
 
 def _eval_results(summary: Summary) -> list[EvalResult]:
     """model-index entries: one per headline radius, of the routed classifier."""
-    table, run = summary.main, Run.of(summary.main)
+    table, run = summary.main, summary.main.described()
     series: Series = next(s for s in summary.series if s.name == table.name)
     data = table.metadata.get("data") or {}
     name = str(data.get("name") or table.name)

@@ -10,8 +10,8 @@ from typing import Any
 
 from rsrouter.core.errors import InputError, IntegrityError, ResultsError
 from rsrouter.publish.card import Card, check_claims, render_card
-from rsrouter.results import Table, metadata_path, read_table
-from rsrouter.results.verify import Run, verify_rows
+from rsrouter.results import Table, TableMetadata, metadata_path, read_table
+from rsrouter.results.verify import verify_rows
 from rsrouter.serialise import CONFIG, WEIGHTS, Saved, load_folder, read_router_config
 
 README, FIGURE = "README.md", "certificates/curve.svg"
@@ -119,14 +119,14 @@ def collect(
     return sorted([*names, README, *([figure] if figure else [])]), card, routed
 
 
-def check_table(table: Table, saved: Saved) -> Run:
+def check_table(table: Table, saved: Saved) -> TableMetadata:
     """Refuses a table that is not about `saved` or one of its experts, or whose rows do not follow from their votes.
 
     Raises:
         ResultsError: metadata that do not say how the table was made.
         IntegrityError: other weights, other noise, or cells that were edited.
     """
-    run = Run.of(table)
+    run = table.described()
     subjects = [saved.routed, *(saved.alone(name) for name in saved.pool.names)]
     subject = next((s for s in subjects if s.digest == run.digest), None)
     if subject is None or run.noise != saved.noise:
@@ -136,7 +136,7 @@ def check_table(table: Table, saved: Saved) -> Run:
             received=f"digest {run.digest}, {run.noise} noise",
             remedy="certify this router; do not publish certificates of another one with it",
         )
-    derived = run.seed == subject.default_seed(str(table.metadata.get("seed_from", "")))
+    derived = run.seed == subject.default_seed(run.seed_from)
     if bool(table.metadata.get("seed_derived")) != derived:
         raise IntegrityError(
             f"Table {table.name!r} says something else about its seed than is true",
@@ -155,7 +155,7 @@ def check_table(table: Table, saved: Saved) -> Run:
             remedy="votes of another dtype or layout belong to another function: certify the router as it is saved, or save it "
             "with the table's execution (`RoutedSmooth.with_execution`)",
         )
-    if wrong := verify_rows(table, subject.tree, run):
+    if wrong := verify_rows(table, subject.tree):
         raise IntegrityError(
             f"{len(wrong)} cells of table {table.name!r} do not follow from the votes in their rows",
             expected="radii as certify writes them",

@@ -3,8 +3,10 @@
 from rsrouter.results.about import ExpertRecord, Shard, TableMetadata, TreeRecord, pack_ids
 from rsrouter.results.merge import merge_tables
 from rsrouter.results.metadata import metadata_path, read_metadata
+from rsrouter.results.reading import read_table
 from rsrouter.results.rows import COLUMNS, FIELD_COLUMNS, RADIUS_DECIMALS, Row, format_radius
-from rsrouter.results.table import Table, align, read_table
+from rsrouter.results.table import Table, align
+from rsrouter.results.verify import require_sound, require_whole, unfinished, verify_rows
 from rsrouter.results.writer import ResultsWriter
 
 __all__ = [
@@ -25,4 +27,8 @@ __all__ = [
     "metadata_path",
     "read_metadata",
     "read_table",
+    "require_sound",
+    "require_whole",
+    "unfinished",
+    "verify_rows",
 ]

@@ -12,6 +12,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import ResultsError
+from rsrouter.core.plans import Plan
 from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Stage, Target, Tree
 from rsrouter.stored import Stored, validated
@@ -226,14 +227,29 @@ class TableMetadata(Stored):
         return AlphaSplit.even(self.terms.alpha, self.tree.tree.paths)
 
     @property
-    def seed(self) -> int:
-        """The seed that keyed the noise."""
-        return cast(int, self.terms.seed)
+    def plan(self) -> Plan:
+        """How many votes, and the bound that is valid for that rule."""
+        return self.terms.plan
+
+    @property
+    def alpha(self) -> float:
+        """Failure probability of each certificate."""
+        return self.terms.alpha
+
+    @property
+    def rule(self) -> str:
+        """Which stages are sampled."""
+        return self.terms.rule
 
     @property
     def sides(self) -> str:
         """Sidedness of the bounds, "one" or "two"."""
         return cast(str, self.terms.sides)
+
+    @property
+    def seed(self) -> int:
+        """The seed that keyed the noise."""
+        return cast(int, self.terms.seed)
 
     @property
     def independent_noise(self) -> bool:

@@ -9,23 +9,23 @@ from typing import Any
 
 from rsrouter.core.errors import ResultsError
 from rsrouter.files import sync_folder, write_atomically
+from rsrouter.results.about import TableMetadata, unpack_ids
 from rsrouter.results.metadata import NOT_COMPARED, describe, differences, metadata_path, normalise, read_metadata, write_metadata
+from rsrouter.results.reading import read_bytes, read_table
 from rsrouter.results.rows import COLUMNS, FIELD_COLUMNS, HEADER
-from rsrouter.results.table import read_bytes, read_table
 
 _TIME = FIELD_COLUMNS.index("time")
 
 
 def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, partial: bool = False) -> Path:
-    """Merges shards of one run into the table one uninterrupted run over ascending image ids writes.
+    """Merges shards of one run into the table that one uninterrupted run writes.
 
-    Rows are sorted by image id and copied byte for byte, so the result depends neither on the number of
-    shards nor on the order in which they are named (time column aside). A row that several shards hold is
-    kept once; its other cells must agree (of the times the smallest is kept).
+    Rows stand in the order of the job's images and are copied byte for byte, so the result depends neither on the number
+    of shards nor on the order in which they are named (time column aside). Every row must follow from its votes. One that
+    several shards hold is kept once; its other cells must agree (of the times the smallest is kept).
 
     Metadata: every key must agree but `shard` and `info`; of `info`, what decides bits must (`differences`), and what all
-    shards agree on is kept. `shard`, if present, is `{"index": i, "count": N}` with 0 <= i < N; every shard that holds an
-    image must be there. `num_images`, if present, is the number of rows of the whole table.
+    shards agree on is kept. Every shard that holds an image must be there.
 
     Args:
         paths: the shards' tables, each with its metadata beside it.
@@ -35,6 +35,7 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     Raises:
         ResultsError: no shards, different metadata (with what differs), duplicates that differ, a missing shard
             or missing rows, or `out` is taken.
+        IntegrityError: rows that do not follow from their votes.
     """
     if not paths:
         raise ResultsError(
@@ -47,9 +48,9 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     metadata: dict[str, Any] = {}
     first: Path | None = None
     info: dict[str, Any] = {}
-    rows: dict[int, tuple[list[str], Path]] = {}
+    rows: dict[int, tuple[str, Path]] = {}
     present: dict[int, int] = {}
-    count = None
+    count, about = None, None
     for path in map(Path, paths):
         if path.resolve() == out.resolve():
             raise ResultsError(
@@ -67,11 +68,11 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                 received="none",
                 remedy="run its certify command again if it has only begun; tables of others cannot be merged",
             )
-        shard = stored.pop("shard", None)
-        about = stored.get("info") or {}
+        own = TableMetadata.read(stored, f"The metadata {metadata_path(path).name}")
+        stored.pop("shard", None)
         if first is None:
-            first, metadata, info = path, stored, about
-        info = {key: value for key, value in info.items() if about.get(key) == value}
+            first, metadata, info, about = path, stored, own.info, own
+        info = {key: value for key, value in info.items() if own.info.get(key) == value}
         found = differences(metadata, stored)
         if found:
             raise ResultsError(
@@ -80,7 +81,7 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                 received=describe(found),
                 remedy="merge only shards of the same certify command",
             )
-        index, total = _shard(shard, path)
+        index, total = (own.shard.index, own.shard.count) if own.shard else (0, None)
         if total is not None:
             if count not in (None, total):
                 raise ResultsError(
@@ -90,66 +91,47 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                     remedy="merge only shards of the same certify command",
                 )
             count = total
-        found_rows = _cells(path)
+        found_rows = _lines(path, own)
         present[index] = max(present.get(index, 0), len(found_rows))
-        for idx, cells in found_rows:
+        for idx, line in found_rows:
             if idx not in rows:
-                rows[idx] = cells, path
+                rows[idx] = line, path
                 continue
             other, source = rows[idx]
-            if _untimed(other) != _untimed(cells):
-                column = next(c for c, a, b in zip(COLUMNS, other, cells) if a != b and c != "time")
+            mine, theirs = other.split("\t"), line.split("\t")
+            if _untimed(mine) != _untimed(theirs):
+                column = next(c for c, a, b in zip(COLUMNS, mine, theirs, strict=True) if a != b and c != "time")
                 raise ResultsError(
                     f"Two shards disagree about image {idx}",
-                    expected=f"{column} {other[COLUMNS.index(column)]!r} as in {source}",
-                    received=f"{cells[COLUMNS.index(column)]!r} in {path}",
+                    expected=f"{column} {mine[COLUMNS.index(column)]!r} as in {source}",
+                    received=f"{theirs[COLUMNS.index(column)]!r} in {path}",
                     remedy="certify this image again; one of the files is damaged",
                 )
-            if float(cells[_TIME]) < float(other[_TIME]):
-                rows[idx] = cells, path
+            if float(theirs[_TIME]) < float(mine[_TIME]):
+                rows[idx] = line, path
     if not partial:
         _check_complete(metadata, rows, present, count)
     metadata = {k: v for k, v in metadata.items() if k not in NOT_COMPARED} | ({"info": info} if info else {})
-    text = HEADER + "".join("\t".join(rows[idx][0]) + "\n" for idx in sorted(rows))
+    order = [int(i) for i in unpack_ids(about.indices)] if about else []
+    text = HEADER + "".join(rows[idx][0] + "\n" for idx in order if idx in rows)
     _write(out, text.encode(), metadata)
     return out
 
 
-def _shard(shard: Any, path: Path) -> tuple[int, int | None]:
-    if shard is None:
-        return 0, None
-    try:
-        index, count = int(shard["index"]), int(shard["count"])
-    except (TypeError, KeyError, ValueError) as error:
-        raise ResultsError(
-            f"{path.name} says in no readable way which shard it is",
-            expected='"shard": {"index": i, "count": N}',
-            received=repr(shard),
-            remedy="restore its metadata",
-        ) from error
-    if not 0 <= index < count:
-        raise ResultsError(
-            f"{path.name} is a shard that cannot be",
-            expected=f"an index from 0 to {count - 1}",
-            received=str(index),
-            remedy="restore its metadata",
-        )
-    return index, count
-
-
-def _cells(path: Path) -> list[tuple[int, list[str]]]:
-    if read_bytes(path) == HEADER.encode():
+def _lines(path: Path, own: TableMetadata) -> list[tuple[int, str]]:
+    """Image ids and lines of a shard, every row seen to follow from its votes."""
+    content = read_bytes(path)
+    if content == HEADER.encode():
         return []  # begun, and nothing finished
-    table = read_table(path)
-    lines = path.read_text(encoding="utf-8").split("\n")
-    if lines[0] + "\n" != HEADER:
+    if not content.startswith(HEADER.encode()):
         raise ResultsError(
             f"{path.name} is not a table of this package",
             expected=f"the header {' '.join(COLUMNS)}",
-            received=repr(lines[0][:80]),
+            received=repr(content[:80].split(b"\n", 1)[0].decode("utf-8", errors="replace")),
             remedy="only tables of this package can be merged",
         )
-    return [(int(idx), line.split("\t")) for idx, line in zip(table.idx, lines[1:], strict=False)]
+    table = read_table(path, check="counts")
+    return list(zip(table.idx.tolist(), content.decode().split("\n")[1:], strict=False))
 
 
 def _untimed(cells: list[str]) -> list[str]:
@@ -157,9 +139,8 @@ def _untimed(cells: list[str]) -> list[str]:
 
 
 def _check_complete(metadata: dict[str, Any], rows: dict[int, Any], present: dict[int, int], count: int | None) -> None:
-    stated = metadata.get("num_images")
-    whole = stated if isinstance(stated, int) else None
-    asked = 0 if count is None else count if whole is None else min(count, whole)
+    whole = int(metadata["num_images"])
+    asked = 0 if count is None else min(count, whole)
     missing = sorted(set(range(asked)) - set(present))
     if missing:
         raise ResultsError(
@@ -168,7 +149,7 @@ def _check_complete(metadata: dict[str, Any], rows: dict[int, Any], present: dic
             received=f"no shard {', '.join(map(str, missing[:20]))}",
             remedy="certify them, or merge what there is with partial",
         )
-    if whole is not None and len(rows) != whole:
+    if len(rows) != whole:
         sizes = {index: len(range(index, whole, count)) for index in present} if count is not None else {}
         short = [f"shard {i}: {present[i]} of {size}" for i, size in sorted(sizes.items()) if present[i] < size]
         raise ResultsError(

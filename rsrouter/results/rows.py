@@ -30,6 +30,7 @@ _NUMBER = r"(?:0|[1-9][0-9]{0,18}+)"
 _STAGES = r'\{(?:"[^"\\\x00-\x1f]*+":\[(?:NUMBER(?:,NUMBER)*+)?\](?:,(?=")|(?=\})))*+\}'.replace("NUMBER", _NUMBER)
 #: What `Row.to_line` writes, unless a stage's name needs escapes. Parsing the votes of 1,000 classes takes six times as long.
 _COUNTS = re.compile(r'\{"select":STAGES,"estimate":STAGES(?:,"earlier":STAGES)?\}'.replace("STAGES", _STAGES))
+_MANY = re.compile(rf"(?:(?:{_COUNTS.pattern})?+(?:\n|\Z))*+")
 
 
 def format_radius(radius: float) -> str:
@@ -206,6 +207,25 @@ def parse_counts(text: str) -> dict[str, dict[str, tuple[int, ...]]]:
             if not isinstance(votes, list) or not all(type(v) is int and v >= 0 for v in votes):
                 raise ValueError(f"votes of stage {name!r} are not a list of whole numbers")
     return {purpose: {name: tuple(votes) for name, votes in stages.items()} for purpose, stages in data.items()}
+
+
+def all_counts(texts: Sequence[str]) -> bool:
+    """Whether every text is votes as `Row.to_line` writes them, or empty; False may also mean a name that needs escapes."""
+    return _MANY.fullmatch("\n".join(texts)) is not None if texts else True
+
+
+def votes_of(texts: Sequence[str]) -> tuple[list[dict[str, dict[str, list[int]]]], set[int]]:
+    """The votes of many rows, and the positions of texts that are not written as `Row.to_line` writes them.
+
+    Such a text may name a stage twice; of two readers each could see another one.
+    """
+    joined = "[" + ",".join(text or "{}" for text in texts) + "]"
+    found = json.loads(joined)
+    if len(found) == len(texts) and json.dumps(found, separators=(",", ":")) == joined:
+        return found, {i for i, text in enumerate(texts) if not text}
+    found = [json.loads(text or "{}") for text in texts]
+    odd = {i for i, (v, t) in enumerate(zip(found, texts, strict=True)) if json.dumps(v, separators=(",", ":")) != t}
+    return found, odd
 
 
 def check_counts(text: str) -> str:

@@ -1,107 +1,29 @@
-"""What a results table says about its own run, and whether its rows follow from their votes."""
+"""Whether the rows of a table follow from their votes, and whether all of its images are there.
+
+Radii, classes and all other cells but the label and the time are functions of the votes and of what the table's JSON says
+about its run. What this cannot tell is whether the votes themselves were drawn, and whether the JSON is true: that takes the
+router and the images (`rsrouter.audit`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rsrouter.core.bounds import AlphaSplit
-from rsrouter.core.errors import PlanError, ResultsError
-from rsrouter.core.plans import Plan
-from rsrouter.core.recompute import recompute
-from rsrouter.core.terms import Terms
+from rsrouter.core.errors import IntegrityError, ResultsError
+from rsrouter.core.recompute import ROOM, Recomputed, recompute_all
 from rsrouter.core.tree import Tree
-from rsrouter.core.types import Certificate
-from rsrouter.results.rows import RADIUS_DECIMALS
+from rsrouter.results.rows import RADIUS_DECIMALS, votes_of
 from rsrouter.results.table import Table
 
-#: Relative room for another scipy: its quantiles err by about 1e-12.
-_RELATIVE = 1e-9
 _STEP = 10.0**-RADIUS_DECIMALS
-
-
-@dataclass(frozen=True)
-class Run:
-    """The part of a table's metadata that its certificates depend on.
-
-    Attributes:
-        digest: of the smoothed classifier (`RoutedSmooth.digest`).
-        terms: as given to certify, nothing left open.
-        noise: kind of noise.
-        role: "routed" or "expert".
-        execution: how the networks ran.
-        device, versions, threads, instructions: where.
-    """
-
-    digest: str
-    terms: Terms
-    noise: str
-    role: str
-    execution: Mapping[str, Any]
-    device: str
-    versions: Mapping[str, str]
-    threads: int | None
-    instructions: str | None
-
-    @classmethod
-    def of(cls, table: Table) -> Run:
-        """The run that made `table`.
-
-        Raises:
-            ResultsError: metadata that are missing, incomplete or of another kind.
-        """
-        data = table.metadata
-        try:
-            return cls(
-                digest=str(data["digest"]),
-                terms=Terms.from_dict(data["terms"]),
-                noise=str(data["noise"]),
-                role=str(data.get("role", "routed")),
-                execution=dict(data["execution"]),
-                device=str(data["device"]),
-                versions={str(k): str(v) for k, v in data["versions"].items()},
-                threads=data.get("info", {}).get("threads"),
-                instructions=data.get("info", {}).get("instructions"),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
-            raise ResultsError(
-                f"The metadata of table {table.name!r} do not say how it was made",
-                expected="digest, terms, noise, execution, device, versions, as `certify` writes them",
-                received=f"{type(error).__name__}: {error}",
-                remedy="certify with this package; a table of the field cannot be verified",
-            ) from error
-
-    @property
-    def plan(self) -> Plan:
-        """How many votes, and the bound that is valid for that rule."""
-        return self.terms.plan
-
-    @property
-    def alpha(self) -> float:
-        """Failure probability of each certificate."""
-        return self.terms.alpha
-
-    @property
-    def rule(self) -> str:
-        """Which stages are sampled."""
-        return self.terms.rule
-
-    @property
-    def sides(self) -> str:
-        """Sidedness of plurality bounds."""
-        return str(self.terms.sides)
-
-    @property
-    def seed(self) -> int:
-        """What keys the noise."""
-        return int(self.terms.seed or 0)
-
-    def split(self, tree: Tree) -> AlphaSplit:
-        """How alpha was divided over the stages of `tree`."""
-        return AlphaSplit.even(self.alpha, tree.paths)
+#: Votes that are unpacked at once: rows times outcomes.
+_CHUNK = 400_000
 
 
 @dataclass(frozen=True)
@@ -123,48 +45,122 @@ class Mismatch:
         return f"image {self.idx}: {self.column} {self.published} published, {self.recomputed} from its votes"
 
 
-def recompute_rows(table: Table, tree: Tree, run: Run) -> list[Certificate | PlanError]:
-    """The certificate of every row from its stored votes (`rsrouter.core.recompute`)."""
-    votes = [table.counts(i) for i in range(len(table))]
-    return recompute(tree, run.plan, run.split(tree), votes, rule=run.rule, sides=run.sides)
+def verify_rows(table: Table, tree: Tree | None = None) -> list[Mismatch]:
+    """Every cell of `table` that does not follow from the votes in its row, and every row that is not of its job.
 
-
-def verify_rows(table: Table, tree: Tree, run: Run) -> list[Mismatch]:
-    """Every cell of `table` that does not follow from the votes in its row.
-
-    A published radius must be the recomputed one rounded down to the table's decimals; 1e-9 of it is allowed
-    for another version of scipy.
+    A published radius must be the recomputed one rounded down to the table's decimals; 1e-9 of it is allowed for another
+    version of scipy.
 
     Args:
-        table: with vote counts.
-        tree: stages of the classifier it claims to be about.
-        run: from `Run.of(table)`.
+        table: with votes, and metadata of `certify`.
+        tree: stages of the classifier that the table should be about; None: those that its own metadata name.
+
+    Raises:
+        ResultsError: the table does not say how it was made.
     """
-    found: list[Mismatch] = []
-    for i, again in enumerate(recompute_rows(table, tree, run)):
-        idx = int(table.idx[i])
-        if isinstance(again, PlanError):
-            found.append(Mismatch(idx, "counts", str(table.counts_text[i])[:120], str(again)))
-            continue
-        told = (
-            ("predict", int(table.predict[i]), again.predict),
-            ("expert", str(table.expert[i]), again.expert or ""),
-            ("n_drawn", int(table.n_drawn[i]), again.n_drawn),
-            ("seed", table.seed[i], run.seed),
-            ("rule", str(table.rule[i]), run.rule if run.role == "routed" else ""),
+    return _verify(table, tree)[0]
+
+
+def _verify(table: Table, tree: Tree | None) -> tuple[list[Mismatch], Table]:
+    """The mismatches, and the table with what its votes tell besides."""
+    about = table.described()
+    tree = tree or about.tree.tree
+    split = AlphaSplit.even(about.alpha, tree.paths)
+    found = [
+        Mismatch(int(i), "idx", str(i), f"no image of the {about.num_images} that the job names")
+        for i in table.idx[~np.isin(table.idx, about.ids)]
+    ]
+    size = max(1, _CHUNK // sum(stage.num_outcomes for stage in tree.stages.values()))
+    answered, fixed = np.full(len(table), "", dtype=object), np.zeros(len(table), np.int64)
+    for start in range(0, len(table), size):
+        rows = np.arange(start, min(start + size, len(table)))
+        part = table.take(rows)
+        votes, odd = votes_of(part.counts_text.tolist())
+        again = recompute_all(tree, about.plan, split, votes, rule=about.rule, sides=about.sides)
+        found += _compare(part, again, odd)
+        answered[rows], fixed[rows] = again.answered_by, again.fixed_votes
+    return found, replace(table, answered_by=answered, fixed_votes=fixed, checked=not found)
+
+
+def _compare(table: Table, again: Recomputed, odd: set[int]) -> Iterator[Mismatch]:
+    about = table.described()
+
+    def told(rows: NDArray[np.bool_], column: str, published: Any, recomputed: Any) -> Iterator[Mismatch]:
+        for i in np.flatnonzero(rows & sound):
+            yield Mismatch(int(table.idx[i]), column, str(published[i]), str(recomputed[i]))
+
+    sound = np.ones(len(table), bool)
+    for i in sorted({*odd, *again.faults}):
+        sound[i] = False
+        why = again.faults.get(i) if str(table.counts_text[i]) else "no votes, so nothing"
+        yield Mismatch(int(table.idx[i]), "counts", str(table.counts_text[i])[:120], str(why or "votes in another notation"))
+    count = len(table)
+    expert = np.array([name or "" for name in again.expert], dtype=object)
+    rule = np.full(count, about.rule if about.role == "routed" else "", dtype=object)
+    seed = np.full(count, about.seed, dtype=object)
+    for column, published, recomputed in (
+        ("predict", table.predict, again.predict),
+        ("expert", table.expert, expert),
+        ("n_drawn", table.n_drawn, again.n_drawn),
+        ("seed", table.seed, seed),
+        ("rule", table.rule, rule),
+    ):
+        yield from told(np.asarray(published != recomputed, dtype=bool), column, published, recomputed)
+    bound = np.asarray(table.bound_by != again.bound_by, dtype=bool)
+    for at in np.flatnonzero(bound & sound).tolist():
+        bound[at] = not again.may_be_bound_by(at, str(table.bound_by[at]))
+    yield from told(bound, "bound_by", table.bound_by, again.bound_by)
+    for column in ("radius", "r_router", "r_expert"):
+        published, radius = getattr(table, column), getattr(again, column)
+        yield from told(~_rounded_down(published, radius), column, published, radius)
+
+
+def _rounded_down(published: NDArray[np.float64], radius: NDArray[np.float64]) -> NDArray[np.bool_]:
+    with np.errstate(invalid="ignore"):
+        near = (radius * (1.0 - ROOM) - 1.01 * _STEP <= published) & (published <= radius * (1.0 + ROOM))
+    return np.where(np.isinf(radius) | np.isinf(published), published == radius, near)
+
+
+def require_sound(table: Table, tree: Tree | None = None) -> Table:
+    """`table`, marked as checked, if all of its rows follow from their votes.
+
+    Raises:
+        IntegrityError: cells that were edited, the first three of them named.
+        ResultsError: the table does not say how it was made.
+    """
+    wrong, checked = _verify(table, tree)
+    if wrong:
+        rows = len({m.idx for m in wrong})
+        raise IntegrityError(
+            f"{rows} of {len(table)} rows of table {table.name!r} do not follow from the votes in them",
+            expected="every cell as certify writes it",
+            received="; ".join(str(w) for w in wrong[:3]),
+            remedy="restore the table from where it was certified; if nobody edited it, report a bug",
         )
-        found += [Mismatch(idx, column, str(a), str(b)) for column, a, b in told if a != b]
-        for column, published, radius in (
-            ("radius", float(table.radius[i]), again.radius),
-            ("r_router", float(table.r_router[i]), again.r_router),
-            ("r_expert", float(table.r_expert[i]), again.r_expert),
-        ):
-            if not _rounded_down(published, radius):
-                found.append(Mismatch(idx, column, f"{published:.8f}", f"{radius:.8f}"))
-    return found
+    return checked
 
 
-def _rounded_down(published: float, radius: float) -> bool:
-    if np.isinf(radius) or np.isinf(published):
-        return published == radius
-    return radius * (1.0 - _RELATIVE) - 1.01 * _STEP <= published <= radius * (1.0 + _RELATIVE)
+def require_whole(table: Table) -> Table:
+    """`table`, if it holds every image of its job: what a card and a publication ask for.
+
+    Raises:
+        ResultsError: rows are missing (\"18 of 25\"), or the table does not say how it was made.
+    """
+    expected = len(table.described().ids)
+    if len(table) != expected:
+        raise ResultsError(
+            f"Table {table.name!r} is unfinished",
+            expected=f"{expected} images",
+            received=f"{len(table)} of {expected}",
+            remedy="run the same certify command again: it goes on where it stopped",
+        )
+    return table
+
+
+def unfinished(table: Table) -> str:
+    """Words such as \"18 of 25 images\" for a table that lacks rows, \"\" for one that is whole or does not tell."""
+    expected = table.expected
+    return "" if expected is None or len(table) >= expected else f"{len(table):,} of {expected:,} images"
+
+
+__all__ = ["Mismatch", "require_sound", "require_whole", "unfinished", "verify_rows"]

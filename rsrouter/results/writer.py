@@ -12,9 +12,11 @@ from typing import Any
 
 from rsrouter.core.errors import ResultsError
 from rsrouter.files import is_leftover, sync_folder, write_atomically
+from rsrouter.results.about import KIND
 from rsrouter.results.metadata import describe, differences, metadata_path, normalise, read_metadata, write_metadata
+from rsrouter.results.reading import parse_rows
 from rsrouter.results.rows import COLUMNS, HEADER, Row
-from rsrouter.results.table import parse_rows
+from rsrouter.results.verify import require_sound
 
 try:
     import fcntl
@@ -43,6 +45,7 @@ class ResultsWriter:
     Raises:
         ResultsError: the table belongs to another run (with what differs), another process writes to it, it
             is damaged other than by a torn last line, or the disk refuses.
+        IntegrityError: rows of certificates that do not follow from their votes.
     """
 
     def __init__(self, path: str | os.PathLike[str], metadata: Mapping[str, Any], *, sync_seconds: float = 1.0) -> None:
@@ -255,7 +258,9 @@ class ResultsWriter:
             write_metadata(self._metadata_path, self.metadata)
         whole = rows[: rows.rfind("\n") + 1]
         if whole.count("\n") > 1:
-            table = parse_rows(whole[:-1].split("\n"), COLUMNS, path=self.path, metadata={}, ours=True, name="")
+            table = parse_rows(whole[:-1].split("\n"), path=self.path, metadata=self.metadata, name=self.path.name)
+            if self.metadata.get("kind") == KIND:
+                require_sound(table)
             self._done = set(table.idx.tolist())
         if len(whole) < len(content):
             os.ftruncate(self._fd, len(whole.encode()))

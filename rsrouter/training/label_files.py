@@ -16,8 +16,7 @@ from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.core.types import ABSTAIN
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.files import write_atomically
-from rsrouter.results import read_table
-from rsrouter.results.table import align
+from rsrouter.results import align, read_table
 from rsrouter.training.labels import Labels, target_radii
 
 #: The kind of a file that holds tables' radii instead of votes.

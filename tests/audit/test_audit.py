@@ -182,9 +182,8 @@ def test_votes_and_radius_inflated_together(run: Path, data: ImageData) -> None:
     table = read_table(run / "certificates.tsv")
     routed = RoutedSmooth.from_pretrained(run / "router")
     from rsrouter.core.recompute import recompute
-    from rsrouter.results.verify import Run
 
-    run_of = Run.of(table)
+    run_of = table.described()
     i = int(np.flatnonzero(table.predict >= 0)[0])
     votes = {k: {s: list(v) for s, v in stages.items()} for k, stages in table.counts(i).items()}
     for counts in votes["estimate"].values():
@@ -193,7 +192,7 @@ def test_votes_and_radius_inflated_together(run: Path, data: ImageData) -> None:
             if k != top:
                 counts[top] += counts[k]
                 counts[k] = 0
-    (better,) = recompute(routed.tree, run_of.plan, run_of.split(routed.tree), [votes])
+    (better,) = recompute(routed.tree, run_of.plan, run_of.split, [votes])
     assert better.radius > table.radius[i]
     lines = (run / "certificates.tsv").read_text().splitlines(keepends=True)
     lines[i + 1] = Row.from_certificate(

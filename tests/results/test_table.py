@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_rows import METADATA, make_row, run_job
+from fake_rows import FIXED, METADATA, SEED, described, make_row, run_job
 
-from rsrouter.core.errors import InputError, ResultsError
+from rsrouter.core.errors import InputError, IntegrityError, ResultsError
 from rsrouter.results import ResultsWriter, align, merge_tables, read_table
 
 FIELD = (
@@ -52,39 +52,12 @@ def test_our_table(tmp_path: Path) -> None:
     table = read_table(tmp_path / "certificates.tsv")
     rows = [make_row(i) for i in range(20)]
     assert table.name == "routed run"
-    assert table.metadata["plan"]["n"] == 100
+    assert table.about.plan == FIXED
     assert table.predict.tolist() == [r.predict for r in rows]
     assert table.expert.tolist() == [r.expert for r in rows]
-    assert table.seed.tolist() == [2**70 + 1] * 20
+    assert table.seed.tolist() == [SEED] * 20
     assert table.correct.tolist() == [r.correct for r in rows]
     assert table.counts(4)["estimate"] == {k: tuple(v) for k, v in rows[4].counts["estimate"].items()}  # type: ignore[index]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "line", "expected"),
-    [
-        ("\t0.36\t", "\tnan\t", 3, "finite radius"),
-        ("\t0.36\t", "\tinf\t", 3, "finite radius"),
-        ("\t0.36\t", "\t-0.1\t", 3, "finite radius"),
-        ("\t0.36\t", "\tx\t", 3, "radius to be a number"),
-        ("8\t8\t0.36\t1", "8\t8\t0.36\t0", 3, "correct 1"),
-        # the running total that one of the field's scripts prints
-        ("8\t1\t1.2\t0", "8\t1\t1.2\t2", 4, "correct 0"),
-        ("3\t-1\t0.0", "3\t-1\t0.5", 2, "radius 0"),
-        ("3\t-1\t0.0", "3\t-2\t0.0", 2, "predict >= -1"),
-        ("20\t8", "20.5\t8", 3, "whole number"),
-        ("20\t8", "0\t8", 3, "each image once"),
-        ("\t0:00:13.996586", "", 3, "6 tab-separated cells"),
-        ("0:00:13.996586", "soon", 3, "time"),
-    ],
-)
-def test_a_bad_row_is_named(tmp_path: Path, old: str, new: str, line: int, expected: str) -> None:
-    assert FIELD.count(old) == 1
-    with pytest.raises(ResultsError) as caught:
-        read_table(field_table(tmp_path, FIELD.replace(old, new)))
-    assert f"Line {line} of sigma_0.25.tsv" in caught.value.message
-    assert expected in caught.value.expected
-    assert caught.value.received
 
 
 @pytest.mark.parametrize("text", ["", "a,b,c\n1,2,3\n", FIELD.split("\n")[0] + "\n"])
@@ -136,14 +109,14 @@ def shards(folder: Path, count: int, images: int = 23) -> list[Path]:
     paths = []
     for index in range(count):
         path = folder / f"shard-{index}-of-{count}.tsv"
-        run_job(path, range(index, images, count), {**METADATA, "num_images": images, "shard": {"index": index, "count": count}})
+        run_job(path, range(index, images, count), described(ids=range(images), shard={"index": index, "count": count}))
         paths.append(path)
     return paths
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_shards_merge_into_what_one_run_writes(tmp_path: Path, count: int) -> None:
-    run_job(tmp_path / "one.tsv", range(23), {**METADATA, "num_images": 23})
+    run_job(tmp_path / "one.tsv", range(23), described(ids=range(23)))
     paths = shards(tmp_path, count)
     random.Random(count).shuffle(paths)
     # a shard that was done twice changes nothing
@@ -156,7 +129,7 @@ def test_shards_merge_into_what_one_run_writes(tmp_path: Path, count: int) -> No
 
 def test_overlapping_shards_agree_but_for_time(tmp_path: Path) -> None:
     for name, seconds in (("a", 3.0), ("b", 2.0)):
-        with ResultsWriter(tmp_path / f"{name}.tsv", METADATA) as writer:
+        with ResultsWriter(tmp_path / f"{name}.tsv", described(ids=[1])) as writer:
             writer.append(make_row(1, seconds=seconds))
     for order in (["a", "b"], ["b", "a"]):
         out = merge_tables([tmp_path / f"{n}.tsv" for n in order], tmp_path / f"{order[0]}-first.tsv")
@@ -167,26 +140,33 @@ def test_shards_that_disagree(tmp_path: Path) -> None:
     paths = shards(tmp_path, 2)
     text = paths[0].read_text()
     copy = tmp_path / "copy.tsv"
-    copy.write_text(text.replace("\ttree\t", "\tmin\t", 1))
+    cells = text.split("\n")[1].split("\t")
+    assert cells[1] == "-1"
+    cells[1], cells[4] = "2", str(int(cells[2] == "2"))
+    copy.write_text(text.replace(text.split("\n")[1], "\t".join(cells), 1))
     copy.with_suffix(".json").write_text(paths[0].with_suffix(".json").read_text())
     with pytest.raises(ResultsError, match="disagree about image 0") as caught:
         merge_tables([*paths, copy], tmp_path / "out.tsv")
-    assert "'tree'" in caught.value.expected
-    assert "'min'" in caught.value.received
+    assert "label '-1'" in caught.value.expected
+    assert "'2'" in caught.value.received
     assert not (tmp_path / "out.tsv").exists()
+    # what follows from the votes cannot differ: such a shard is not merged at all
+    copy.write_text(text.replace("\ttree\t", "\tmin\t", 1))
+    with pytest.raises(IntegrityError, match="image 0: rule min published, tree from its votes"):
+        merge_tables([*paths, copy], tmp_path / "out.tsv")
 
 
 def test_shards_of_another_run(tmp_path: Path) -> None:
     paths = shards(tmp_path, 2)
     metadata = json.loads(paths[1].with_suffix(".json").read_text())
-    paths[1].with_suffix(".json").write_text(json.dumps({**metadata, "alpha": 0.01}))
-    with pytest.raises(ResultsError, match=r"alpha: 0\.001 against 0\.01"):
+    paths[1].with_suffix(".json").write_text(json.dumps({**metadata, "terms": {**metadata["terms"], "alpha": 0.01}}))
+    with pytest.raises(ResultsError, match=r"terms.alpha: 0\.001 against 0\.01"):
         merge_tables(paths, tmp_path / "out.tsv")
     paths[1].with_suffix(".json").write_text(json.dumps({**metadata, "shard": {"index": 1, "count": 3}}))
     with pytest.raises(ResultsError, match="cut differently"):
         merge_tables(paths, tmp_path / "out.tsv")
     paths[1].with_suffix(".json").write_text(json.dumps({**metadata, "shard": "second"}))
-    with pytest.raises(ResultsError, match="which shard"):
+    with pytest.raises(ResultsError, match="shard: input should be an object"):
         merge_tables(paths, tmp_path / "out.tsv")
     paths[1].with_suffix(".json").unlink()
     with pytest.raises(ResultsError, match="no metadata"):
@@ -222,7 +202,7 @@ def test_merging_overwrites_nothing(tmp_path: Path) -> None:
 
 def test_shards_of_more_parts_than_images(tmp_path: Path) -> None:
     paths = shards(tmp_path, 30)[:23]  # the other seven hold no image
-    run_job(tmp_path / "one.tsv", range(23), {**METADATA, "num_images": 23})
+    run_job(tmp_path / "one.tsv", range(23), described(ids=range(23)))
     assert merge_tables(paths, tmp_path / "out.tsv").read_bytes() == (tmp_path / "one.tsv").read_bytes()
     with pytest.raises(ResultsError, match="no shard 22"):
         merge_tables(paths[:-1], tmp_path / "less.tsv")
@@ -232,7 +212,7 @@ def test_a_shard_that_has_only_begun(tmp_path: Path) -> None:
     paths = shards(tmp_path, 2)
     header = paths[1].read_text().splitlines(keepends=True)[0]
     paths[1].write_text(header)
-    with pytest.raises(ResultsError, match=r"shard 1: 0 of 11"):
+    with pytest.raises(ResultsError, match="shard 1: 0 of 11"):
         merge_tables(paths, tmp_path / "out.tsv")
     assert len(read_table(merge_tables(paths, tmp_path / "out.tsv", partial=True))) == 12
 
@@ -259,8 +239,8 @@ def test_shards_whose_sums_were_rounded_otherwise(tmp_path: Path, key: str) -> N
 
 def test_a_table_that_does_not_tell_its_instructions_is_not_refused_for_it(tmp_path: Path) -> None:
     path = tmp_path / "t.tsv"
-    run_job(path, range(2), {**METADATA, "device": "cpu", "info": {"threads": 1}})
-    run_job(path, range(3), {**METADATA, "device": "cpu", "info": {"threads": 1, "instructions": "AVX2"}})
+    run_job(path, range(2), {**METADATA, "info": {"threads": 1}})
+    run_job(path, range(3), {**METADATA, "info": {"threads": 1, "instructions": "AVX2"}})
     with pytest.raises(ResultsError, match=r"info\.threads: 1 against 2"):
-        run_job(path, range(4), {**METADATA, "device": "cpu", "info": {"threads": 2}})
+        run_job(path, range(4), {**METADATA, "info": {"threads": 2}})
     assert len(read_table(path)) == 3

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_rows import METADATA, make_row, run_job
+from fake_rows import METADATA, described, make_row, run_job
 
+from rsrouter.core import FixedPlan
 from rsrouter.core.errors import ResultsError
 from rsrouter.results import ResultsWriter, read_table
 from rsrouter.results.rows import HEADER
@@ -206,8 +207,8 @@ def test_another_runs_table_is_refused_with_what_differs(tmp_path: Path) -> None
     run_job(path, range(3))
     before = path.read_bytes()
     with pytest.raises(ResultsError) as caught:
-        ResultsWriter(path, {**METADATA, "plan": {"kind": "fixed", "n0": 10, "n": 200}, "extra": True})
-    assert "plan.n: 100 against 200" in caught.value.received
+        ResultsWriter(path, {**described(plan=FixedPlan(10, 200)), "extra": True})
+    assert "terms.plan.n: 100 against 200" in caught.value.received
     assert "extra: (absent) against true" in caught.value.received
     assert "alpha" not in caught.value.received
     assert path.read_bytes() == before
