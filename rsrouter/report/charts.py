@@ -1,4 +1,9 @@
-"""The page's charts, each in a wide and a narrow form (a style sheet shows the one that fits)."""
+"""Every chart of reports, cards and studies: on a page in a wide and a narrow form, and as SVG files of their own.
+
+There is one palette, the colour classes `c0` to `c7` of the style sheet (after Okabe and Ito 2008, told apart with every common
+colour blindness). A routed classifier is `c0`; experts take the others in the order of their noise levels, whatever else is in a
+report, so that an expert keeps its colour in every figure.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,9 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from rsrouter.report import curves
-from rsrouter.report.summary import OTHER, ROUTED, Series, Summary
-from rsrouter.report.svg import Plot
+from rsrouter.report.regret import Losses, at_radii, by_stage
+from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Summary
+from rsrouter.report.svg import Plot, standalone
 from rsrouter.results import Table
 
 Array = NDArray[np.float64]
@@ -27,9 +33,13 @@ def both(build: Callable[[str], Markup]) -> Markup:
 
 
 def colours(summary: Summary) -> dict[str, str]:
-    """Series name to its colour class, in drawing order."""
-    measured = [s.name for s in summary.series if s.role not in ("envelope", "oracle")]
-    return {name: f"c{i % 8}" for i, name in enumerate(measured)}
+    """Series name to colour class: experts by noise level from `c1` on, routed and other runs `c0`, then from `c7` down."""
+    order = {e.name: (e.sigma, k) for t in summary.tables if t.about for k, e in enumerate(t.about.experts)}
+    experts = [t.name for t in summary.named(EXPERT)]
+    known = sorted((name for name in experts if name in order), key=lambda name: order[name])
+    found = {name: f"c{1 + i % 7}" for i, name in enumerate([*known, *(name for name in experts if name not in order)])}
+    runs = {t.name: f"c{-i % 8}" for i, t in enumerate(summary.named(ROUTED, OTHER))}
+    return {s.name: (runs | found)[s.name] for s in summary.series if s.name in runs or s.name in found}
 
 
 def curve(summary: Summary) -> Markup:
@@ -49,24 +59,23 @@ def curve(summary: Summary) -> Markup:
             label=f"{what} by radius: " + "; ".join(_told(s, summary) for s in summary.series),
         )
         plot.linear_axes(RADIUS, what, x_most=9 if form == WIDE else 5)
+        key = {s.name: f"s{k}" for k, s in enumerate(summary.series)}  # what the legend switches on and off
         for s in summary.series:
-            if s.role == "envelope":
-                plot.line(*until_zero(x, s.fine), "envelope", s.name)
-            elif s.role == "oracle":
-                plot.line(*until_zero(x, s.fine), "oracle", s.name)
+            if s.role in ("envelope", "oracle"):
+                plot.line(*until_zero(x, s.fine), f"{s.role} {key[s.name]}", s.name)
         for s in summary.series:
             if s.low is not None and s.high is not None and (s.role != "expert" or alone):
-                plot.band(
-                    x, s.low, s.high, f"band {colour[s.name]}", f"{s.name}: {100 * summary.confidence:g}% interval over images"
-                )
+                what_for = f"{s.name}: {100 * summary.confidence:g}% interval over images"
+                plot.band(x, s.low, s.high, f"band {colour[s.name]} {key[s.name]}", what_for)
         for s in reversed(summary.series):
             if s.name in colour:
-                plot.line(*until_zero(x, s.fine), f"{s.role} {colour[s.name]} d{colour[s.name][1:]}", s.name)
+                plot.line(*until_zero(x, s.fine), f"{s.role} {colour[s.name]} d{colour[s.name][1:]} {key[s.name]}", s.name)
         for s in summary.series:
             classes = colour.get(s.name, "quiet")
-            classes += " strong" if s.role == ROUTED else ""
+            classes += f" {key[s.name]}" + (" strong" if s.role == ROUTED else "")
             others = [o.fine for o in summary.series if o is not s]
-            plot.label_on_line(x, s.fine, _clip(s.name, 26 if form == WIDE else 16), classes, others, leader=s.role == ROUTED)
+            if len(s.name) <= (30 if form == WIDE else 18):  # a longer name is the legend's alone: labels are never cut
+                plot.label_on_line(x, s.fine, s.name, classes, others, leader=s.role == ROUTED)
         return plot.render(form, f'data-right="{plot.right:g}" data-left="{plot.left:g}" data-xmax="{x[-1]:g}"')
 
     return both(build)
@@ -84,21 +93,23 @@ def _told(s: Series, summary: Summary) -> str:
     return f"{s.name} {values}"
 
 
-def _clip(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def stacked(
-    table: Table, names: NDArray[np.object_], grid: Array, order: Sequence[str], colour: dict[str, str], title: str
+    table: Table,
+    names: NDArray[np.object_],
+    grid: Array,
+    order: Sequence[str],
+    colour: dict[str, str],
+    title: str,
+    titles: dict[str, str],
 ) -> Markup:
-    """Share of all images certified at r, stacked by name (selected expert, or binding stage)."""
+    """Share of all images certified at r, stacked by name (selected expert, or binding stage); `titles` say it in words."""
     shares = curves.shares_by_radius(names, table, grid)
     present = [name for name in [*order, *(n for n in shares if n not in order)] if name in shares and shares[name].any()]
 
     def build(form: str) -> Markup:
         total = sum((shares[n] for n in present), np.zeros(len(grid)))
         high = min(1.0, np.ceil(float(total.max()) * 10 + 0.05) / 10) if total.max() > 0 else 1.0
-        at_zero = ", ".join(f"{n} {100 * shares[n][0]:.0f}%" for n in present)
+        at_zero = ", ".join(f"{titles.get(n, n)} {100 * shares[n][0]:.0f}%" for n in present)
         plot = Plot(
             *_SMALL[form], (0.0, float(grid[-1])), (0.0, high), margins=(46, 34, 8, 44), label=f"{title}; at radius 0: {at_zero}"
         )
@@ -110,7 +121,7 @@ def stacked(
                 base,
                 base + shares[name],
                 f"area {colour.get(name, 'c7')}",
-                f"{name}: {100 * shares[name][0]:.1f}% at radius 0",
+                f"{titles.get(name, name)}: {100 * shares[name][0]:.1f}% at radius 0",
             )
             base = base + shares[name]
         return plot.render(form)
@@ -175,3 +186,48 @@ def _votes(value: float) -> str:
     if value >= 999_500:
         return f"{value / 1e6:.3g}M"
     return f"{value / 1e3:.3g}k" if value >= 1000 else f"{value:.0f}"
+
+
+def lost(found: Losses, titles: dict[str, str], radii: Array | None = None) -> Markup:
+    """Images held by oracle, chosen expert and routed classifier over radius; between them what routing costs (`regret`)."""
+    grid = np.linspace(0.0, max(float(found.oracle.max()), float(found.routed.max()), 1e-3), 201) if radii is None else radii
+    held = at_radii(found, grid)
+    oracle, chosen, routed = (held[name] for name in ("oracle", "chosen", "routed"))
+    rows = by_stage(found)
+    told = "; ".join(
+        f"{titles.get(r.stage, r.stage)} ({100 * r.share:.0f}%): regret {r.regret:.3f}, loss {r.loss:.3f}" for r in rows
+    )
+
+    def build(form: str) -> Markup:
+        top = min(1.0, np.ceil(float(oracle.max()) * 10 + 0.05) / 10)
+        plot = Plot(
+            *_SIZES[form], (0.0, float(grid[-1])), (0.0, top), margins=(46, 34, 12, 46), label=f"What routing costs. {told}"
+        )
+        plot.linear_axes(RADIUS, "images held", x_most=9 if form == WIDE else 5)
+        plot.band(grid, chosen, oracle, "area c4", "routing regret: another expert would have held")
+        plot.band(grid, routed, chosen, "area c5", "certification loss: the chosen expert alone would have held")
+        plot.line(*until_zero(grid, oracle), "oracle", "oracle (knows the label)")
+        plot.line(*until_zero(grid, chosen), "expert c2 d1", "the chosen expert alone")
+        plot.line(*until_zero(grid, routed), "routed c0", "routed")
+        return plot.render(form)
+
+    return both(build)
+
+
+def curve_file(summary: Summary, title: str) -> bytes:
+    """The curve as an SVG file with its legend; the same tables give the same bytes."""
+    colour = colours(summary)
+    legend = [(s.name, colour.get(s.name, s.role)) for s in summary.series]
+    return standalone(curve(summary), legend, title).encode()
+
+
+def lost_file(found: Losses, title: str, titles: dict[str, str] | None = None) -> bytes:
+    """`lost` as an SVG file, with regret and loss by the stage that limits the radius below."""
+    titles = titles or {}
+    legend = [("routing regret", "c4"), ("certification loss", "c5"), ("routed", "c0"), ("the chosen expert alone", "c2")]
+    rows = [
+        f"limited by {titles.get(r.stage, r.stage)}, {100 * r.share:.0f}% of the images: "
+        f"mean regret {r.regret:.3f}, mean loss {r.loss:.3f}"
+        for r in by_stage(found)
+    ]
+    return standalone(lost(found, titles), legend, title, rows).encode()

@@ -7,7 +7,7 @@ probability alpha, which `certified_lower` accounts for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -226,6 +226,20 @@ def _percentiles(values: Array, confidence: float) -> tuple[Array, Array]:
     return np.asarray(low), np.asarray(high)
 
 
+def least_ratio(routed: Table, experts: Sequence[Table], radii: ArrayLike) -> tuple[float, float]:
+    """The smallest of routed accuracy / envelope over `radii` where the envelope is above 0, and the radius where it is.
+
+    What routing costs where it costs most: coverage is a mean, and a mean forgives. NaN, NaN where the envelope is 0 everywhere.
+    """
+    _stack([routed, *experts], [0.0])
+    held, best = certified_correct(routed, radii).mean(0), envelope(experts, radii)
+    ratio = np.where(best > 0, held / np.where(best > 0, best, 1.0), np.inf)
+    if not np.isfinite(ratio).any():
+        return float("nan"), float("nan")
+    i = int(ratio.argmin())
+    return float(ratio[i]), float(check_radii(radii)[i])
+
+
 def coverage_interval(
     routed: Table, experts: Sequence[Table], radii: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -333,27 +347,6 @@ def shares_by_radius(names: Sequence[str] | NDArray[np.object_], table: Table, r
     held = certified(table, radii)
     labels = np.asarray(names, dtype=object)
     return {str(name): held[labels == name].sum(0) / len(table) for name in dict.fromkeys(labels.tolist())}
-
-
-def fixed_plan_votes(table: Table) -> NDArray[np.int64] | None:
-    """`(N,)` votes a fixed plan would have drawn on the networks that were sampled; None where the table does not say.
-
-    Every network with estimation votes is charged the plan's most, selection as drawn; a network that serves two
-    stages once. Needs `plan` (and for shared networks `stages`) in the metadata, and the counts.
-    """
-    plan = (table.metadata.get("terms") or {}).get("plan")
-    most = (plan.get("n_max") or plan.get("n")) if isinstance(plan, Mapping) else None
-    if not isinstance(most, int) or not all(table.counts_text):
-        return None
-    stages = table.metadata.get("stages")
-    network = {s.get("name"): s.get("network") for s in stages if isinstance(s, Mapping)} if isinstance(stages, list) else {}
-    total = np.zeros(len(table), np.int64)
-    for i in range(len(table)):
-        counts = table.counts(i)
-        for purpose in ("select", "estimate"):
-            drawn = {network.get(stage, stage): sum(votes) for stage, votes in counts[purpose].items()}
-            total[i] += most * len(drawn) if purpose == "estimate" else sum(drawn.values())
-    return total
 
 
 def default_radii(tables: Sequence[Table], *, step: float = 0.25, most: int = 12) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rsrouter.report import curves
-from rsrouter.report.answering import answering_stages
+from rsrouter.report.stages import answering_stages
 from rsrouter.report.summary import Summary
-from rsrouter.results import Table
+from rsrouter.results import Table, csv_cell, printable
 
 Array = NDArray[np.float64]
 
@@ -44,12 +44,10 @@ class WholeTable:
 
 def whole_table(table: Table, radii: ArrayLike, delta: float = DELTA) -> WholeTable | None:
     """The statement about all rows at once (`curves.certified_lower`); None without a recorded alpha, or without labels."""
-    alpha = (table.metadata.get("terms") or {}).get("alpha")
-    if isinstance(alpha, Mapping):
-        alpha = alpha.get("total")
-    if not isinstance(alpha, float) or not 0.0 < alpha < 1.0 or not table.labelled:
+    about = table.about
+    if about is None or not table.labelled:
         return None
-    independent = bool(table.metadata.get("independent_noise", True))
+    alpha, independent = about.alpha, about.independent_noise
     lower = curves.certified_lower(table, radii, alpha=alpha, delta=delta, independent=independent)
     wrong = curves.wrong_certificates(len(table), alpha, delta=delta, independent=independent)
     return WholeTable(alpha, delta, independent, wrong, lower.tolist())
@@ -61,7 +59,7 @@ class Run:
 
     Attributes:
         name, role: of the table.
-        coverage: mean over the headline radii of accuracy / envelope; of routed tables.
+        coverage, least: mean and smallest over the headline radii of accuracy / envelope; of routed tables and the best expert.
         votes: drawn per image, mean.
         saved: share of the votes a fixed plan on the same stages would have drawn.
         seconds: per image, mean, where it ran.
@@ -71,6 +69,7 @@ class Run:
     name: str
     role: str
     coverage: float | None
+    least: float | None
     votes: float | None
     saved: float | None
     seconds: float | None
@@ -82,27 +81,21 @@ class Run:
 
 def run_of(table: Table, summary: Summary) -> Run:
     """What a table's rows and metadata say about its run."""
-    drawn = table.n_drawn[table.n_drawn > 0]
-    fixed = curves.fixed_plan_votes(table)
+    drawn, fixed, about = table.n_drawn[table.n_drawn > 0], table.fixed_votes, table.about
     seconds = table.time[np.isfinite(table.time) & (table.time > 0)]
-    plan = (table.metadata.get("terms") or {}).get("plan")
-    told = ""
-    if isinstance(plan, Mapping):
-        most = plan.get("n_max") or plan.get("n")
-        told = f"{plan.get('kind', 'fixed')}, {most:,}" if isinstance(most, int) else str(plan.get("kind", ""))
-    sure = whole_table(table, [0.0])
-    rules = sorted({str(r) for r in table.rule if r})
+    standing = {s.name: s for s in summary.standings}.get(table.name)
     return Run(
         table.name,
         summary.roles[table.name],
-        summary.coverage[table.name][0] if table.name in summary.coverage else None,
+        None if standing is None else standing.coverage,
+        None if standing is None else standing.least,
         float(drawn.mean()) if len(drawn) else None,
         None if fixed is None or not fixed.sum() else 1.0 - float(table.n_drawn.sum()) / float(fixed.sum()),
         float(seconds.mean()) if len(seconds) else None,
-        told,
-        None if sure is None else sure.alpha,
-        ", ".join(rules),
-        str(table.metadata.get("noise") or ""),
+        "" if about is None else f"{about.plan.to_dict()['kind']}, {about.plan.n_max:,}",
+        None if about is None else about.alpha,
+        ", ".join(sorted({printable(r) for r in set(table.rule.tolist()) if r})),
+        "" if about is None else printable(about.noise),
     )
 
 
@@ -112,9 +105,14 @@ def runs(summary: Summary) -> list[Run]:
     return found if any(r.votes is not None or r.plan for r in found) else []
 
 
+class Text(str):
+    """A cell that somebody else wrote."""
+
+
 def _csv(rows: Iterable[Sequence[object]]) -> bytes:
     buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    safe = ([csv_cell(cell) if isinstance(cell, Text) else cell for cell in row] for row in rows)
+    csv.writer(buffer, lineterminator="\n").writerows(safe)
     return buffer.getvalue().encode()
 
 
@@ -134,7 +132,7 @@ def numbers_csv(summary: Summary) -> bytes:
         for i, r in enumerate(summary.radii):
             rows.append(
                 (
-                    s.name,
+                    Text(s.name),
                     s.role,
                     _number(float(r)),
                     _number(float(s.at[i])),
@@ -148,6 +146,18 @@ def numbers_csv(summary: Summary) -> bytes:
     return _csv(rows)
 
 
+def curve_csv(summary: Summary) -> bytes:
+    """The curves as CSV: `series role radius accuracy low high`, at the headline radii and on the fine grid."""
+    rows: list[Sequence[object]] = [("series", "role", "radius", "accuracy", "low", "high")]
+    radii, first = np.unique(np.concatenate([summary.radii, summary.grid]), return_index=True)
+    for s in summary.series:
+        parts = ((s.at, s.fine), (s.at_low, s.low), (s.at_high, s.high))
+        ends = [None if a is None or b is None else np.concatenate([a, b])[first] for a, b in parts]
+        for i, r in enumerate(radii):
+            rows.append((Text(s.name), s.role, _number(float(r)), *("" if e is None else _number(float(e[i])) for e in ends)))
+    return _csv(rows)
+
+
 def shares_csv(summary: Summary) -> bytes:
     """Who answers and what limits the radius, of every table: `table kind name radius share` (of all its images)."""
     rows: list[Sequence[object]] = [("table", "kind", "name", "radius", "share")]
@@ -156,7 +166,10 @@ def shares_csv(summary: Summary) -> bytes:
             if column is None or not any(column):
                 continue
             for name, share in curves.shares_by_radius(column, table, summary.radii).items():
-                rows += [(table.name, kind, name, _number(float(r)), _number(float(v))) for r, v in zip(summary.radii, share)]
+                rows += [
+                    (Text(table.name), kind, Text(name), _number(float(r)), _number(float(v)))
+                    for r, v in zip(summary.radii, share)
+                ]
     return _csv(rows)
 
 

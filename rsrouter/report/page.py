@@ -14,13 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 from rsrouter.core.errors import ResultsError
 from rsrouter.files import is_leftover, write_atomically
 from rsrouter.report import charts, curves
-from rsrouter.report.answering import answering_stages
-from rsrouter.report.overview import numbers_csv, report_json, runs, shares_csv, whole_table
+from rsrouter.report.overview import curve_csv, numbers_csv, report_json, runs, shares_csv, whole_table
 from rsrouter.report.regret import page_rows
+from rsrouter.report.stages import answering_stages
 from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Source, Summary, load_tables, plan_radii, summarise
 from rsrouter.report.svg import standalone
 from rsrouter.report.thumbnails import by_id, gallery
-from rsrouter.results import Table
+from rsrouter.results import Table, printable
 from rsrouter.results.metadata import flatten
 
 #: Marks a folder as ours, so that a report may be made again over an earlier one.
@@ -31,7 +31,7 @@ Answering = tuple[str, NDArray[np.object_]]
 
 #: The page first: it marks the folder as ours. Charts that a report does not have are not there.
 CHARTS = ("who.svg", "bound.svg", "votes.svg")
-FILES = ("index.html", "curve.svg", "curve.png", "curve.csv", "numbers.csv", "shares.csv", "report.json", *CHARTS)
+FILES = ("index.html", "curve.svg", "curve.csv", "numbers.csv", "shares.csv", "report.json", *CHARTS)
 
 
 def write_report(
@@ -47,7 +47,7 @@ def write_report(
     confidence: float = 0.95,
     common: bool = False,
 ) -> Path:
-    """Writes `out/index.html`, one self-contained page, and beside it the curve (`curve.svg`, `.png`, `.csv`), the other charts
+    """Writes `out/index.html`, one self-contained page, and beside it the curve (`curve.svg`, `.csv`), the other charts
     (`who.svg`, `bound.svg`, `votes.svg`) and every number (`numbers.csv`, `shares.csv`, `report.json`).
 
     Args:
@@ -59,7 +59,8 @@ def write_report(
         images: what was certified, for thumbnails: a mapping from image id to `(C, H, W)`, or `(N, C, H, W)` in the order of
             the (first) routed table's rows; floats in [0,1] or bytes. Only those shown are read.
         classes: names of the classes.
-        radii: columns of the headline table; default 0, 0.25, ... up to the largest certified radius.
+        radii: columns of the headline table; default: every radius that some table's plan settled, else 0, 0.25, ... up to the
+            largest certified radius.
         confidence: level of the intervals over images.
         common: compare only the images that all tables hold, instead of refusing tables over different images.
 
@@ -69,6 +70,7 @@ def write_report(
     Raises:
         InputError: no tables, tables over different images, images that do not fit.
         ResultsError: a table that cannot be read, or an output folder that holds something else.
+        IntegrityError: a table of ours whose rows do not follow from their votes.
     """
     folder = Path(out)
     check_folder(folder)
@@ -79,12 +81,9 @@ def write_report(
     if images is not None:
         unsorted = next(t for t in loaded if t.name == summary.main.name)
         pictures = gallery(summary.main, by_id(images, unsorted), classes)
-    # matplotlib is slow to import and only needed here
-    from rsrouter.report.figures import curve_csv, figure_files
-
     files = {
         "index.html": render(summary, title, pictures).encode(),
-        **figure_files(summary, title),
+        "curve.svg": charts.curve_file(summary, title),
         "curve.csv": curve_csv(summary),
         "numbers.csv": numbers_csv(summary),
         "shares.csv": shares_csv(summary),
@@ -181,6 +180,10 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
         sure=whole_table(main, summary.radii),
         every_run=runs(summary),
         only=_only(main, answering),
+        titles=summary.titles,
+        standings={s.name: s for s in summary.standings},
+        notes=summary.notes,
+        loud=[(name, note) for name, note in summary.notes if note.startswith("UNFINISHED")],
         printed=[t.name for t in summary.tables if not t.ours],
         zip=zip,
         digits=1 if len(main) >= 2000 else 0,
@@ -192,9 +195,8 @@ def _chart_files(summary: Summary) -> dict[str, bytes]:
     main = summary.main
     answering = _answering(main)
     found = {"who.svg": _who(main, summary, answering), "bound.svg": _bound(main, summary, answering), "votes.svg": _votes(main)}
-    style = str(jinja2.PackageLoader("rsrouter.report", "templates").get_source(jinja2.Environment(), "report.css")[0])
     return {
-        name: standalone(part["chart"], style, [(who, colour) for who, _, colour in part.get("rows", ())]).encode()
+        name: standalone(part["chart"], [(who, colour) for who, _, colour in part.get("rows", ())]).encode()
         for name, part in found.items()
         if part and part["chart"]
     }
@@ -202,15 +204,15 @@ def _chart_files(summary: Summary) -> dict[str, bytes]:
 
 def _answering(table: Table) -> Answering:
     """`("expert" or "stage", which one named each image's class)`: the stage where all of a chain's stages read one expert."""
-    stages = answering_stages(table) if len({e for e in table.expert if e}) == 1 else None
+    stages = answering_stages(table) if len(set(table.expert.tolist()) - {""}) == 1 else None
     return ("expert", table.expert) if stages is None else ("stage", stages)
 
 
 def _only(table: Table, answering: Answering) -> tuple[str, str] | None:
     """`("expert" or "stage", name)` of what named every image's class; None where several did, or some row does not tell."""
     kind, column = answering
-    names = {str(name) for name in column if name or kind == "stage"}
-    return (kind, names.pop()) if len(names) == 1 and any(table.rule) and "" not in names else None
+    names = set(column.tolist()) - ({""} if kind == "expert" else set())
+    return (kind, str(names.pop())) if len(names) == 1 and any(table.rule) and "" not in names else None
 
 
 def _best(summary: Summary) -> list[float]:
@@ -219,13 +221,14 @@ def _best(summary: Summary) -> list[float]:
 
 
 def _lead(summary: Summary) -> str:
-    main, n = summary.main, len(summary.main)
-    pool = summary.named(EXPERT)
-    if main.name in summary.coverage:
-        value, low, high = summary.coverage[main.name]
+    main, n, single = summary.main, len(summary.main), summary.best_single
+    own = next((s for s in summary.standings if s.name == main.name), None)
+    if own is not None and single is not None and own is not single:
+        pool = len(summary.named(EXPERT))
         return (
-            f"On {n:,} images, {main.name} reaches {100 * value:.0f}% of what the best of {len(pool)} experts has at each radius "
-            f"({100 * summary.confidence:g}% interval over images: {100 * low:.0f} to {100 * high:.0f}%)."
+            f"On {n:,} images, {own.name} has at every radius at least {100 * own.least:.0f}% of what the best of {pool} experts "
+            f"has there, and {100 * own.coverage:.0f}% on average; the best single expert, {single.name}, "
+            f"{100 * single.least:.0f}% and {100 * single.coverage:.0f}%."
         )
     if len(summary.tables) > 1 and not summary.named(ROUTED):
         return f"{len(summary.tables)} models certified on the same {n:,} images, and what choosing between them could gain."
@@ -236,16 +239,14 @@ def _lead(summary: Summary) -> str:
 def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     """`(figure, what, detail)` of the tiles on top."""
     tiles = []
-    main = next(s for s in summary.series if s.name == summary.main.name)
-    if summary.main.name in summary.coverage:
-        value, low, high = summary.coverage[summary.main.name]
-        tiles.append(
-            (
-                f"{100 * value:.0f}%",
-                "of the envelope",
-                f"mean over {len(summary.radii)} radii; {100 * low:.0f} to {100 * high:.0f}%",
-            )
-        )
+    main, single = next(s for s in summary.series if s.name == summary.main.name), summary.best_single
+    own = next((s for s in summary.standings if s.name == summary.main.name), None)
+    if own is not None and single is not None and own is not single:
+        alone = f"best single expert: {100 * single.least:.0f}%"
+        tiles.append((f"{100 * own.least:.0f}%", "least ratio to the envelope", f"at r\u00a0=\u00a0{own.at:g}; {alone}"))
+        alone = f"best single expert: {100 * single.coverage:.0f}%"
+        between = f"{100 * own.low:.0f} to {100 * own.high:.0f}%"
+        tiles.append((f"{100 * own.coverage:.0f}%", "coverage of the envelope", f"{between}; {alone}"))
     for r in _landmarks(summary):
         tiles.append(_tile_at(summary, main, r))
     by_role = {s.role: s for s in summary.series}
@@ -305,16 +306,22 @@ def _part_colours(table: Table, summary: Summary, answering: Answering) -> dict[
     """A colour for every expert and stage of `table`; an expert with a curve of its own keeps that curve's."""
     colour = charts.colours(summary)
     taken = {t.name: colour[t.name] for t in summary.named(EXPERT)}
-    names = sorted({str(n) for n in (*table.expert, *table.bound_by, *answering[1]) if n})
-    parts = {name: taken[name] for name in names if name in taken}
+    names = sorted(set().union(*(set(c.tolist()) for c in (table.expert, table.bound_by, answering[1]))) - {""})
+    parts, experts = {name: taken[name] for name in names if name in taken}, set(table.expert.tolist())
     free = [c for c in (f"c{i}" for i in range(8)) if c not in parts.values()] or ["c7"]
     # routing stages first: they are not experts, so they get the routed line's colour where it is free
-    others = sorted((n for n in names if n not in parts), key=lambda n: (n in table.expert.tolist(), n))
+    others = sorted((n for n in names if n not in parts), key=lambda n: (n in experts, n))
     return {**parts, **{name: free[i % len(free)] for i, name in enumerate(others)}}
 
 
 def _stack(
-    table: Table, summary: Summary, answering: Answering, column: NDArray[np.object_], among: NDArray[np.bool_], what: str
+    table: Table,
+    summary: Summary,
+    answering: Answering,
+    column: NDArray[np.object_],
+    among: NDArray[np.bool_],
+    what: str,
+    titles: dict[str, str],
 ) -> Any:
     """A stacked chart and shares by name; None unless there is more than one name."""
     colour = _part_colours(table, summary, answering)
@@ -322,22 +329,23 @@ def _stack(
     if len(names) < 2:
         return None
     count = max(int(among.sum()), 1)
-    rows = [(name, float(np.sum((column == name) & among)) / count, colour[name]) for name in names]
-    return {"chart": charts.stacked(table, column, summary.grid, names, colour, what), "rows": rows}
+    rows = [(titles.get(n, n), float(np.sum((column == n) & among)) / count, colour[n]) for n in names]
+    return {"chart": charts.stacked(table, column, summary.grid, names, colour, what, titles), "rows": rows}
 
 
 def _who(table: Table, summary: Summary, answering: Answering) -> Any:
     """Share answered by each expert (or stage), of all images."""
     kind, column = answering
-    found = _stack(table, summary, answering, column, np.ones(len(table), bool), f"Images certified, by the {kind} that answers")
+    titles = summary.titles if kind == "stage" else {}
+    every = np.ones(len(table), bool)
+    found = _stack(table, summary, answering, column, every, f"Images certified, by the {kind} that answers", titles)
     return found and {**found, "kind": kind}
 
 
 def _bound(table: Table, summary: Summary, answering: Answering) -> Any:
     """Which stage limits the radius, of the certified images."""
-    return _stack(
-        table, summary, answering, table.bound_by, ~table.abstained, "Images certified, by the stage that limits the radius"
-    )
+    what = "Images certified, by the stage that limits the radius"
+    return _stack(table, summary, answering, table.bound_by, ~table.abstained, what, summary.titles)
 
 
 def _votes(table: Table) -> Any:
@@ -345,7 +353,7 @@ def _votes(table: Table) -> Any:
     drawn = table.n_drawn
     if not np.any(drawn > 0):
         return None
-    fixed = curves.fixed_plan_votes(table)
+    fixed = table.fixed_votes
     saved = None if fixed is None or not fixed.sum() else 1.0 - float(drawn.sum()) / float(fixed.sum())
     same = len(set(drawn.tolist())) == 1
     return {
@@ -375,12 +383,9 @@ def _made(table: Table) -> list[tuple[str, str]]:
         if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
             for position, entry in enumerate(value):
                 rest = ", ".join(f"{k} {v}" for k, v in entry.items() if k != "name" and v is not None)
-                lines.append((f"{key}.{entry.get('name', position)}", rest))
+                lines.append((printable(f"{key}.{entry.get('name', position)}"), printable(rest)))
         elif value is not None:
-            lines.append((key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
-    seeds = {s for s in table.seed.tolist() if s is not None}
-    if len(seeds) == 1 and "seed" not in table.metadata:
-        lines.append(("seed", str(seeds.pop())))
+            lines.append((printable(key), printable(", ".join(map(str, value)) if isinstance(value, list) else value)))
     if table.path is not None:
-        lines.append(("file", table.path.name))
+        lines.append(("file", printable(table.path.name)))
     return lines

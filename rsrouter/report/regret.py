@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,9 +26,6 @@ from rsrouter.core.errors import InputError
 from rsrouter.report import curves
 from rsrouter.report.summary import EXPERT, ROUTED, Summary
 from rsrouter.results import Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
 
@@ -155,52 +151,3 @@ def page_rows(summary: Summary) -> list[StageLosses] | None:
     if summary.roles[summary.main.name] != ROUTED or not summary.labelled or not asked or not asked <= {t.name for t in pool}:
         return None
     return by_stage(losses(summary.main, pool))
-
-
-def losses_figure(found: Losses, title: str, radii: ArrayLike | None = None) -> Figure:
-    """Left: certified accuracy of oracle, chosen expert and routed classifier. Right: mean regret and loss by binding stage."""
-    # matplotlib is slow to import and only needed here
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    from rsrouter.report.figures import FONT, OKABE_ITO
-
-    grid = np.linspace(0.0, max(float(found.oracle.max()), float(found.routed.max()), 1e-3), 201)
-    grid = grid if radii is None else curves.check_radii(radii)
-    held = at_radii(found, grid)
-    with rc_context(FONT):
-        figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
-        oracle, chosen, routed = (100 * held[name] for name in ("oracle", "chosen", "routed"))
-        left.fill_between(grid, chosen, oracle, color=OKABE_ITO[4], alpha=0.35, linewidth=0, label="routing regret")
-        left.fill_between(grid, routed, chosen, color=OKABE_ITO[5], alpha=0.45, linewidth=0, label="certification loss")
-        left.plot(grid, oracle, color="#666666", linewidth=1.2, dashes=(1, 1.5), label="oracle (knows the label)")
-        left.plot(grid, chosen, color=OKABE_ITO[2], linewidth=1.5, dashes=(6, 2), label="the chosen expert alone")
-        left.plot(grid, routed, color=OKABE_ITO[0], linewidth=2.6, label="routed")
-        left.set(xlabel="L2 radius (pixels in [0, 1])", ylabel="images held, %", xlim=(0, grid[-1]))
-        left.set_ylim(0, None)
-        left.legend(frameon=False, fontsize=9)
-        rows = by_stage(found)
-        height = np.arange(len(rows))
-        regret, loss = np.array([r.regret for r in rows]), np.array([r.loss for r in rows])
-        right.barh(height - 0.2, regret, 0.38, color=OKABE_ITO[4], label="routing regret")
-        right.barh(height + 0.2, loss, 0.38, color=OKABE_ITO[5], label="certification loss")
-        right.set_yticks(height, [f"{r.stage} ({100 * r.share:.0f}%)" for r in rows])
-        for label in right.get_yticklabels():
-            label.set_parse_math(False)
-        right.invert_yaxis()
-        right.axvline(0.0, color="#333333", linewidth=0.8)
-        right.set(xlabel="mean radius lost", ylabel="the stage that limits the radius (share of images)")
-        right.legend(frameon=False, fontsize=9)
-        for axes in (left, right):
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(title, fontsize=11, parse_math=False)
-    return figure
-
-
-def losses_files(found: Losses, title: str) -> dict[str, bytes]:
-    """`losses.svg` and `losses.png` as bytes; the same tables give the same bytes."""
-    from rsrouter.report.figures import save_figure
-
-    return save_figure(losses_figure(found, title), "losses")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from rsrouter.core.errors import InputError
 from rsrouter.report import curves
-from rsrouter.results import Table, align, read_table
+from rsrouter.report.stages import stage_titles
+from rsrouter.results import Table, align, printable, read_table, require_sound, unfinished
+from rsrouter.results.field import compare_votes
 
 Array = NDArray[np.float64]
 Source = Table | str | os.PathLike[str]
@@ -49,6 +51,33 @@ class Series:
     abstention: float | None = None
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How one classifier stands against the envelope of the experts, over the headline radii.
+
+    Attributes:
+        name, role: of the table.
+        least, at: the smallest ratio of its accuracy to the envelope, and the radius where it is.
+        coverage, low, high: the mean of the ratios, with a bootstrap interval over images.
+    """
+
+    name: str
+    role: str
+    least: float
+    at: float
+    coverage: float
+    low: float
+    high: float
+
+    @property
+    def words(self) -> str:
+        """In one sentence."""
+        return (
+            f"{self.name}: at least {100 * self.least:.1f}% of the experts' envelope (at radius {self.at:g}), "
+            f"{100 * self.coverage:.1f}% on average ({100 * self.low:.1f} to {100 * self.high:.1f})"
+        )
+
+
 @dataclass
 class Summary:
     """Everything a report shows, as numbers.
@@ -60,7 +89,9 @@ class Summary:
         grid: `(POINTS,)` radii at which curves are drawn.
         labelled: whether accuracy can be told; without labels every figure is the certified share.
         series: lines in drawing order: routed, other, experts, envelope, oracle.
-        coverage: routed (or other) name to coverage and its interval; empty without experts.
+        standings: of every routed (or other) table, then of the best single expert; empty without experts.
+        notes: `(table, sentence)` of what a reader must know: "" where it is about all tables.
+        titles: stage names to words for people.
     """
 
     tables: list[Table]
@@ -70,7 +101,19 @@ class Summary:
     labelled: bool
     confidence: float
     series: list[Series]
-    coverage: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    standings: list[Standing] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    titles: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def coverage(self) -> dict[str, tuple[float, float, float]]:
+        """Routed (or other) name to coverage and its interval."""
+        return {s.name: (s.coverage, s.low, s.high) for s in self.standings if s.role != EXPERT}
+
+    @property
+    def best_single(self) -> Standing | None:
+        """The expert that covers most of the envelope by itself."""
+        return next((s for s in self.standings if s.role == EXPERT), None)
 
     def named(self, *roles: str) -> list[Table]:
         """The tables that have one of `roles`, in order."""
@@ -100,6 +143,8 @@ class Summary:
                 }
                 for s in self.series
             ],
+            "notes": [{"table": name, "note": note} for name, note in self.notes],
+            "standings": [asdict(s) for s in self.standings],
             "coverage": {name: {"value": v, "low": low, "high": high} for name, (v, low, high) in self.coverage.items()},
         }
 
@@ -112,7 +157,8 @@ def load_tables(tables: Mapping[str, Source] | Sequence[Source] | Source) -> lis
     """Tables from paths or tables, as a mapping (its keys are the names), a list, or a single one.
 
     Raises:
-        InputError: none at all, or something that is neither; ResultsError for unreadable files.
+        InputError: none at all, or something that is neither. ResultsError: unreadable files. IntegrityError: tables of ours
+            whose rows do not follow from their votes.
     """
     if isinstance(tables, Mapping):
         pairs: list[tuple[str | None, Source]] = [(str(name), source) for name, source in tables.items()]
@@ -125,7 +171,7 @@ def load_tables(tables: Mapping[str, Source] | Sequence[Source] | Source) -> lis
         if isinstance(source, Table):
             table = source if name is None else source.renamed(name)
         elif isinstance(source, str | os.PathLike):
-            table = read_table(source, name=name)
+            table = read_table(source, name=name, check="counts")
         else:
             raise InputError(
                 "A report is made of results tables",
@@ -133,7 +179,9 @@ def load_tables(tables: Mapping[str, Source] | Sequence[Source] | Source) -> lis
                 received=type(source).__name__,
                 remedy="pass what read_table returns, or the path of a TSV",
             )
-        loaded.append(table)
+        if table.about is not None and not table.checked:
+            table = require_sound(table)
+        loaded.append(table.renamed(printable(table.name) or "table"))
     if not loaded or any(len(t) == 0 for t in loaded):
         raise InputError(
             "There is nothing to report",
@@ -166,7 +214,7 @@ def find_roles(tables: Sequence[Table], routed: str | Sequence[str] | None, expe
         )
     roles = {}
     for table in tables:
-        told = table.metadata.get("role")
+        told = table.about.role if table.about else table.metadata.get("role")
         if table.name in asked[ROUTED]:
             roles[table.name] = ROUTED
         elif table.name in asked[EXPERT]:
@@ -194,7 +242,7 @@ def summarise(
     roles = find_roles(loaded, routed, experts)
     aligned = align(loaded, common=common)
     labelled = all(t.labelled for t in aligned)
-    columns = _columns(aligned, roles) if radii is None else curves.check_radii(radii)
+    columns = _columns(aligned) if radii is None else curves.check_radii(radii)
     grid = np.linspace(0.0, _last_radius(aligned, columns), POINTS)
     measure = curves.certified_accuracy if labelled else curves.certified_share
     series = []
@@ -215,30 +263,43 @@ def summarise(
                 curves.abstention_rate(table),
             )
         )
-    summary = Summary(by_role, roles, columns, grid, labelled, confidence, series)
+    summary = Summary(by_role, roles, columns, grid, labelled, confidence, series, notes=notes_of(loaded))
+    summary.titles = stage_titles(summary.main.about)
     pool = summary.named(EXPERT)
     if labelled and len(pool) > 1:
         for name, function in (("envelope", curves.envelope), ("oracle", curves.oracle)):
             series.append(Series(_free(name, roles), name, function(pool, grid), None, None, function(pool, columns), None, None))
-        for table in summary.named(ROUTED, OTHER):
+        best = max(pool, key=lambda t: np.nan_to_num(curves.coverage(t, pool, columns)))
+        for table in [*summary.named(ROUTED, OTHER), best]:
             interval = curves.coverage_interval(table, pool, columns, confidence=confidence)
-            summary.coverage[table.name] = (curves.coverage(table, pool, columns), *interval)
+            least, where = curves.least_ratio(table, pool, columns)
+            summary.standings.append(
+                Standing(table.name, roles[table.name], least, where, curves.coverage(table, pool, columns), *interval)
+            )
     return summary
+
+
+def notes_of(tables: Sequence[Table]) -> list[tuple[str, str]]:
+    """What a reader of figures over `tables` must know: unfinished ones, those nobody can recompute, what was unusual in them."""
+    notes = [(t.name, f"UNFINISHED: {words}, so every figure is about these only") for t in tables if (words := unfinished(t))]
+    notes += [(t.name, note) for t in tables for note in t.notes]
+    published = [t.name for t in tables if t.about is None]
+    if published:
+        some = ", ".join(published[:6]) + (f" and {len(published) - 6} more" if len(published) > 6 else "")
+        notes.append(("", f"{some}: no votes are stored, so the radii cannot be recomputed and stand as published"))
+    return notes + [("", note) for note in compare_votes(tables)]
 
 
 def plan_radii(table: Table) -> Array | None:
     """The grid of radii that an adaptive plan settled, with 0; None for a plan (or a table) without one."""
-    plan = (table.metadata.get("terms") or {}).get("plan")
-    grid = plan.get("radii") if isinstance(plan, Mapping) else None
-    if not isinstance(grid, list) or not grid or not all(isinstance(r, int | float) and 0 <= r < np.inf for r in grid):
-        return None
-    return np.unique([0.0, *grid])
+    grid = None if table.about is None else table.about.plan.radii
+    return None if grid is None else np.unique([0.0, *grid])
 
 
-def _columns(tables: Sequence[Table], roles: Mapping[str, str]) -> Array:
-    """Headline radii: the grid the first routed table's plan settled, as far as anything is certified, else round ones."""
-    first = min(tables, key=lambda t: ROLES.index(roles[t.name]))
-    grid = plan_radii(first)
+def _columns(tables: Sequence[Table]) -> Array:
+    """Headline radii: those that any table's plan settled, as far as anything is certified, else round ones."""
+    grids = [grid for table in tables if (grid := plan_radii(table)) is not None]
+    grid = np.unique(np.concatenate(grids)) if grids else None
     if grid is None or len(grid) > 16:
         round_ones = curves.default_radii(tables)
         settled = round_ones if grid is None else round_ones[round_ones <= grid[-1]]

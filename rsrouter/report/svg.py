@@ -7,6 +7,8 @@ sheet. Every text is escaped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -160,31 +162,44 @@ class Plot:
         )
 
 
-def standalone(chart: Markup, style: str, legend: Sequence[tuple[str, str]] = ()) -> str:
+@cache
+def style_sheet() -> str:
+    """The page's style sheet: the one palette of every chart."""
+    return files("rsrouter.report").joinpath("templates", "report.css").read_text(encoding="utf-8")
+
+
+def standalone(chart: Markup, legend: Sequence[tuple[str, str]] = (), title: str = "", lines: Sequence[str] = ()) -> str:
     """The wide form of a chart as a file of its own, with the light colours of the page's style sheet.
 
     Args:
         chart: what `charts` made, its wide form first.
-        style: the page's style sheet.
         legend: names and colour classes, written below.
+        title: written above.
+        lines: written below the legend.
     """
     body = str(chart).split("</svg>", 1)[0].removeprefix("<svg ")
     width, height = (float(v) for v in body.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split())
     marks, x, below = [], 8.0, height + 16
     for name, colour in legend:
-        room = 30 + 7 * len(name)
+        room = 34 + 7.2 * len(name)
         if x > 8 and x + room > width:
             x, below = 8.0, below + 18
-        marks.append(f'<rect class="area {escape(colour)}" x="{number(x)}" y="{number(below - 10)}" width="12" height="12"/>')
+        marks.append(f'<rect class="key {escape(colour)}" x="{number(x)}" y="{number(below - 10)}" width="12" height="12"/>')
         marks.append(f'<text x="{number(x + 17)}" y="{number(below)}">{escape(name)}</text>')
         x += room
-    tall = below + 8 if legend else height
+    for line in lines:
+        below += 19
+        marks.append(f'<text x="8" y="{number(below)}" class="title">{escape(line)}</text>')
+    tall, above = (below + 8 if marks else height), (28 if title else 0)
+    head = f'<text x="8" y="-9" font-weight="bold">{escape(title)}</text>' if title else ""
+    style = style_sheet()
     root = style[style.index(":root") : style.index("}") + 1]
     rules = dict.fromkeys(line.strip() for line in style.splitlines() if line.strip().startswith(("svg ", ".c0 ", ".c4 ")))
     css = "\n".join([root, *rules, "svg { background: #fff; font-family: sans-serif; }"])
-    body = body.replace(f'viewBox="0 0 {number(width)} {number(height)}"', f'viewBox="0 0 {number(width)} {number(tall)}"', 1)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{number(width)}" height="{number(tall)}" '
-    return (head + body).replace(">", f"><style>{css}</style>", 1) + "".join(marks) + "</svg>"
+    new = f'viewBox="0 {number(-above)} {number(width)} {number(tall + above)}"'
+    body = body.replace(f'viewBox="0 0 {number(width)} {number(height)}"', new, 1)
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{number(width)}" height="{number(tall + above)}" '
+    return (start + body).replace(">", f"><style>{css}</style>{head}", 1) + "".join(marks) + "</svg>"
 
 
 def _gap(lines: Array, top: float, bottom: float) -> float:

@@ -1,4 +1,4 @@
-"""The headline table for a terminal."""
+"""The headline table for a terminal, within its width."""
 
 from __future__ import annotations
 
@@ -8,34 +8,64 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from rsrouter.report.summary import Summary
+from rsrouter.report.summary import OTHER, ROUTED, Summary
+
+#: The most that the column of names takes.
+_NAME = 24
 
 
-def summary_table(summary: Summary) -> RichTable:
-    """Certified accuracy in % by radius, then abstention and ACR, one row per series."""
+def summary_tables(summary: Summary, width: int = 80) -> list[RichTable]:
+    """Certified accuracy in % by radius, then abstention and ACR, one row per series; as many tables as `width` needs.
+
+    Names are folded, never cut.
+    """
     what = "Certified accuracy" if summary.labelled else "Certified share"
-    table = RichTable(title=f"{what}, % of {len(summary.main):,} images", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("radius", no_wrap=True)
-    for r in summary.radii:
-        table.add_column(f"{r:g}", justify="right", no_wrap=True)
-    table.add_column("abst.", justify="right", no_wrap=True)
-    table.add_column("ACR", justify="right", no_wrap=True)
-    for s in summary.series:
-        tail = ("" if s.abstention is None else f"{100 * s.abstention:.1f}", "" if s.acr is None else f"{s.acr:.3f}")
-        table.add_row(Text(s.name), *(f"{100 * v:.1f}" for v in s.at), *tail, style="bold" if s.role == "routed" else None)
+    columns = [(f"{r:g}", [f"{100 * s.at[i]:.1f}" for s in summary.series]) for i, r in enumerate(summary.radii)]
+    columns.append(("abst.", ["" if s.abstention is None else f"{100 * s.abstention:.1f}" for s in summary.series]))
+    if summary.labelled:
+        columns.append(("ACR", ["" if s.acr is None else f"{s.acr:.3f}" for s in summary.series]))
+    longest = max(len("radius"), *(len(s.name) for s in summary.series))
+    for each in range(len(columns), 0, -1):
+        each = -(-len(columns) // -(-len(columns) // each))  # even shares: no table of one column
+        blocks = [columns[start : start + each] for start in range(0, len(columns), each)]
+        tables = [_block(summary, block, min(longest, _NAME), f"{what}, % of {len(summary.main):,} images") for block in blocks]
+        measure = Console(width=1000)
+        if all(Measurement.get(measure, measure.options, table).maximum <= width for table in tables):
+            break
+    return tables
+
+
+def _block(summary: Summary, columns: list[tuple[str, list[str]]], name: int, title: str) -> RichTable:
+    first = columns[0][0] == f"{summary.radii[0]:g}"
+    table = RichTable(
+        title=title if first else None,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("radius", width=name, overflow="fold")
+    for head, _ in columns:
+        table.add_column(head, justify="right", no_wrap=True)
+    for k, s in enumerate(summary.series):
+        cells = [values[k] for _, values in columns]
+        table.add_row(Text(s.name), *cells, style="bold" if s.role in (ROUTED, OTHER) else None)
     return table
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
-    """Prints the headline table and the coverage."""
+    """Prints the headline table, how routed and best single expert stand against the envelope, and what a reader must know."""
     console = console or Console()
-    table = summary_table(summary)
-    # figures that are cut off are worse than a line that wraps
-    console.width = max(console.width, Measurement.get(console, console.options.update(max_width=1000), table).maximum)
-    console.print(table)
-    for name, (value, low, high) in summary.coverage.items():
-        console.print(
-            Text(
-                f"{name}: {100 * value:.1f}% of the experts' envelope (interval over images {100 * low:.1f} to {100 * high:.1f}%)"
-            )
-        )
+    for name, note in summary.notes:
+        loud = note.startswith("UNFINISHED")
+        console.print(Text(f"{'WARNING' if loud else 'note'}: {name}{': ' if name else ''}{note}", style="bold" if loud else ""))
+    for table in summary_tables(summary, console.width):
+        console.print()
+        console.print(table)
+    console.print()
+    for standing in summary.standings:
+        console.print(Text(("best single expert " if standing is summary.best_single else "") + standing.words))
+
+
+__all__ = ["print_summary", "summary_tables"]

@@ -3,6 +3,7 @@
 from rsrouter.results.about import ExpertRecord, Shard, TableMetadata, TreeRecord, pack_ids
 from rsrouter.results.merge import merge_tables
 from rsrouter.results.metadata import metadata_path, read_metadata
+from rsrouter.results.plain import csv_cell, markdown, printable
 from rsrouter.results.reading import read_table
 from rsrouter.results.rows import COLUMNS, FIELD_COLUMNS, RADIUS_DECIMALS, Row, format_radius
 from rsrouter.results.table import Table, align
@@ -22,9 +23,12 @@ __all__ = [
     "Row",
     "Table",
     "align",
+    "csv_cell",
     "format_radius",
+    "markdown",
     "merge_tables",
     "metadata_path",
+    "printable",
     "read_metadata",
     "read_table",
     "require_sound",

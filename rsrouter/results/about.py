@@ -13,6 +13,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import ResultsError
 from rsrouter.core.plans import Plan
+from rsrouter.core.requests import stages_by_network
 from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Stage, Target, Tree
 from rsrouter.stored import Stored, validated
@@ -124,7 +125,8 @@ class TreeRecord(Stored):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        assert self.tree.paths
+        if not self.tree.paths or not stages_by_network(self.tree):
+            raise ValueError("no stages")
         return self
 
 

@@ -49,7 +49,15 @@ def normalise(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys: `{"plan": {"n": 1}}` -> `{"plan.n": 1}`; lists stay whole."""
+    """Nested mappings as dotted keys; lists stay whole, but for those of named entries, which go by their names.
+
+    >>> flatten({"plan": {"n": 1}, "stages": [{"name": "a", "sigma": 0.5}]})
+    {'plan.n': 1, 'stages': ['a'], 'stages.a.name': 'a', 'stages.a.sigma': 0.5}
+    """
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) and "name" in entry for entry in value):
+        names = [str(entry["name"]) for entry in value]
+        if len(set(names)) == len(names):
+            return {prefix: names, **flatten(dict(zip(names, value, strict=True)), prefix)}
     if isinstance(value, Mapping) and value:
         flat: dict[str, Any] = {}
         for key, inner in value.items():
@@ -74,7 +82,7 @@ def differences(
                 left[f"info.{key}"], right[f"info.{key}"] = (info[key] for info in infos)  # type: ignore[index]
     texts = []
     for key in sorted(set(left) | set(right)):
-        a, b = ("(absent)" if key not in side else json.dumps(side[key]) for side in (left, right))
+        a, b = ("(absent)" if key not in side else json.dumps(side[key], sort_keys=True) for side in (left, right))
         if a != b:
             texts.append((key, a, b))
     return texts
