@@ -19,7 +19,7 @@ from rsrouter.core.estimates import stage_bounds
 from rsrouter.core.tree import Stage, Tree, expert_stage
 from rsrouter.core.types import ABSTAIN
 from rsrouter.report import curves
-from rsrouter.report.regret import by_stage, losses, losses_files
+from rsrouter.report.regret import by_stage, losses
 from rsrouter.results import Table, align, read_table
 
 RADII = np.arange(0.0, 2.51, 0.25)
@@ -263,8 +263,9 @@ def costs(experts: Sequence[Table], routed: Sequence[Table]) -> tuple[str, dict]
 
 
 def write(out: Path, experts: Sequence[Table], routed: Sequence[Table]) -> str:
-    """`table.md`, `table.json`, `curve.csv`, and curves and losses as SVG and PNG into `out`; returns the Markdown."""
-    from rsrouter.report.figures import curve_csv, curve_figure, save_figure
+    """`table.md`, `table.json`, `curve.csv`, and curves and losses as SVG into `out`; returns the Markdown."""
+    from rsrouter.report.charts import curve_file, lost_file
+    from rsrouter.report.overview import curve_csv
     from rsrouter.report.summary import summarise
 
     text, numbers = report(experts, routed)
@@ -272,15 +273,11 @@ def write(out: Path, experts: Sequence[Table], routed: Sequence[Table]) -> str:
     text += "\n" + more
     shown = [routed[0], routed[1], routed[-1]]
     summary = summarise([*shown, *experts], routed=[t.name for t in shown], experts=[t.name for t in experts], radii=COVERED)
-    figure = curve_figure(summary, "Routing between published CIFAR-10 experts: estimates, no certificates")
-    figure.axes[0].set_ylabel("images held by the tables' radii, %")
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text)
     (out / "table.json").write_text(json.dumps(numbers, indent=1) + "\n")
     (out / "curve.csv").write_bytes(curve_csv(summary))
-    for name, content in save_figure(figure, "curve").items():
-        (out / name).write_bytes(content)
+    (out / "curve.svg").write_bytes(curve_file(summary, "Routing between published CIFAR-10 experts: estimates, no certificates"))
     best = max(routed, key=lambda t: curves.coverage(t, experts, COVERED))
-    for name, content in losses_files(losses(best, experts), f"{best.name}: estimates, no certificates").items():
-        (out / name).write_bytes(content)
+    (out / "losses.svg").write_bytes(lost_file(losses(best, experts), f"{best.name}: estimates, no certificates"))
     return text

@@ -142,32 +142,20 @@ def select(
     tables: Annotated[list[str], typer.Argument(help="A results table per candidate, over the same images: PATH or NAME=PATH.")],
     k: Annotated[int, typer.Option("--k", "-k", help="How many experts to choose.")],
     radii: Radii = DEFAULT_RADII,
+    common: Annotated[bool, typer.Option("--common", help="Use only the images that all tables hold.")] = False,
     format: OutputFormat = Format.text,
 ) -> None:
     """Choose the K experts over which a perfect router would certify most (greedy, at least 63% of the best choice).
 
     Example: rsrouter select 0.12=a.tsv 0.25=b.tsv 0.50=c.tsv 1.00=d.tsv --k 3 --radii 0:1:0.25
     """
-    import numpy as np
-
     from rsrouter.cli.report import named_tables
-    from rsrouter.experts import select_experts
+    from rsrouter.experts.select import held_radii, select_experts
     from rsrouter.report.summary import load_tables
 
     loaded = load_tables(named_tables(tables))
-    common = sorted(set.intersection(*(set(t.idx.tolist()) for t in loaded)))
-    if not common:
-        raise InputError(
-            "The tables share no image",
-            expected="tables over the same images",
-            received=str([t.name for t in loaded]),
-            remedy="label or certify the candidates on one data set",
-        )
-    columns = []
-    for table in loaded:
-        row = {int(i): r if c == 1 else 0.0 for i, r, c in zip(table.idx, table.radius, table.correct, strict=True)}
-        columns.append([row[i] for i in common])
-    found = select_experts(np.array(columns).T, k, parse_radii(radii), names=[t.name for t in loaded])
+    held = held_radii(loaded, common=common)
+    found = select_experts(held, k, parse_radii(radii), names=[t.name for t in loaded])
     if format is Format.json:
         echo_json(
             {
@@ -177,7 +165,7 @@ def select(
                 "radii": found.grid,
                 "oracle": found.curve,
                 "oracle_all": found.curve_all,
-                "images": len(common),
+                "images": len(held),
             }
         )
         return
@@ -186,7 +174,7 @@ def select(
     typer.echo(f"{'radius':24} " + " ".join(f"{r:6g}" for r in found.grid))
     for title, curve in (("oracle over the chosen", found.curve), ("oracle over all", found.curve_all)):
         typer.echo(f"{title:24} " + " ".join(f"{100 * v:6.1f}" for v in curve))
-    typer.echo(f"No {k} candidates reach more than {found.bound:.1%} ({len(common)} images).")
+    typer.echo(f"No {k} candidates reach more than {found.bound:.1%} ({len(held)} images).")
 
 
 def register(app: typer.Typer) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rsrouter.core.errors import InputError
+from rsrouter.results import Table, align
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,27 @@ class Selection:
     curve: tuple[float, ...]
     curve_all: tuple[float, ...]
     bound: float
+
+
+def held_radii(tables: Sequence[Table], *, common: bool = False) -> NDArray[np.float64]:
+    """`(N, M)` radii within which each table's classifier holds the true class: what `select_experts` takes.
+
+    Args:
+        tables: one per candidate, over the same images.
+        common: keep only the images that every table holds, instead of refusing tables over different ones.
+
+    Raises:
+        InputError: tables over different images, that disagree about a label, or without labels.
+    """
+    aligned = align(tables, common=common)
+    if unknown := [t.name for t in aligned if not t.labelled]:
+        raise InputError(
+            "Choosing experts needs the true classes",
+            expected="tables with labels",
+            received=f"images without a label in {', '.join(unknown[:5])}",
+            remedy="certify labelled images",
+        )
+    return np.stack([np.where(t.correct == 1, t.radius, 0.0) for t in aligned], axis=1)
 
 
 def select_experts(

@@ -170,7 +170,7 @@ def _figure(tables: list[Table], fresh: Path, title: str) -> str | None:
     if not tables:
         return None
     from rsrouter.report import summarise
-    from rsrouter.report.figures import figure_files
+    from rsrouter.report.charts import curve_file
 
-    (fresh / FIGURE).write_bytes(figure_files(summarise(tables, common=True), title)["curve.svg"])
+    (fresh / FIGURE).write_bytes(curve_file(summarise(tables, common=True), title))
     return FIGURE

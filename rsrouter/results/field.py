@@ -250,9 +250,7 @@ def _last_of_each(
             other += (predict[before], radius[before]) != (predict[k], radius[k])
         latest[i] = k
     if again:
-        notes.append(
-            f"{again} rows are of images that occur again; the last one of each counts ({other} differ from the earlier)"
-        )
+        notes.append(f"{again} of {len(idx)} rows repeat an image; the last of each counts ({other} differ from an earlier one)")
     return np.array(list(latest.values()), dtype=np.int64)
 
 

@@ -13,6 +13,4 @@ def real_figure() -> None:
 @pytest.fixture(autouse=True)
 def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "real_figure" not in request.fixturenames:
-        monkeypatch.setattr(
-            "rsrouter.report.figures.figure_files", lambda *_: {"curve.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}
-        )
+        monkeypatch.setattr("rsrouter.report.charts.curve_file", lambda *_: b"<svg xmlns='http://www.w3.org/2000/svg'/>")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import typer
+from report_tables import described
 from typer.testing import CliRunner
 
 from rsrouter.cli.report import register
 from rsrouter.core.errors import InputError, ResultsError
-from rsrouter.results import ResultsWriter, Row
+from rsrouter.core.recompute import recompute
+from rsrouter.results import ResultsWriter, Row, TableMetadata
 
 app = typer.Typer()
 register(app)
@@ -20,9 +23,14 @@ register(app)
 
 def certified(folder: Path, name: str, ids: range, **metadata: object) -> Path:
     path = folder / f"{name}.tsv"
-    with ResultsWriter(path, {"alpha": 0.001, **metadata}) as writer:
-        for i in ids:
-            writer.append(Row(idx=i, label=1, predict=1, radius=0.1 * (i % 9), time=0.5, expert=name))
+    stated: dict[str, Any] = described(
+        "expert", name="", **{"indices": [[0, max(ids) + 1, 1]], "num_images": max(ids) + 1, **metadata}
+    )
+    about = TableMetadata.read(stated, name)
+    votes = [{"select": {"e": [10, 0, 0]}, "estimate": {"e": [99 - i, 1 + i, 0]}} for i in ids]
+    found = recompute(about.tree.tree, about.plan, about.split, votes, sides=about.sides)
+    with ResultsWriter(path, stated) as writer:
+        writer.extend(Row.from_certificate(c, idx=i, label=0, seed=about.seed) for i, c in zip(ids, found, strict=True))  # type: ignore[arg-type]
     return path
 
 
@@ -66,7 +74,8 @@ def test_report_errors_are_typed(tmp_path: Path) -> None:
 
 
 def test_merge(tmp_path: Path) -> None:
-    shards = [certified(tmp_path, f"s{i}", range(i, 10, 2), shard={"index": i, "count": 2}) for i in range(2)]
+    shared = {"indices": [[0, 10, 1]], "num_images": 10}
+    shards = [certified(tmp_path, f"s{i}", range(i, 10, 2), shard={"index": i, "count": 2}, **shared) for i in range(2)]
     assert "10 rows" in run("merge", *shards, "--out", tmp_path / "all.tsv")
     assert json.loads(run("merge", *shards, "--out", tmp_path / "all.tsv", "--format", "json"))["rows"] == 10
     with pytest.raises(ResultsError, match="no shard 1"):

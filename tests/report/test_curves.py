@@ -186,20 +186,18 @@ def test_the_populations_lower_bound_spends_half_of_delta_on_each_step() -> None
     assert stats.binom.sf(50 - q - 1, 100, bound) == pytest.approx(delta / 2, rel=1e-6)
 
 
-def test_shares_and_votes() -> None:
-    counts = '{"select":{"router":[6,4]},"estimate":{"router":[30,20],"a":[10,0]}}'
-    table = make_table("t", [1.0, 0.5, 0.2, 0.0], [1, 1, 0, 0], abstain=[False, False, False, True], expert=["a", "b", "a", "a"],
-                       n_drawn=[70] * 4, counts=counts, metadata={"plan": {"kind": "adaptive", "n_max": 100}})  # fmt: skip
+def test_shares() -> None:
+    table = make_table("t", [1.0, 0.5, 0.2, 0.0], [1, 1, 0, 0], abstain=[False, False, False, True], expert=["a", "b", "a", "a"])
     shares = curves.shares_by_radius(table.expert, table, [0.0, 0.5, 0.8])
     assert {k: v.tolist() for k, v in shares.items()} == {"a": [0.5, 0.25, 0.25], "b": [0.25, 0.25, 0.0]}
-    fixed = curves.fixed_plan_votes(table)
-    assert fixed is not None
-    assert fixed.tolist() == [210] * 4
-    table.metadata["stages"] = [{"name": "router", "network": "a"}, {"name": "a", "network": "a"}]
-    together = curves.fixed_plan_votes(table)
-    assert together is not None
-    assert together.tolist() == [110] * 4
-    assert curves.fixed_plan_votes(make_table("t", [1.0], [1])) is None
+
+
+def test_the_least_ratio_by_hand() -> None:
+    a, b = make_table("a", [0.5, 0.5, 0.5, 0.5], [1, 1, 1, 0]), make_table("b", [2.0, 2.0, 2.0, 2.0], [1, 1, 0, 0])
+    routed = make_table("r", [2.0, 0.6, 0.6, 0.6], [1, 1, 1, 1])
+    # envelope 3/4, 3/4, 2/4, none; routed 4/4, 4/4, 1/4
+    assert curves.least_ratio(routed, [a, b], [0.0, 0.5, 1.0, 3.0]) == (0.5, 1.0)
+    assert all(np.isnan(curves.least_ratio(routed, [a, b], [3.0])))
 
 
 def test_default_radii() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from report_tables import make_table
 
 from rsrouter.core.errors import InputError
 from rsrouter.report import write_report
-from rsrouter.report.regret import at_radii, by_stage, losses, losses_files
+from rsrouter.report.charts import lost_file
+from rsrouter.report.regret import at_radii, by_stage, losses
 from rsrouter.results import Table
 
 
@@ -67,11 +69,11 @@ def test_an_expert_without_a_table_is_refused() -> None:
 
 def test_figure_repeats_and_is_text() -> None:
     found = losses(*tables())
-    once, again = (losses_files(found, "a_$x$ & <b>") for _ in range(2))
+    once, again = (lost_file(found, "a_$x$ & <b>", {"router": "the router"}).decode() for _ in range(2))
     assert once == again
-    assert set(once) == {"losses.svg", "losses.png"}
-    assert b"router (40%)" in once["losses.svg"]
-    assert b"a_$x$ &amp; &lt;b&gt;" in once["losses.svg"]
+    ElementTree.fromstring(once)
+    assert "limited by the router, 40% of the images: mean regret 0.000, mean loss 0.550" in once
+    assert "a_$x$ &amp; &lt;b&gt;" in once
 
 
 def test_the_page_has_the_rows(tmp_path: Path) -> None:

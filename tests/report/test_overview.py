@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from report_tables import make_table
+from report_tables import described, make_table
+from rich.console import Console
 from scipy import stats
 from test_page import HOSTILE, tables
 
+from rsrouter.core import AdaptivePlan, FixedPlan, cascade_tree, expert_stage, flat_tree
 from rsrouter.report import curves, summarise, write_report
-from rsrouter.report.answering import answering_stages
+from rsrouter.report.charts import colours
 from rsrouter.report.overview import report_json, run_of, runs, whole_table
-from rsrouter.results import Table
+from rsrouter.report.stages import stage_titles
+from rsrouter.report.text import print_summary
+from rsrouter.results import Table, TableMetadata
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -26,26 +32,23 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def test_the_whole_table_needs_alpha_and_labels() -> None:
-    table = make_table("t", [1.0] * 50 + [0.2] * 50, [1] * 100, metadata={"alpha": 0.01})
+    table = make_table("t", [1.0] * 50 + [0.2] * 50, [1] * 100, metadata=described(alpha=0.01))
     found = whole_table(table, [0.0, 0.5])
     assert found is not None
     assert stats.binom.sf(found.wrong, 100, 0.01) <= found.delta < stats.binom.sf(found.wrong - 1, 100, 0.01)
     assert found.lower == [(100 - found.wrong) / 100, (50 - found.wrong) / 100]
-    shared = make_table("t", [1.0] * 100, [1] * 100, metadata={"alpha": 0.01, "independent_noise": False})
+    shared = make_table("t", [1.0] * 100, [1] * 100, metadata=described(alpha=0.01, noise="sound-shared"))
     dependent = whole_table(shared, [0.0])
     assert dependent is not None
     assert dependent.wrong == 100  # Markov: 1 wrong row in the mean says nothing at 0.001
     assert dependent.lower == [0.0]
     assert whole_table(make_table("t", [1.0], [1]), [0.0]) is None
-    assert whole_table(make_table("t", [1.0], [-1], metadata={"alpha": 0.01}), [0.0]) is None
-    for alpha in (0.0, 1.0, "0.001", float("nan")):
-        assert whole_table(make_table("t", [1.0], [1], metadata={"alpha": alpha}), [0.0]) is None
+    assert whole_table(make_table("t", [1.0], [-1], metadata=described(alpha=0.01)), [0.0]) is None
 
 
 def test_runs_say_what_tables_say() -> None:
-    counts = '{"select":{"a":[6,4]},"estimate":{"a":[30,10]}}'
-    table = make_table("t", [1.0, 0.5], [1, 1], n_drawn=[50, 50], counts=counts, rule="min",
-                       metadata={"plan": {"kind": "adaptive", "n_max": 90}, "alpha": 0.001, "noise": "sound"})  # fmt: skip
+    table = make_table("t", [1.0, 0.5], [1, 1], n_drawn=[50, 50], fixed_votes=[100, 100],
+                       rule="min", metadata=described(plan=AdaptivePlan(90, [0.5]), noise="sound"))  # fmt: skip
     found = run_of(table, summarise(table))
     assert (found.votes, found.plan, found.alpha, found.rule, found.noise) == (50.0, "adaptive, 90", 0.001, "min", "sound")
     assert found.saved == pytest.approx(0.5)  # 10 selection votes and 90 others
@@ -106,57 +109,128 @@ def test_a_chart_of_an_earlier_report_does_not_stay(tmp_path: Path) -> None:
 
 def test_a_run_in_which_one_expert_answers_says_so(tmp_path: Path) -> None:
     routed = make_table("routed", [1.0, 0.5], [1, 1], expert=["big", "big"], rule="tree", n_drawn=[5, 5],
-                        metadata={"plan": {"kind": "fixed", "n": 5}})  # fmt: skip
+                        metadata=described(plan=FixedPlan(1, 5)))  # fmt: skip
     assert "every image was sent to big" in write_report(routed, tmp_path).read_text()
 
 
-def chain(rows: list[tuple[int, int]], **extra: Any) -> Table:
-    """A routed table of a two-stage chain on one expert: per row, votes of the first stage's class and of the second's."""
-    counts = [json.dumps({"select": {"e": [a, 10 - a, 0], "e:2": [b, 10 - b, 0]}, "estimate": {}}) for a, b in rows]
-    stages = [{"name": "e", "kind": "threshold", "tau": 0.8}, {"name": "e:2", "kind": "plurality", "tau": None}]
-    return make_table("routed", [1.0] * len(rows), [1] * len(rows), expert=["e"] * len(rows), rule="tree", counts=counts,
-                      bound_by=["e:2"] * len(rows), n_drawn=[20] * len(rows), metadata={"stages": stages, **extra})  # fmt: skip
+def chain(answered_by: list[str], **extra: Any) -> Table:
+    """A routed table of a two-stage chain on one expert."""
+    first, last = expert_stage("e", 0.5, 2, network="e", expert="e"), expert_stage("e:2", 0.5, 2, network="e", expert="e")
+    count = len(answered_by)
+    return make_table("routed", [1.0] * count, [1] * count, expert=["e"] * count, rule="tree", answered_by=answered_by,
+                      bound_by=["e:2"] * count, n_drawn=[20] * count,
+                      metadata=described(stages=list(cascade_tree([first, last], (0.8,)).stages.values()), experts=[("e", 0.5)]),
+                      **extra)  # fmt: skip
 
 
 def test_stages_that_read_one_expert_are_told_apart(tmp_path: Path) -> None:
-    found = answering_stages(chain([(8, 2), (7, 9), (5, 5), (2, 1)]))
-    assert found is not None
-    assert found.tolist() == ["e", "e:2", "e:2", "e"]  # at tau the stage answers, with whichever class has the votes
-    folder = write_report(chain([(8, 2), (7, 9), (5, 5), (2, 1)]), tmp_path).parent
+    folder = write_report(chain(["e", "e:2", "e:2", "e"]), tmp_path).parent
     page = (folder / "index.html").read_text()
     assert "by the stage that named the class" in page
     assert "every image" not in page
+    assert "e, answers from 80%" in page
+    assert "head on e, noise 0.5" in page
     shares = [r for r in read_csv(folder / "shares.csv") if r["kind"] == "stage" and r["radius"] == "0"]
     assert {r["name"]: float(r["share"]) for r in shares} == {"e": 0.5, "e:2": 0.5}
-    only = write_report(chain([(9, 2), (10, 0)]), tmp_path / "only").read_text()
-    assert "every image got its class from stage e." in only
+    only = write_report(chain(["e", "e"]), tmp_path / "only").read_text()
+    assert "every image got its class from stage e, answers from 80%." in only
 
 
-def test_who_answers_is_not_guessed() -> None:
-    rows = [(8, 2), (7, 9)]
-    assert answering_stages(make_table("t", [1.0], [1])) is None
-    assert answering_stages(chain(rows, stages=[{"name": "e", "kind": "plurality", "tau": None}])) is None
-    router = [{"name": n, "kind": "plurality", "tau": None} for n in ("e", "e:2")]
-    assert answering_stages(chain(rows, stages=router)) is None  # a router's outcomes lead to experts: no chain
-    other = [{"name": "x", "kind": "threshold", "tau": 0.8}, {"name": "e:2", "kind": "plurality", "tau": None}]
-    assert answering_stages(chain(rows, stages=other)) is None  # no votes of the stage
+def test_stages_have_names_for_people() -> None:
+    stages = [
+        expert_stage("sigma_1+sigma_0.5@0.757", 0.757, 2, expert="sigma_1"),
+        expert_stage("sigma_1+sigma_0.5@0.757:2", 0.757, 2, network="sigma_1+sigma_0.5@0.757", expert="sigma_1"),
+        expert_stage("sigma_0.5/2x2", 0.5, 2, expert="sigma_0.5"),
+        expert_stage("sigma_0.5", 0.5, 2),
+    ]
+    tree = cascade_tree(stages, (0.56, 0.7, 0.6))
+    metadata = described(stages=list(tree.stages.values()), experts=[("sigma_0.5", 0.5), ("sigma_1", 1.0)])
+    assert list(stage_titles(TableMetadata.read(metadata, "x")).values()) == [
+        "head 1 on sigma_1 and sigma_0.5, noise 0.757, answers from 56%",
+        "head 2 on sigma_1 and sigma_0.5, noise 0.757, answers from 70%",
+        "head 3 on sigma_0.5, noise 0.5, answers from 60%",
+        "sigma_0.5",
+    ]
+    flat = flat_tree("router", 1.0, [*stages[3:], expert_stage("sigma_1", 1.0, 2)])
+    metadata = described(stages=list(flat.stages.values()), experts=[("sigma_0.5", 0.5), ("sigma_1", 1.0)])
+    assert stage_titles(TableMetadata.read(metadata, "x"))["router"] == "router, noise 1"
+    metadata["tree"]["stages"][0]["title"] = "the router\x1b[31m itself"
+    assert stage_titles(TableMetadata.read(metadata, "x"))["router"] == "the router itself"
+    assert stage_titles(None) == {}
+
+
+def test_least_ratio_and_best_single_expert_stand_in_front(tmp_path: Path) -> None:
+    a, b = make_table("a", [0.5] * 4, [1, 1, 1, 0]), make_table("b", [2.0] * 4, [1, 1, 0, 0])
+    routed = make_table("r", [0.6, 2.0, 0.6, 0.0], [1, 1, 1, 0], rule="tree")
+    summary = summarise([routed, a, b], radii=[0.0, 0.5, 1.0])
+    assert [(s.name, s.least, s.at) for s in summary.standings] == [("r", 0.5, 1.0), ("b", pytest.approx(2 / 3), 0.0)]
+    assert summary.standings[0].coverage == pytest.approx(2.5 / 3)
+    page = write_report([routed, a, b], tmp_path, radii=[0.0, 0.5, 1.0]).read_text()
+    assert "r has at every radius at least 50% of what the best of 2 experts" in page
+    assert "the best single expert, b, 67% and 78%" in page
+    assert page.index(">least ratio<") < page.index(">coverage<") < page.index(">ACR<")
+
+
+def test_an_expert_keeps_its_colour() -> None:
+    experts = [("small", 0.25), ("large", 1.0)]
+    both = [make_table(n, [1.0], [1], metadata=described("expert", experts=[(n, s)])) for n, s in experts]
+    routed = make_table("r", [1.0], [1], rule="tree", metadata=described(experts=experts))
+    seen = [colours(summarise(tables)) for tables in ([routed, *both], both, both[::-1], [both[1], routed, both[0]])]
+    assert {c["small"] for c in seen} == {"c1"}
+    assert {c["large"] for c in seen} == {"c2"}
+    assert seen[0]["r"] == "c0"
+
+
+def test_text_of_others_is_text(tmp_path: Path) -> None:
+    names = ["=1+1", "-2", "@x", "+a", "a\x1b[31mb", "\u202ex"]
+    tables = [make_table(n, [1.0, 0.5], [1, 1], expert=[n, n], bound_by=[n, n]) for n in names]
+    folder = write_report(tables, tmp_path).parent
+    for name in ("numbers.csv", "shares.csv", "curve.csv"):
+        text = (folder / name).read_text()
+        assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", text)
+        for row in csv.reader(text.splitlines()):
+            assert not any(cell[:1] in "=+-@" for cell in row[:3] if cell)
+    assert "\x1b" not in (folder / "index.html").read_text()
+
+
+def test_radii_are_the_union_over_tables() -> None:
+    a = make_table("a", [3.0], [1], metadata=described("expert", plan=AdaptivePlan(100, [0.25, 0.5])))
+    b = make_table("b", [3.0], [1], metadata=described("expert", plan=AdaptivePlan(100, [0.5, 2.0, 4.0])))
+    assert summarise([a, b]).radii.tolist() == [0.0, 0.25, 0.5, 2.0]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_the_terminal_table_fits(width: int) -> None:
+    radii = np.arange(0, 4.1, 0.25)
+    tables = [make_table(n, [1.0, 4.0], [1, 1]) for n in ("a", "an expert with a very long name indeed, of somebody", "c")]
+    summary = summarise([make_table("routed", [2.0, 4.0], [1, 1], rule="tree"), *tables], radii=radii)
+    summary.notes.append(("a", "UNFINISHED: 2 of 3 images"))
+    file = io.StringIO()
+    print_summary(summary, Console(file=file, width=width))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    text = " ".join(file.getvalue().split())
+    assert "…" not in text
+    assert "WARNING: a: UNFINISHED: 2 of 3 images" in text
+    assert "best single expert" in text
+    assert all(f"{r:g}" in text for r in radii)
 
 
 def test_the_figure_ends_where_the_plan_does() -> None:
-    plan = {"kind": "adaptive", "n_max": 100, "radii": [0.5, 1.0]}
+    plan = described(plan=AdaptivePlan(100, [0.5, 1.0]))
     cut = summarise(
         [
-            make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": plan}),
-            make_table("e", [3.0, 2.0, 1.0], [1, 1, 1], metadata={"plan": plan}),
+            make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata=plan),
+            make_table("e", [3.0, 2.0, 1.0], [1, 1, 1], metadata=plan),
         ]
     )
     assert cut.grid[-1] == pytest.approx(1.03)
     fixed = make_table("e", [3.0, 2.0, 1.0], [1, 1, 1])  # its votes settle every radius
-    assert summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": plan}), fixed]).grid[-1] > 2.9
-    only_zero = make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": {**plan, "radii": [0.0]}})
+    assert summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata=plan), fixed]).grid[-1] > 2.9
+    only_zero = make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata=described(plan=AdaptivePlan(100, [0.0])))
     assert summarise([only_zero]).grid[-1] > 2.9
     many = [round(0.02 * i, 2) for i in range(1, 26)]
-    fine = summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata={"plan": {**plan, "radii": many}})])
+    fine = summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1], metadata=described(plan=AdaptivePlan(100, many)))])
     assert fine.grid[-1] == pytest.approx(0.515)
     assert 0.0 < fine.radii.max() <= 0.5
     whole = summarise([make_table("r", [3.0, 2.0, 0.7], [1, 1, 1]), make_table("e", [3.0, 2.0, 1.0], [1, 1, 1])])

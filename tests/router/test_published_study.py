@@ -151,7 +151,7 @@ def test_the_quick_form_on_synthetic_tables(study, tmp_path: Path, monkeypatch: 
     assert found["select/fine"].sum(1).tolist() == [20] * len(evaluated)
     text = tables.write(tmp_path / "out", experts, tables.methods(experts, found))
     assert "NO CERTIFICATES" in text
-    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"table.md", "table.json", "curve.svg", "curve.png", "curve.csv"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"table.md", "table.json", "curve.svg", "curve.csv", "losses.svg"}
     numbers = json.loads((tmp_path / "out" / "table.json").read_text())
     assert numbers["images"] == 36
     least, agreement = (numbers["methods"][f"flat, Dual RS recipe, {rule}"] for rule in ("min rule", "agreement"))
