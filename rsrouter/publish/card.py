@@ -224,7 +224,7 @@ def _part(table: Table) -> str:
         return ""
     start, stop, step = indices[0]
     every = f" --every {step}" if step != 1 else ""
-    return f" --start {start} --count {stop - start}{every}"
+    return f" --start {start} --count {step * len(range(start, stop, step))}{every}"
 
 
 def _eval_results(summary: Summary) -> list[EvalResult]:
