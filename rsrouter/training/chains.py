@@ -254,8 +254,8 @@ class Frontier:
             if least > best:
                 best = least
                 kept.append({"coverage": coverage, "least": least, "chain": [list(stage) for stage in chain]})
-        places = np.unique(np.linspace(0, len(kept) - 1, min(most, len(kept))).round().astype(int)) if kept else []
-        return [kept[i] for i in places]
+        thinned = np.linspace(0, len(kept) - 1, min(most, len(kept))).round().astype(int)
+        return [kept[i] for i in sorted(set(thinned.tolist()))]
 
 
 def search_chain(
