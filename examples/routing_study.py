@@ -113,11 +113,11 @@ def train_all(
         return train_router(pool, default_flat(pool, 0), *unseen, **made)
 
     def cascade(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
-        return RoutedSmooth(pool, tune_cascade(replace(chain, log=log).checked(), n=recipe.tune_copies), execution=execution)
+        return RoutedSmooth(pool, tune_cascade(replace(chain, log=log), n=recipe.tune_copies), execution=execution)
 
     def deferral(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
         chosen = replace(chain, log=log, validation=chosen_on or validation, floor=floor)
-        return RoutedSmooth(pool, train_deferral(chosen.checked()), execution=execution)
+        return RoutedSmooth(pool, train_deferral(chosen), execution=execution)
 
     def own(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
         torch.manual_seed(0)

@@ -326,6 +326,8 @@ def _found(lines: Sequence[dict[str, Any]], kind: str, trained: str) -> list[str
         for who, score in line.get("candidates", {}).items():
             ratios = f"coverage {line['coverages'][who]:.3f}, least ratio {line['leasts'][who]:.3f}"
             texts.append(f"{who}: score {score:.3f}, {ratios}" + (" <- chosen" if who == line["chosen"] else ""))
+        if "candidates" in line:
+            texts.append("score: weighted coverage less 5 times what the weakest radius lacks to its floor")
     if "coverage" not in last:
         return texts
     if "chain" in last:

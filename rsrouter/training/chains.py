@@ -24,7 +24,7 @@ from rsrouter.core.tree import Tree
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.base import Router
 from rsrouter.router.cascade import CascadeRouter
-from rsrouter.training.record import SELECTION_VOTES, TUNE, Training
+from rsrouter.training.record import SELECTION_VOTES, TUNE, Training, plain_torch
 
 Counts = NDArray[np.int64]
 #: `(voter, tau)` per stage; the last tau is None.
@@ -390,6 +390,7 @@ def check_two(pool: ExpertPool) -> None:
         )
 
 
+@plain_torch()
 def tune_cascade(training: Training, *, n: int | None = None, max_stages: int = 3) -> CascadeRouter:
     """Chooses order and thresholds of a cascade on the validation images; a parent's chain is searched further if that is better.
 
@@ -402,6 +403,7 @@ def tune_cascade(training: Training, *, n: int | None = None, max_stages: int = 
     Raises:
         InputError: no validation images, or a pool of one expert.
     """
+    training = training.checked()
     pool, (images, classes) = training.pool, training.held_out
     labels = classes.numpy()
     check_two(pool)

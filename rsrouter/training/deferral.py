@@ -34,7 +34,7 @@ from rsrouter.training.chains import (
 )
 from rsrouter.training.features import with_features, without_features
 from rsrouter.training.heads import HeadGoal, HeadRecipe, as_stored, train_head
-from rsrouter.training.record import SELECTION_VOTES, TRAIN, TUNE, Training, named_recipe
+from rsrouter.training.record import SELECTION_VOTES, TRAIN, TUNE, Training, named_recipe, plain_torch
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ def _head_votes(features: Tensor, heads: dict[str, nn.Module], classes: int) -> 
     return votes
 
 
+@plain_torch()
 def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
     """Trains heads on the images, then chooses voters, order and thresholds on the validation images.
 
@@ -150,6 +151,7 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
     Raises:
         InputError: no validation images, or a pool of one expert.
     """
+    training = training.checked()
     pool, recipe, alpha, (xv, yv) = training.pool, deferral_recipe(training), training.alpha, training.held_out
     grid, target, plan_n = tuple(training.radii), yv.numpy(), training.plan_n
     check_two(pool)

@@ -33,7 +33,7 @@ from rsrouter.training.chains import Goal, SimulatedVotes, accuracy, goal_of, re
 from rsrouter.training.flat_network import adapt_flat, default_flat, trainable
 from rsrouter.training.labels import Labels
 from rsrouter.training.losses import consistency_loss, dual_rs_loss, envelope_weights, good_sets, named_radius, utility_loss
-from rsrouter.training.record import LABEL, SELECTION_VOTES, TUNE, Training, named_recipe
+from rsrouter.training.record import LABEL, SELECTION_VOTES, TUNE, Training, named_recipe, plain_torch
 from rsrouter.training.resume import unit_key
 
 #: Validation images of the curve of a flat router with a backbone of its own.
@@ -377,6 +377,7 @@ def train_flat(
     return history
 
 
+@plain_torch()
 def flat_router(
     training: Training, recipe: Recipe | None = None, *, label_n: int | None = None, copies: int = 50, tune_n: int | None = None
 ) -> tuple[FlatRouter, dict[str, Any] | None]:
@@ -391,6 +392,7 @@ def flat_router(
     Raises:
         InputError: no network can be made or trained.
     """
+    training = training.checked()
     pool, router, parent = training.pool, training.router, training.parent
     recipe = recipe or named_recipe(training.recipe, "utility", RECIPES, Recipe)
     if not isinstance(router, FlatRouter):

@@ -33,6 +33,8 @@ from rsrouter.training.resume import ResumeStore, unit_key, writing
 
 #: Where an unfinished training keeps its state, inside its folder, and how many seconds may be lost.
 STATE, SAVE_EVERY = ".state", 10.0
+#: Seconds between two lines of progress where stderr is no terminal.
+LINE_EVERY = 30.0
 #: Training images that `auto`'s flat candidate is labelled and trained on, unless labels are given.
 FLAT_IMAGES = 2000
 #: At most so many votes per expert for each of their labels.
@@ -161,31 +163,38 @@ def _watched(training: Training, folder: Path | None) -> Iterator[tuple[Training
     store = training.store if folder is None else ResumeStore(folder / STATE, every=SAVE_EVERY)
     if folder is not None:
         _claim(folder, _job(training))
+    live = sys.stderr.isatty()
     called_back = training.votes is not None or training.progress is not None
-    show = training.show if training.show is not None else sys.stderr.isatty() and not called_back
-    pause = 0.1 if sys.stderr.isatty() else 30.0  # a log does not want ten lines a second
-    shown = time.monotonic()
-    total = expert_passes(training) if show else 0
-    with tqdm(
-        desc="train", total=total, unit="vote", unit_scale=True, file=sys.stderr, mininterval=pause, disable=not show
-    ) as bar:
+    show = training.show if training.show is not None else live and not called_back
+    total, drawn, where, told = expert_passes(training) if show else 0, 0, "", time.monotonic()
+    with tqdm(desc="train", total=total, unit="vote", unit_scale=True, file=sys.stderr, disable=not (show and live)) as bar:
+
+        def tell() -> None:
+            nonlocal told
+            if show and time.monotonic() - told >= (0.1 if live else LINE_EVERY):
+                told = time.monotonic()
+                bar.set_postfix_str(where)
+                if not live:
+                    print(f"train: {drawn:,} of {total:,} votes, {where}".rstrip(", "), file=sys.stderr, flush=True)
 
         def votes(count: int) -> None:
+            nonlocal drawn
+            drawn += count
             bar.update(count)
+            tell()
             if training.votes is not None:
                 training.votes(count)
 
         def log(line: dict[str, Any]) -> None:
-            nonlocal shown
+            nonlocal where
             lines.append(line)
             if folder is not None:
                 with writing(folder), (folder / "training.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
             if "loss" in line:
-                where = f"{line['head']}, step {line['step']}" if "head" in line else f"epoch {line['epoch']}"
-                due = time.monotonic() - shown >= pause
-                shown = time.monotonic() if due else shown
-                bar.set_postfix_str(f"{where}, loss {line['loss']:.3f}", refresh=due)
+                step = f"{line['head']}, step {line['step']}" if "head" in line else f"epoch {line['epoch']}"
+                where = f"{step}, loss {line['loss']:.3f}"
+                tell()
             if "no_head" in line:
                 warnings.warn(line["no_head"], stacklevel=2)
             training.say(line)

@@ -237,17 +237,20 @@ def test_a_record_is_what_the_keywords_say() -> None:
     assert train_router(training).router.digest == one.router.digest
     other = CascadeRouter((0.51,), ("s1", "s0.25"))
     assert train_router(training, router=other).router is other
-    assert tune_cascade(training.checked()).digest == one.router.digest
+    assert tune_cascade(training).digest == one.router.digest
     with pytest.raises(InputError, match="No validation images"):
-        tune_cascade(replace(training, router="flat", validation=None).checked())
+        tune_cascade(replace(training, router="flat", validation=None))
 
 
 def test_a_bar_is_shown_where_it_is_wanted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"radii": RADII, "validation": images(40, 1), "plan_n": 1000}
+    monkeypatch.setattr("rsrouter.training.train.LINE_EVERY", 0.0)
     for show, terminal, seen in ((True, False, True), (None, False, False), (None, True, True), (False, True, False)):
         monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
         train_router(pool(), "cascade", *images(), show=show, **options)
-        assert ("train: 100%" in capsys.readouterr().err) is seen
+        said = capsys.readouterr().err
+        assert ("train: 100%" in said) is (seen and terminal)
+        assert ("train: 48,000 of 48,000 votes\n" in said) is (seen and not terminal)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     train_router(pool(), "cascade", *images(), votes=lambda _: None, **options)
     assert capsys.readouterr().err == ""
@@ -280,7 +283,7 @@ def test_labels_of_other_classes_are_refused() -> None:
 def test_a_flat_router_says_what_it_reaches() -> None:
     lines: list[dict[str, Any]] = []
     training = Training(pool(), "flat", *images(), radii=RADII, recipe=SHORT, validation=images(40, 1), label_n=20, plan_n=1000)
-    router, found = flat_router(replace(training, log=lines.append).checked())
+    router, found = flat_router(replace(training, log=lines.append))
     assert found is not None
     assert lines[-1] == found
     assert found["least"] <= found["coverage"]

@@ -94,7 +94,7 @@ def images(count: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def quick(**settings: Any) -> Training:
     settings = {"radii": RADII, "validation": images(40, 1), "recipe": QUICK, "plan_n": 1000, **settings}
-    return Training(pool(), "deferral", *images(), **settings).checked()
+    return Training(pool(), "deferral", *images(), **settings)
 
 
 def test_simulated_chain_is_what_the_policy_certifies() -> None:
@@ -349,7 +349,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another kind"):
         train_router(experts, "flat", x, y, radii=RADII, recipe=QUICK)
     with pytest.raises(InputError, match="two experts"):
-        tune_cascade(Training(ExpertPool([experts[0]]), "cascade", x, y, radii=RADII).checked())
+        tune_cascade(Training(ExpertPool([experts[0]]), "cascade", x, y, radii=RADII))
     with pytest.raises(InputError, match="twice in a row"):
         CascadeRouter((0.6, 0.7), ("s1", "s1", "s0.5")).bind(experts)
     with pytest.raises(InputError, match="do not fit"):
