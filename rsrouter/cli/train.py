@@ -278,8 +278,9 @@ def train(
     if (counts := _by_radius(weights, "weights")) is not None:
         wishes["weights"] = counts if isinstance(counts, dict) else dict.fromkeys(parse_radii(radii), counts)
     if never_below:
-        at = [_pairs([text], "@", "--never-below", "--never-below sigma_1@1.0") for text in never_below]
-        wishes["never_below"] = {parse_numbers(radius, "never-below")[0]: who for pair in at for who, radius in pair.items()}
+        turned = ["@".join(reversed(text.rsplit("@", 1))) for text in never_below]  # one expert for each radius
+        named = _pairs(turned, "@", "--never-below", "--never-below sigma_1@1.0, one expert for each radius")
+        wishes["never_below"] = {parse_numbers(radius, "never-below")[0]: who for radius, who in named.items()}
     training = Training(
         experts,
         router,
@@ -319,7 +320,7 @@ def _found(lines: Sequence[dict[str, Any]], kind: str, trained: str) -> list[str
     no_head = next((line["no_head"] for line in lines if "no_head" in line), None)
     texts += [line["fewer_heads"] for line in lines if "fewer_heads" in line]
     if no_head is not None:
-        texts.append(f"{no_head}; what follows chooses among plain experts")
+        texts.append(f"{no_head}; what follows chooses without heads")
     elif kind == "deferral" and trained != kind:
         texts.append("no trained head was worth asking on the validation images: plain experts in a row did better")
     for line in lines:
@@ -338,7 +339,7 @@ def _found(lines: Sequence[dict[str, Any]], kind: str, trained: str) -> list[str
     )
     texts += [f"  {who}: coverage {row['coverage']:.3f}, least ratio {row['least']:.3f}" for who, row in rows]
     if last["shortfall"] > 0:
-        texts.append(f"  nothing that was looked at reaches the floor; this router misses it by {last['shortfall']:.3f}")
+        texts.append(f"  the floor is missed by {last['shortfall']:.3f} at the weakest radius")
     if "frontier" in last:
         texts.append("frontier (coverage, least ratio), and where the choice stopped:")
         points = {(p["coverage"], p["least"]): p["chain"] for p in (*last["frontier"], last)}

@@ -124,7 +124,13 @@ def test_what_is_wanted_is_read(call: Any, files: Path, tmp_path: Path, monkeypa
     assert status == 0, err
     lines = [json.loads(line) for line in (tmp_path / "router" / "training.jsonl").read_text().splitlines()]
     assert lines[-1]["floor"] == [0.5, 2.0]
-    assert "misses it by" in text
-    for wrong in (["--floor", "0:0.5,0:0.6"], ["--floor", "7:0.5"], ["--never-below", "sigma_9@0.5"], ["--weights", "x"]):
+    assert "the floor is missed by" in text
+    for wrong in (
+        ["--floor", "0:0.5,0:0.6"],
+        ["--floor", "7:0.5"],
+        ["--never-below", "sigma_9@0.5"],
+        ["--weights", "x"],
+        ["--never-below", "sigma_1"],
+    ):
         status, _, err = call(*words, *wrong, "--out", tmp_path / "other")
         assert status == 2, wrong
