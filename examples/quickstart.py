@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer images and votes")
     chosen = parser.parse_args(arguments)
     train_images, test_images, n = (40, 3, 400) if chosen.quick else (500, 40, 10_000)
-    recipe = Recipe("dual-rs", epochs=6, consistency=40.0) if chosen.quick else "dual-rs"
+    recipe = Recipe("dual-rs", epochs=6, consistency=40.0) if chosen.quick else "dual-rs-head"
 
     # three frozen experts, one per noise level; the router's training images were in no expert's training set
     pool = load_pool()

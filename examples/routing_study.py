@@ -29,14 +29,11 @@ from rsrouter.report import write_report
 from rsrouter.report.curves import average_certified_radius, certified_correct
 from rsrouter.results import Table, merge_tables, read_table
 from rsrouter.sampling import Execution, VoteMemo
-from rsrouter.training import label_votes, train_router
-from rsrouter.training.deferral import DeferralRecipe, train_deferral
+from rsrouter.training import DeferralRecipe, ResumeStore, Training, label_votes, train_deferral, train_router, tune_cascade
 from rsrouter.training.flat import RECIPES
+from rsrouter.training.flat_network import default_flat
 from rsrouter.training.heads import HeadRecipe
-from rsrouter.training.labels import target_radii
-from rsrouter.training.resume import Checkpoint, resuming
-from rsrouter.training.train import default_flat
-from rsrouter.training.tune import tune_cascade
+from rsrouter.training.labels import Labels, target_radii
 
 RADII = np.arange(0.0, 2.51, 0.25)
 COVERED = RADII <= 2.0
@@ -58,7 +55,7 @@ HEADS = (
 )
 #: The flat router's own network: a residual network of some 150,000 weights.
 OWN_NETWORK = {"width": 16, "blocks": ((32, 2), (64, 1), (64, 1))}
-OWN_RECIPE = replace(RECIPES["dual-rs"], epochs=40)
+OWN_RECIPE = replace(RECIPES["dual-rs-head"], epochs=40)
 
 Method = tuple[Smooth | RoutedSmooth, str]
 Labelled = tuple[Tensor, Tensor]
@@ -74,6 +71,7 @@ def train_all(
     execution: Execution,
     only: Sequence[str] = (),
     chosen_on: Labelled | None = None,
+    floor: float = 0.915,
 ) -> None:
     """Trains every router into `work/NAME`, each once, resumable; every choice is made on `validation`.
 
@@ -87,6 +85,7 @@ def train_all(
         execution: how the experts run.
         only: names of the routers to train; empty: all of them.
         chosen_on: what the deferral router is chosen on; default: `validation`.
+        floor: least ratio to the envelope wanted of the deferral router.
     """
     radii = tuple(RADII[COVERED])
 
@@ -94,31 +93,37 @@ def train_all(
         if (work / name / "config.json").exists() or (only and name not in only):
             return
         start, lines = time.time(), []
-        with resuming(Checkpoint(work / f"state-{only[0]}" if only else work / "state")):  # two of them tune on the same votes
-            routed = build(lines.append)
+        routed = build(lines.append)
         routed.save_pretrained(work / name)
         lines.append({"seconds": round(time.time() - start)})
         (work / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         print(name, json.dumps(lines[-2:]), flush=True)
 
+    store = ResumeStore(work / f"state-{only[0]}" if only else work / "state")  # two of them tune on the same votes
+    chain = Training(
+        pool, "deferral", *heads, radii=radii, recipe=recipe, validation=validation, execution=execution, store=store
+    )
+
+    def routing_labels() -> Labels:
+        votes = label_votes(pool, unseen[0], n=100, execution=execution, store=store)
+        return target_radii(votes, unseen[1].numpy(), pool.sigmas)
+
     def flat(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
-        labels = target_radii(label_votes(pool, unseen[0], n=100, execution=execution), unseen[1].numpy(), pool.sigmas)
-        return train_router(pool, default_flat(pool, 0), *unseen, radii=radii, recipe="dual-rs", routing_labels=labels)
+        made = {"radii": radii, "recipe": "dual-rs-head", "routing_labels": routing_labels(), "store": store}
+        return train_router(pool, default_flat(pool, 0), *unseen, **made)
 
     def cascade(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
-        return RoutedSmooth(pool, tune_cascade(pool, *validation, radii, n=recipe.tune_copies, execution=execution, log=log))
+        return RoutedSmooth(pool, tune_cascade(replace(chain, log=log), n=recipe.tune_copies), execution=execution)
 
     def deferral(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
-        return RoutedSmooth(
-            pool, train_deferral(pool, *heads, chosen_on or validation, radii, recipe=recipe, execution=execution, log=log)
-        )
+        chosen = replace(chain, log=log, validation=chosen_on or validation, floor=floor)
+        return RoutedSmooth(pool, train_deferral(chosen), execution=execution)
 
     def own(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
-        labels = target_radii(label_votes(pool, unseen[0], n=100, execution=execution), unseen[1].numpy(), pool.sigmas)
         torch.manual_seed(0)
         network = build_architecture("small_resnet", len(pool), {"in_channels": pool.input_shape[0], **OWN_NETWORK})
         router = FlatRouter(network, sigma=max(pool.sigmas))
-        return train_router(pool, router, *unseen, radii=radii, recipe=OWN_RECIPE, routing_labels=labels)
+        return train_router(pool, router, *unseen, radii=radii, recipe=OWN_RECIPE, routing_labels=routing_labels(), store=store)
 
     make("flat", flat)
     make("own", own)

@@ -39,7 +39,6 @@ RECIPE = DeferralRecipe(
         HeadRecipe("consistency", steps=3000, consistency=10.0),
         HeadRecipe("consistency", steps=3000, consistency=20.0),
     ),
-    floor=0.0,
 )
 
 
@@ -56,7 +55,8 @@ def part_of(data: str, *names: str) -> tuple[Tensor, Tensor]:
 def train(args: argparse.Namespace) -> None:
     unseen, heads, validation = (part_of(args.data, *names) for names in (("train",), ("experts", "train"), ("validation",)))
     unseen, validation = (unseen[0][:4000], unseen[1][:4000]), (validation[0][:1000], validation[1][:1000])
-    train_all(load_pool(args.experts), args.work, unseen, heads, validation, RECIPE, Execution(dtype=args.dtype), args.only)
+    train_all(load_pool(args.experts), args.work, unseen, heads, validation, RECIPE, Execution(dtype=args.dtype), args.only,
+              floor=0.0)  # fmt: skip
 
 
 def certify(args: argparse.Namespace) -> None:

@@ -61,12 +61,11 @@ from rsrouter.report import curves
 from rsrouter.results import Table
 from rsrouter.router import FlatRouter, HeadedTrunk
 from rsrouter.sampling import Engine, Execution, VoteModel, image_identity
-from rsrouter.training import Labels
+from rsrouter.training import Labels, Training
+from rsrouter.training.chains import Goal, SimulatedVotes
 from rsrouter.training.features import noisy_features
 from rsrouter.training.flat import RECIPES, train_flat
 from rsrouter.training.label_files import labels_from_tables
-from rsrouter.training.simulate import SimulatedVotes
-from rsrouter.training.tune import Goal
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 KWARGS = {"in_channels": 3, "width": 24, "blocks": [[48, 2], [64, 2], [96, 2]]}
@@ -163,7 +162,8 @@ def train_head(
         return Labels(whole, np.zeros(whole.shape, dtype=np.int64))
 
     made = replace(RECIPES[recipe], redraw=12, radius_weight="none", **settings)  # as the committed table was made
-    train_flat(pool, router, train[0], labels(train[1]), COVERED.tolist(), 0, made, None, (validation[0], labels(validation[1])))
+    training = Training(pool, router, train[0], torch.zeros(len(train[0]), dtype=torch.int64), radii=COVERED.tolist())
+    train_flat(training, router, made, labels(train[1]), (validation[0], labels(validation[1])))
     return router.module
 
 
@@ -253,7 +253,7 @@ def choose(
         return goal.score(curves.certified_accuracy(found, COVERED).accuracy)
 
     log: dict[str, object] = {}
-    paper = make(COARSE, names, radius, "dual-rs") if kept is None else kept["flat-dual-rs"]
+    paper = make(COARSE, names, radius, "dual-rs-head") if kept is None else kept["flat-dual-rs"]
     log["flat-dual-rs"] = {"score": score(flat_of(names), {"router": simulated(COARSE, paper)})}
     jobs = {
         "flat": (COARSE, list(names), radius, len(names) - 1),

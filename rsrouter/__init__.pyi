@@ -37,6 +37,7 @@ from .smooth import RoutedSmooth as RoutedSmooth
 from .smooth import Smooth as Smooth
 from .training import Labels as Labels
 from .training import Recipe as Recipe
+from .training import Training as Training
 from .training import label_images as label_images
 from .training import train_router as train_router
 

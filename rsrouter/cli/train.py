@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+import shlex
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from rsrouter.cli.execution import Dtype, ExecutionBatch, ExecutionFile, choose_execution
 from rsrouter.cli.jobs import (
@@ -27,7 +27,6 @@ from rsrouter.cli.jobs import (
 from rsrouter.cli.jobs import ray_address as address_of
 from rsrouter.cli.options import (
     DEFAULT_RADII,
-    DEFAULT_VOTES,
     Alpha,
     Count,
     Data,
@@ -40,6 +39,7 @@ from rsrouter.cli.options import (
     Start,
     data_options,
     echo_json,
+    parse_numbers,
     parse_radii,
     read_data,
     readable_rows,
@@ -47,18 +47,6 @@ from rsrouter.cli.options import (
 from rsrouter.core.errors import InputError
 
 Pool = Annotated[str, typer.Argument(metavar="POOL", help="pool.json or a spec file, as `rsrouter wrap` writes it.")]
-
-
-@contextmanager
-def _votes_bar(title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """A progress bar over votes; it ends its line before an error is told."""
-    pause = 0.1 if sys.stderr.isatty() else 30.0  # a line each: a log does not want ten a second
-    with tqdm(desc=title, total=total, unit="vote", unit_scale=True, file=sys.stderr, mininterval=pause) as bar:
-
-        def step(count: int) -> None:
-            bar.update(count)
-
-        yield step
 
 
 def _part(source: str, start: int, count: int | None, reading: dict[str, Any]) -> tuple[Any, Any, str]:
@@ -82,9 +70,13 @@ def label(
     out: Out,
     data: Data = "",
     tables: Annotated[
-        list[Path] | None, typer.Option("--tables", help="Instead of --data: each expert's own certification table, by sigma.")
+        list[str] | None,
+        typer.Option("--tables", metavar="NAME=PATH", help="Instead of --data: an expert's own certification table, for each."),
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Votes per expert and image.")] = 100,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Votes per expert and image (default 100), or those behind --tables (100,000).")
+    ] = None,
+    alpha: Annotated[float, typer.Option("--alpha", help="Failure probability behind --tables.")] = 1e-3,
     start: Start = 0,
     count: Count = None,
     unseen: Annotated[bool | None, typer.Option("--unseen/--seen", help="Whether no expert was trained on these images.")] = None,
@@ -102,25 +94,26 @@ def label(
     *,
     reading: dict[str, Any],
 ) -> None:
-    """Draw every expert's votes on every image, for `rsrouter train --labels`; started again, it goes on.
+    """Draw every expert's votes on every image, for `rsrouter train --labels`; started again, it resumes.
 
     Example: rsrouter label pool.json --data train.npz --count 1000 --unseen --out labels.npz
     """
     from rsrouter import Execution, ExpertPool
     from rsrouter.jobs import label_table
-    from rsrouter.training.label_files import load_votes, store_tables
+    from rsrouter.training.label_files import TABLE_VOTES, load_votes, store_tables
     from rsrouter.training.labels import target_radii
 
     experts = ExpertPool.load(pool)
     if bool(data) == bool(tables):
         raise InputError(
             "Labels come from images or from tables",
-            expected="--data, or --tables once per expert",
+            expected="--data, or --tables NAME=PATH once per expert",
             received="both" if data else "neither",
             remedy="--tables needs no images and no votes",
         )
     if tables:
-        metadata, mean = store_tables(experts, tables, out, unseen=unseen)
+        named = _pairs(tables, "=", "--tables", "--tables sigma_0.25=sigma_0.25.tsv")
+        metadata, mean = store_tables(experts, named, out, n=TABLE_VOTES if n is None else n, alpha=alpha, unseen=unseen)
         _told(experts.names, mean, metadata, out, unseen, format)
         return
     images = read_data(data, reading)
@@ -130,7 +123,7 @@ def label(
             experts,
             images,
             out,
-            n=n,
+            n=100 if n is None else n,
             seed=seed,
             unseen=unseen,
             source=f"{images.name}, images {rows.start} to {rows.stop - 1}",
@@ -146,6 +139,24 @@ def label(
     votes, target, _ = load_votes(out, experts)
     mean = target_radii(votes, target, experts.sigmas).radius.mean(0)
     _told(experts.names, mean, metadata, out, unseen, format)
+
+
+def _pairs(texts: Iterable[str], sign: str, option: str, example: str) -> dict[str, str]:
+    """`KEY<sign>VALUE` texts as a mapping; InputError for anything else, or a key that is named twice."""
+    pairs = [text.strip().partition(sign) for text in texts]
+    found = {key: value for key, _, value in pairs}
+    if len(found) != len(pairs) or not all(key and between and value for key, between, value in pairs):
+        received = " ".join(map(str, texts))
+        raise InputError(f"{option} cannot be read", expected=example, received=received, remedy="name each only once")
+    return found
+
+
+def _by_radius(text: str | None, option: str) -> float | dict[float, float] | None:
+    """`"0.95"`, or by radius `"0:0.98,1:0.95"`; InputError for anything else."""
+    if text is None or ":" not in text:
+        return None if text is None else parse_numbers(text, option)[0]
+    pairs = _pairs(text.split(","), ":", f"--{option}", f"--{option} 0:0.98,1:0.95")
+    return {parse_numbers(key, option)[0]: parse_numbers(value, option)[0] for key, value in pairs.items()}
 
 
 def _told(names: Sequence[str], mean: Any, metadata: dict[str, Any], out: Path, unseen: bool | None, format: Format) -> None:
@@ -173,11 +184,21 @@ def train(
     ] = None,
     radii: Radii = DEFAULT_RADII,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Flat: utility, coverage, dual-rs; others: deferral, deferral-grid, quick.")
+        str | None,
+        typer.Option("--recipe", help="Flat: utility, coverage, dual-rs, dual-rs-head; others: deferral, deferral-grid, quick."),
     ] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help="Of a flat router: what `rsrouter label` wrote.")] = None,
+    floor: Annotated[
+        str | None,
+        typer.Option("--floor", help="Least ratio to the best expert wanted, such as 0.95, or by radius: 0:0.98,1:0.95."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="What radii count, such as 0:2,0.5:1; others count 1.")] = None,
+    never_below: Annotated[
+        list[str] | None,
+        typer.Option("--never-below", metavar="NAME@RADIUS", help="At this radius no less than this expert; repeatable."),
+    ] = None,
     parent: Annotated[
-        str | None, typer.Option("--from", help="Folder or Hub repository of a router to go on from, over other experts too.")
+        str | None, typer.Option("--from", help="Folder or Hub repository of a router to train further, over other experts too.")
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of --from.")] = None,
     start: Start = 0,
@@ -196,17 +217,15 @@ def train(
     *,
     reading: dict[str, Any],
 ) -> None:
-    """Train a router over frozen experts for the radii you care about; a killed run goes on when started again.
+    """Train a router over frozen experts for the radii you care about; a killed training resumes when started again.
 
     Examples: rsrouter train pool.json --data train.npz --validation validation.npz --radii 0:2:0.25 --out router
 
     rsrouter train pool.json --data train.npz --kind deferral --recipe quick --out first-try
     """
-    from rsrouter import Execution, ExpertPool, FlatRouter, RoutedSmooth
+    from rsrouter import Execution, ExpertPool, FlatRouter, RoutedSmooth, Training, train_router
     from rsrouter.serialise import resolve_source
-    from rsrouter.training import DEFERRAL_RECIPES, train_router
     from rsrouter.training.label_files import load_labels
-    from rsrouter.training.work import expected_votes
 
     if not data:
         raise InputError(
@@ -253,54 +272,97 @@ def train(
                 remedy="train on the images that were labelled",
             )
         notes["labels"] = {k: metadata[k] for k in ("kind", "n", "seed", "unseen", "source", "tables") if k in metadata}
-    held = len(chosen[0]) if chosen is not None else 0 if router == "flat" else len(images) // 5
-    given = DEFERRAL_RECIPES.get(recipe or "deferral")
-    count_of = len(images) if chosen is not None or router == "flat" else len(images) - held
-    total = expected_votes(
-        experts, router, given, count_of, held, parse_radii(radii), plan_n=n, alpha=alpha, labelled=routing is not None
+    wishes: dict[str, Any] = {}
+    if (least := _by_radius(floor, "floor")) is not None:
+        wishes["floor"] = least
+    if (counts := _by_radius(weights, "weights")) is not None:
+        wishes["weights"] = counts if isinstance(counts, dict) else dict.fromkeys(parse_radii(radii), counts)
+    if never_below:
+        turned = ["@".join(reversed(text.rsplit("@", 1))) for text in never_below]  # one expert for each radius
+        named = _pairs(turned, "@", "--never-below", "--never-below sigma_1@1.0, one expert for each radius")
+        wishes["never_below"] = {parse_numbers(radius, "never-below")[0]: who for radius, who in named.items()}
+    training = Training(
+        experts,
+        router,
+        images,
+        classes,
+        radii=parse_radii(radii),
+        seed=seed,
+        out=out,
+        recipe=recipe,
+        routing_labels=routing,
+        validation=chosen,
+        plan_n=n,
+        alpha=alpha,
+        device=device,
+        execution=choose_execution(Execution() if old is None else old.execution, execution, dtype, execution_batch),
+        notes=notes,
+        parent=old,
+        show=True,
+        **wishes,
     )
-    with _votes_bar("experts' votes", total) as step:
-        routed = train_router(
-            experts,
-            router,
-            images,
-            classes,
-            radii=parse_radii(radii),
-            seed=seed,
-            out=out,
-            recipe=recipe,
-            routing_labels=routing,
-            validation=chosen,
-            plan_n=n,
-            alpha=alpha,
-            device=device,
-            execution=choose_execution(Execution() if old is None else old.execution, execution, dtype, execution_batch),
-            votes=step,
-            notes=notes,
-            parent=old,
-        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no head could be trained")  # it is told below
+        routed = train_router(training)
     lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
     if format is Format.json:
         echo_json({"out": out, "kind": routed.router.kind, "digest": routed.router.digest, "last": lines[-1]})
         return
-    last = lines[-1]
-    for line in lines:
-        if "chosen" in line:
-            for who, score in line["candidates"].items():
-                chosen_word = " <- chosen" if who == line["chosen"] else ""
-                typer.echo(f"{who}: score {score:.3f}, coverage {line['coverages'][who]:.3f} (on {line['on']}){chosen_word}")
-            weakest = f"what the weakest radius lacks to {line['floor']:g} of the envelope"
-            typer.echo(f"score: coverage less {line['strictness']:g} times {weakest}")
-    if kind == "deferral" and routed.router.kind != kind:
-        typer.echo("no trained head was worth asking on the validation images: plain experts in a row did better")
-    if "chain" in last:
-        typer.echo("chain: " + " -> ".join(who if tau is None else f"{who} ({tau:g})" for who, tau in last["chain"]))
-        typer.echo(f"coverage of the experts' envelope on {last['images']} validation images (simulated): {last['coverage']:.3f}")
-    for text in _explain(routed):
+    for text in (*_found(lines, kind, routed.router.kind), *_explain(routed)):
         typer.echo(text)
     typer.echo(f"{routed.router.kind} router: {out}")
-    if getattr(routed.router, "thresholds", ()):
-        typer.echo(f"its thresholds are tuned for `rsrouter certify --n {n}` (that command's default is {DEFAULT_VOTES})")
+    typer.echo(f"next: {_next(routed, out, n, radii, alpha)}")
+
+
+def _found(lines: Sequence[dict[str, Any]], kind: str, trained: str) -> list[str]:
+    """What the log says about the choice: candidates, chain, frontier."""
+    texts, last = [], lines[-1]
+    no_head = next((line["no_head"] for line in lines if "no_head" in line), None)
+    texts += [line["fewer_heads"] for line in lines if "fewer_heads" in line]
+    if no_head is not None:
+        texts.append(f"{no_head}; what follows chooses without heads")
+    elif kind == "deferral" and trained != kind:
+        texts.append("no trained head was worth asking on the validation images: plain experts in a row did better")
+    for line in lines:
+        for who, score in line.get("candidates", {}).items():
+            ratios = f"coverage {line['coverages'][who]:.3f}, least ratio {line['leasts'][who]:.3f}"
+            texts.append(f"{who}: score {score:.3f}, {ratios}" + (" <- chosen" if who == line["chosen"] else ""))
+        if "candidates" in line:
+            texts.append("score: weighted coverage less 5 times what the weakest radius lacks to its floor")
+    if "coverage" not in last:
+        return texts
+    if "chain" in last:
+        texts.append(f"chain: {_chain(last['chain'])}")
+    texts.append(f"on {last['images']} validation images (simulated), as shares of the experts' envelope:")
+    rows = [("this router", last)] + (
+        [(f"{last['best_expert']['name']} alone", last["best_expert"])] if "best_expert" in last else []
+    )
+    texts += [f"  {who}: coverage {row['coverage']:.3f}, least ratio {row['least']:.3f}" for who, row in rows]
+    if last["shortfall"] > 0:
+        texts.append(f"  the floor is missed by {last['shortfall']:.3f} at the weakest radius")
+    if "frontier" in last:
+        texts.append("frontier (coverage, least ratio), and where the choice stopped:")
+        points = {(p["coverage"], p["least"]): p["chain"] for p in (*last["frontier"], last)}
+        for (coverage, least), chain in sorted(points.items(), reverse=True):
+            texts.append(f"  {'*' if chain == last['chain'] else ' '} {coverage:.3f}  {least:.3f}  {_chain(chain)}")
+    return texts
+
+
+def _chain(chain: Sequence[Sequence[Any]]) -> str:
+    return " -> ".join(who if tau is None else f"{who} ({tau:g})" for who, tau in chain)
+
+
+def _next(routed: Any, out: Path, n: int, radii: str, alpha: float) -> str:
+    """The command that certifies what was trained as it was meant: with its votes, at the radii that these can reach."""
+    from rsrouter.core.bounds import AlphaSplit
+    from rsrouter.core.plans import AdaptivePlan
+
+    grid = parse_radii(radii)
+    reach = AdaptivePlan(n, grid).reach(routed.tree, AlphaSplit.even(alpha, routed.tree.paths), "two")
+    reached = radii if max(grid) <= reach else ",".join(f"{r:g}" for r in grid if r <= reach)
+    words = ["rsrouter", "certify", str(out), "--data", "TEST", "--n", str(n), "--radii", reached]
+    words += ["--alpha", f"{alpha:g}"] if alpha != 1e-3 else []
+    return shlex.join([*words, "--out", f"{out}-run/certificates.tsv"])
 
 
 def _explain(routed: Any) -> list[str]:

@@ -26,7 +26,7 @@ from rsrouter.results import Table
 from rsrouter.sampling import Execution, native_dtype
 from rsrouter.smooth import RoutedSmooth, Smooth
 from rsrouter.training import Labels, label_votes, train_router
-from rsrouter.training.deferral import DEFERRAL_RECIPES, chain_votes
+from rsrouter.training.deferral import DEFERRAL_RECIPES
 from rsrouter.training.labels import target_radii
 
 T = TypeVar("T")
@@ -123,9 +123,6 @@ class _Bars:
         if self.show:
             tqdm.write(text, file=sys.stderr)
 
-    def epochs(self, title: str) -> tqdm:
-        return tqdm(desc=title, unit="epoch", disable=not self.show, file=sys.stderr)
-
     def votes(self, title: str, total: int | None = None) -> tqdm:
         return tqdm(total=total, desc=title, unit="vote", unit_scale=True, disable=not self.show, file=sys.stderr)
 
@@ -189,7 +186,7 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
         return images, torch.as_tensor(labels)
 
     common: dict[str, Any] = {"radii": RADII, "seed": settings.seed, "device": device, "execution": execution}
-    common |= {"plan_n": settings.n_max, "alpha": settings.alpha}
+    common |= {"plan_n": settings.n_max, "alpha": settings.alpha, "show": show}
 
     def label(x: Tensor, y: Tensor) -> Labels:
         with bars.votes("label", len(x) * len(pool) * settings.label_votes) as bar:
@@ -203,24 +200,15 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
         labels = timed("label", lambda: label(x, y))
         best = np.bincount(labels.radius.argmax(1)[labels.radius.max(1) > 0], minlength=len(pool))
         bars.say("best expert for " + ", ".join(f"{n} images: {name}" for n, name in zip(best, pool.names, strict=True)))
-        with bars.epochs("train Dual RS") as bar:
-
-            def step(epoch: int, epochs: int, loss: float) -> None:
-                bar.total = epochs
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                bar.update(epoch - bar.n)
-
-            flat: dict[str, Any] = {"recipe": "dual-rs", "routing_labels": labels, "out": folder / "dual-rs", "progress": step}
-            return timed("train Dual RS", lambda: train_router(pool, "flat", x, y, **flat, **common))
+        flat: dict[str, Any] = {"recipe": "dual-rs-head", "routing_labels": labels, "out": folder / "dual-rs"}
+        return timed("train Dual RS", lambda: train_router(pool, "flat", x, y, **flat, **common))
 
     def fit() -> RoutedSmooth:
         heads, validation = slice_of("train", settings.head_images), slice_of("validation", settings.validation_images)
         quick = DEFERRAL_RECIPES["quick"]
         recipe = replace(quick, heads=tuple(replace(head, steps=settings.head_steps) for head in quick.heads))
-        passes = chain_votes(pool, recipe, len(heads[0]), len(validation[0]), RADII, settings.n_max, settings.alpha)
-        with bars.votes("train", passes) as bar:
-            chain: dict[str, Any] = {"recipe": recipe, "validation": validation, "out": folder / "router", "votes": bar.update}
-            return timed("train", lambda: train_router(pool, "deferral", heads[0], heads[1], **chain, **common))
+        chain: dict[str, Any] = {"recipe": recipe, "validation": validation, "out": folder / "router"}
+        return timed("train", lambda: train_router(pool, "deferral", heads[0], heads[1], **chain, **common))
 
     def trained(name: str, fit: Callable[[], RoutedSmooth]) -> RoutedSmooth:
         return RoutedSmooth.from_pretrained(folder / name) if (folder / name / "config.json").exists() else fit()

@@ -32,7 +32,7 @@ from rsrouter.smooth import RoutedSmooth, Smooth
 #: Stream of the votes that are timed; no other purpose reads it.
 PILOT = "pilot"
 
-#: Prior weight of each outcome, as in `rsrouter.training.simulate`: unanimous votes stay nearly unanimous.
+#: Prior weight of each outcome, as in `rsrouter.training.chains`: unanimous votes stay nearly unanimous.
 _PRIOR = 0.02
 
 

@@ -23,7 +23,7 @@ def has_grid(expert: Expert, grid: int) -> bool:
     """Whether the expert's features are a map `(B, F, h, w)` with at least `grid` cells each way."""
     if not has_trunk(expert.module):
         return False
-    trunk = copy.deepcopy(Trunk(expert, grid)).cpu().eval()  # a mode that is set here is nobody else's
+    trunk = copy.deepcopy(Trunk(expert, grid)).cpu().float().eval()  # a mode that is set here is nobody else's
     try:
         with torch.inference_mode():
             trunk(torch.zeros(1, *expert.input_shape))

@@ -1,8 +1,8 @@
-"""Training a deferral router: heads on frozen trunks at the noise levels that reach the user's radii, then the chain."""
+"""The deferral router: heads on frozen trunks at the noise levels that reach the user's radii, then the chain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,21 +15,26 @@ from torch import Tensor, nn
 
 from rsrouter.core.bounds import binom_lower
 from rsrouter.core.errors import InputError
-from rsrouter.experts.expert import Expert
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.cascade import CascadeRouter
 from rsrouter.router.chain import Voter
 from rsrouter.router.deferral import DeferralRouter
-from rsrouter.router.trunk import has_grid, has_trunk
-from rsrouter.sampling.execution import Execution
-from rsrouter.training.features import noisy_features
+from rsrouter.router.flat import FlatRouter
+from rsrouter.router.trunk import has_grid
+from rsrouter.training.chains import (
+    Frontier,
+    SimulatedVotes,
+    accuracy,
+    check_two,
+    chosen_line,
+    expert_radius,
+    goal_of,
+    search_chain,
+    simulate_pool,
+)
+from rsrouter.training.features import with_features, without_features
 from rsrouter.training.heads import HeadGoal, HeadRecipe, as_stored, train_head
-from rsrouter.training.labels import label_votes
-from rsrouter.training.simulate import SimulatedVotes, accuracy, chain_radius
-from rsrouter.training.tune import TUNE, Goal, goal_of, search_chain
-
-#: Noise of the features that heads are trained on.
-TRAIN = "train"
+from rsrouter.training.record import SELECTION_VOTES, TRAIN, TUNE, Training, named_recipe, plain_torch
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,6 @@ class DeferralRecipe:
         grid: heads read the experts' feature maps pooled to `grid x grid` cells, where they are maps; 1: as their own last
             layers do. 2 answers better for four times the weights.
         stages: the longest chain.
-        floor, strictness: see `Goal`.
     """
 
     copies: int = 8
@@ -59,8 +63,15 @@ class DeferralRecipe:
     )
     grid: int = 1
     stages: int = 3
-    floor: float = 0.915
-    strictness: float = 5.0
+
+    def __post_init__(self) -> None:
+        if len({head.label for head in self.heads}) != len(self.heads):
+            raise InputError(
+                "Two heads of a recipe have one label",
+                expected="heads of different objectives, cross_entropy, tilt or consistency",
+                received=str([head.label for head in self.heads]),
+                remedy="drop one of them",
+            )
 
 
 #: By name: `deferral` (some ten minutes for 6,000 and 1,000 small images on one core), `deferral-grid` (heads see where in the
@@ -78,6 +89,11 @@ DEFERRAL_RECIPES: dict[str, DeferralRecipe] = {
 }
 
 
+def deferral_recipe(training: Training) -> DeferralRecipe:
+    """The recipe that a training asks for."""
+    return named_recipe(training.recipe, "deferral", DEFERRAL_RECIPES, DeferralRecipe)
+
+
 def smallest_sigma(radius: float, n: int, alpha: float, stages: int) -> float:
     """The smallest sigma at which a unanimous vote of `n` certifies `radius` as one of `stages` on a path."""
     reach = float(ndtri(binom_lower(n, n, alpha / stages)))
@@ -92,8 +108,8 @@ def head_voters(
     The expert of the largest sigma, read together with its neighbour, is smoothed at no more than the largest radius
     needs: an expert trained at much noise loses nothing at less, and answers better.
     """
-    readable = [e for e in pool if has_trunk(e.module)]
-    if not readable:
+    readable = with_features(pool)
+    if not readable or not max(radii) > 0:
         return []
     main, others = readable[-1], tuple(e.name for e in readable[-2:-1])
     least = smallest_sigma(max(radii), plan_n, alpha, recipe.stages)
@@ -106,24 +122,13 @@ def head_voters(
     ]
 
 
-def chain_votes(
-    pool: ExpertPool,
-    recipe: DeferralRecipe,
-    images: int,
-    validation: int,
-    radii: Sequence[float],
-    plan_n: int = 10_000,
-    alpha: float = 1e-3,
-) -> int:
-    """Forward passes of single experts that `train_deferral` makes for so many images: what its progress adds up to."""
-    wanted = head_voters(pool, radii, recipe, plan_n, alpha) if max(radii) > 0 else []
+def deferral_passes(training: Training) -> int:
+    """Forward passes of single experts that `train_deferral` makes: what its `votes` add up to."""
+    pool, recipe, validation = training.pool, deferral_recipe(training), len(training.held_out[0])
+    wanted = head_voters(pool, training.radii, recipe, training.plan_n, training.alpha)
     readers = {voter.sigma: 1 + len(voter.others) for voter, _ in wanted}
-    each = images * recipe.copies + validation * recipe.tune_copies
+    each = len(training.images) * recipe.copies + validation * recipe.tune_copies
     return validation * recipe.tune_copies * len(pool) + each * sum(readers.values())
-
-
-def _named(say: Callable[[dict[str, Any]], None], name: str, line: dict[str, Any]) -> None:
-    say({"head": name, **line})
 
 
 def _head_votes(features: Tensor, heads: dict[str, nn.Module], classes: int) -> dict[str, NDArray[np.int64]]:
@@ -136,111 +141,70 @@ def _head_votes(features: Tensor, heads: dict[str, nn.Module], classes: int) -> 
     return votes
 
 
-def train_deferral(
-    pool: ExpertPool,
-    images: Tensor,
-    labels: Tensor,
-    validation: tuple[Tensor, Tensor],
-    radii: Sequence[float],
-    *,
-    recipe: DeferralRecipe | None = None,
-    plan_n: int = 10_000,
-    n0: int = 100,
-    alpha: float = 1e-3,
-    seed: int = 0,
-    device: str | None = None,
-    execution: Execution | None = None,
-    progress: Callable[[int], None] | None = None,
-    log: Callable[[dict[str, Any]], None] | None = None,
-) -> DeferralRouter | CascadeRouter:
-    """Trains heads on `images`, then chooses voters, order and thresholds on `validation`.
+@plain_torch()
+def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
+    """Trains heads on the images, then chooses voters, order and thresholds on the validation images.
 
-    Where no head is worth asking (or no expert exposes its features) the result is a cascade of plain experts.
-
-    Args:
-        pool: the frozen experts.
-        images, labels: what the heads are trained on; best images that no expert has seen.
-        validation: images and labels of the choice.
-        radii: the radii the user cares about.
-        recipe: hyper-parameters.
-        plan_n, n0, alpha: the certification this is tuned for.
-        seed: of noise, initialisation and order.
-        device, execution: where and how the experts run.
-        progress: called with the number of forward passes since the last call.
-        log: called with what happened, JSON-ready.
+    Where no head is worth asking, or none could be trained (the log says why), the result is a cascade of plain experts. Heads
+    start from the parent's of the same shape.
 
     Raises:
-        InputError: a pool of one expert.
+        InputError: no validation images, or a pool of one expert.
     """
-    recipe = recipe or DeferralRecipe()
-    if len({head.label for head in recipe.heads}) != len(recipe.heads):
-        raise InputError(
-            "Two heads of a recipe have one label",
-            expected="heads of different objectives, cross_entropy, tilt or consistency",
-            received=str([head.label for head in recipe.heads]),
-            remedy="drop one of them",
-        )
-    grid = tuple(sorted({float(r) for r in radii}))
-    say = log or (lambda _: None)
-    if len(pool) < 2:
-        raise InputError(
-            "A router needs two experts", expected="a pool of two or more", received=str(len(pool)), remedy="use Smooth(expert)"
-        )
-    wanted = head_voters(pool, grid, recipe, plan_n, alpha) if grid[-1] > 0 else []
-    xv, yv = validation
-    target = yv.numpy()
-    rng = np.random.default_rng(seed)
-    running: dict[str, Any] = {"device": device, "execution": execution, "progress": progress}
-    votes = label_votes(pool, xv, n=recipe.tune_copies, seed=seed, purpose=TUNE, **running)
-    candidates = {e.name: Voter(e.name) for e in pool}
-    simulated = {e.name: SimulatedVotes.draw(votes[:, k], e.sigma, plan_n, n0, rng, pool.num_classes) for k, e in enumerate(pool)}
-    goal = goal_of({e.name: simulated[e.name] for e in pool}, target, grid, alpha)
-    goal = Goal(goal.radii, goal.envelope, recipe.floor, recipe.strictness)
-    heads: dict[str, nn.Module] = {}
-    for sigma in dict.fromkeys(v.sigma for v, _ in wanted):
+    training = training.checked()
+    pool, recipe, alpha, (xv, yv) = training.pool, deferral_recipe(training), training.alpha, training.held_out
+    grid, target, plan_n = tuple(training.radii), yv.numpy(), training.plan_n
+    check_two(pool)
+    wanted = head_voters(pool, grid, recipe, plan_n, alpha)
+    blind = without_features(pool)
+    if not wanted:
+        why = "the only radius asked for is 0, which plain experts answer best" if not max(grid) > 0 else blind
+        training.say({"no_head": f"no head could be trained: {why}"})
+    elif blind:
+        training.say({"fewer_heads": blind})
+    parents: dict[str, nn.Module] = {}
+    if training.parent is not None and not isinstance(training.parent.router, FlatRouter):
+        parents = dict(training.parent.router.modules.items())
+    rng = np.random.default_rng(training.seed)
+    simulated = simulate_pool(pool, training.expert_votes(xv, recipe.tune_copies, TUNE), plan_n=plan_n, rng=rng)
+    goal = goal_of(simulated, target, grid, alpha, **training.wishes)
+    candidates, heads = {e.name: Voter(e.name) for e in pool}, dict[str, nn.Module]()
+    for sigma in dict.fromkeys(float(v.sigma or 0.0) for v, _ in wanted):
         members = [(v, how) for v, how in wanted if v.sigma == sigma]
-        readers: list[Expert] = [pool[name] for name in (members[0][0].expert, *members[0][0].others)]
-        level, cells = float(sigma or 0.0), members[0][0].grid
-        features = noisy_features(readers, level, images, recipe.copies, seed=seed, purpose=TRAIN, grid=cells, **running)
+        readers, cells = [pool[name] for name in (members[0][0].expert, *members[0][0].others)], members[0][0].grid
+        features = training.features(readers, sigma, training.images, recipe.copies, TRAIN, cells)
         trained: dict[str, nn.Module] = {}
         for voter, how in members:
             name = str(voter.head)
-            trained[name] = as_stored(
-                train_head(
-                    features,
-                    labels,
-                    pool.num_classes,
-                    recipe=how,
-                    goal=HeadGoal(level, grid, tuple(goal.envelope.tolist())),
-                    seed=seed,
-                    log=partial(_named, say, name),
-                )
+            head = train_head(
+                features,
+                training.labels,
+                pool.num_classes,
+                recipe=how,
+                goal=HeadGoal(sigma, grid, tuple(goal.envelope.tolist())),
+                seed=training.seed,
+                log=partial(_named, training, name),
+                store=training.store,
+                parents=parents,
             )
+            trained[name], candidates[name] = as_stored(head), voter
         del features
-        held_out = noisy_features(readers, level, xv, recipe.tune_copies, seed=seed, purpose=TUNE, grid=cells, **running)
-        for voter, _ in members:
-            candidates[str(voter.head)] = voter
+        held_out = training.features(readers, sigma, xv, recipe.tune_copies, TUNE, cells)
         for name, counted in _head_votes(held_out, trained, pool.num_classes).items():
-            simulated[name] = SimulatedVotes.draw(counted, level, plan_n, n0, rng)
-            reached = accuracy(*chain_radius(simulated, ((name, None),), alpha), target, grid)
-            say({"head": name, "sigma": level, "validation": reached.tolist()})
+            simulated[name] = SimulatedVotes.draw(counted, sigma, plan_n, SELECTION_VOTES, rng)
+            reached = accuracy(*expert_radius(simulated[name], alpha), target, grid)
+            training.say({"head": name, "sigma": sigma, "validation": reached.tolist()})
         heads.update(trained)
-    chain, score = search_chain(simulated, target, goal, alpha, max_stages=recipe.stages)
-    reached = accuracy(*chain_radius(simulated, chain, alpha), target, grid)
-    say(
-        {
-            "chain": [list(stage) for stage in chain],
-            "score": score,
-            "coverage": goal.coverage(reached),
-            "validation": reached.tolist(),
-            "envelope": goal.envelope.tolist(),
-            "radii": list(grid),
-            "images": len(xv),
-        }
-    )
+    frontier = Frontier(goal)
+    chain, _ = search_chain(simulated, target, goal, alpha, max_stages=recipe.stages, frontier=frontier)
+    training.say(chosen_line(goal, simulated, target, alpha, chain, frontier))
     thresholds = [tau for _, tau in chain if tau is not None]
     voters = [candidates[name] for name, _ in chain]
     if all(v.head is None for v in voters) and len(voters) > 1:
         return CascadeRouter(thresholds, [v.expert for v in voters])
     used = {v.head for v in voters if v.head is not None}
     return DeferralRouter(voters, thresholds, {name: heads[name] for name in heads if name in used})
+
+
+def _named(training: Training, name: str, line: dict[str, Any]) -> None:
+    training.say({"head": name, **line})

@@ -8,10 +8,23 @@ import torch
 from torch import Tensor
 
 from rsrouter.experts.expert import Expert
-from rsrouter.router.trunk import FusedTrunk
+from rsrouter.experts.pool import ExpertPool
+from rsrouter.router.trunk import FusedTrunk, has_trunk
 from rsrouter.sampling.execution import Execution, as_input, default_batch, prepare, resolve_device
 from rsrouter.sampling.noise import stream_key
-from rsrouter.training.resume import current, unit_key
+from rsrouter.training.resume import ResumeStore, unit_key
+
+
+def with_features(pool: ExpertPool) -> list[Expert]:
+    """The experts whose features heads can read, by sigma."""
+    return [e for e in pool if has_trunk(e.module)]
+
+
+def without_features(pool: ExpertPool) -> str:
+    """Which experts expose no features, and what they would need to; empty where all do."""
+    blind = [f"{e.name} ({type(e.module).__name__})" for e in pool if not has_trunk(e.module)]
+    needed = "forward_features(x), forward_head(x, pre_logits=True) and get_classifier(), as timm's models have"
+    return f"no features are exposed by {', '.join(blind)}: heads need {needed}" if blind else ""
 
 
 @torch.inference_mode()
@@ -27,11 +40,11 @@ def noisy_features(
     device: str | None = None,
     execution: Execution | None = None,
     progress: Callable[[int], None] | None = None,
+    store: ResumeStore | None = None,
 ) -> Tensor:
     """Features and logits of noisy copies: float16 `(N, copies, sum of F + classes)` on the CPU.
 
     The noise is a stream of its own, keyed by purpose, seed, expert, sigma and images: no certificate ever sees it.
-    Inside a training run that keeps a checkpoint, finished parts are read back instead of computed.
 
     Args:
         experts: what looks at each noisy copy; the modules must expose their features (`FusedTrunk`).
@@ -42,6 +55,7 @@ def noisy_features(
         grid: how feature maps are pooled (`Trunk`).
         device, execution: where and how the experts run.
         progress: called with the number of forward passes since the last call.
+        store: finished parts are kept there, and read back instead of computed.
 
     Raises:
         InputError: an expert that does not expose its features.
@@ -55,7 +69,7 @@ def noisy_features(
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
     batch = execution.batch or default_batch(images[0].numel(), where)
     rows = torch.arange(len(images)).repeat_interleave(copies)
-    store = current()
+    store = store or ResumeStore()
     content = images.detach().cpu().contiguous().numpy().tobytes()
     name = unit_key("features", key, copies, content, batch, repr(execution), str(where), *([] if grid == 1 else [grid]))
     parts: list[Tensor] = []

@@ -1,9 +1,9 @@
-"""Training a flat router: cross-entropy against the experts' radii on noisy inputs, or on a frozen trunk's features.
+"""The flat router of Dual RS (arXiv 2512.01782): its network, its training, and what it would certify on validation images.
 
 Two objectives over routing labels (which expert holds the true class how far):
 
-`dual-rs` (arXiv 2512.01782, section 4): soft labels proportional to exp(radius), with class balance and the
-consistency regulariser, which counts as much as the radius it protects.
+`dual-rs` (section 4 of the paper): soft labels proportional to exp(radius), with class balance and the consistency
+regulariser, which counts as much as the radius it protects.
 
 `utility` (ours): for each radius r the user cares about, the experts that hold the true class to r are the
 good ones, and the loss is -log of the probability that the vote names a good one. Experts that agree are
@@ -13,32 +13,41 @@ carry no loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
+from rsrouter.core.tree import expert_stage, flat_tree
 from rsrouter.experts.identity import module_digest
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.router.flat import FlatRouter
+from rsrouter.router.flat import STAGE, FlatRouter
 from rsrouter.router.trunk import Trunk
+from rsrouter.training.chains import Goal, SimulatedVotes, accuracy, goal_of, replay, simulate_pool, standing
+from rsrouter.training.flat_network import adapt_flat, default_flat, trainable
 from rsrouter.training.labels import Labels
 from rsrouter.training.losses import consistency_loss, dual_rs_loss, envelope_weights, good_sets, named_radius, utility_loss
-from rsrouter.training.resume import current, unit_key
+from rsrouter.training.record import LABEL, SELECTION_VOTES, TUNE, Training, named_recipe, plain_torch
+from rsrouter.training.resume import unit_key
+
+#: Validation images of the curve of a flat router with a backbone of its own.
+CURVE_IMAGES = 200
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters of router training.
+    """How a flat router is trained.
 
     Attributes:
         objective: `"utility"` or `"dual-rs"`.
-        epochs, batch, lr, weight_decay: of AdamW, with a one-cycle schedule.
+        epochs, batch, lr, weight_decay: of AdamW.
+        milestones, gamma: epochs after which the learning rate is multiplied by `gamma`; without, a one-cycle schedule.
         copies: noisy copies of each image per step (frozen trunks: cached once per epoch group).
         consistency: weight of KL(mean prediction || each copy), Dual RS's lambda.
         entropy: weight of the entropy of the mean prediction, Dual RS's eta.
@@ -47,8 +56,13 @@ class Recipe:
         redraw: epochs after which cached noisy features are drawn anew.
         weighting: how much each radius counts for `utility`: `"even"`, or `"envelope"`, inversely to the share of images that the
             best expert holds there, as coverage counts them.
-        check, patience: epochs between looks at the validation images, and looks without a better one before training
-            stops.
+        check, patience: epochs between looks at the validation images (0: none, the last weights are kept), and looks without a
+            better one before training stops.
+        network: of a router asked for by name: `"head"`, some kilobytes on a frozen expert, or `"whole"`, a network of its own
+            with an expert's architecture.
+        sigma: noise level of that router; None: the largest of the experts it can read.
+        carried: whether labels are carried over to the certification's votes (`target_radii`) or are the radii that the drawn
+            votes certify, as in Dual RS.
     """
 
     objective: str = "utility"
@@ -64,14 +78,98 @@ class Recipe:
     weighting: str = "even"
     check: int = 5
     patience: int = 6
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.5
+    network: str = "head"
+    sigma: float | None = None
+    carried: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in {
+            "objective": ("utility", "dual-rs"),
+            "radius_weight": ("none", "strong", "weak"),
+            "weighting": ("even", "envelope"),
+            "network": ("head", "whole"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"Unknown {name} of a recipe",
+                    expected=f"one of {allowed}",
+                    received=repr(getattr(self, name)),
+                    remedy="see rsrouter.Recipe",
+                )
 
 
-#: The paper's hyper-parameters on CIFAR-10 (section 5) under its own name, and ours: every radius alike, or as coverage counts.
+_PAPER = Recipe(
+    "dual-rs",
+    epochs=90,
+    consistency=40.0,
+    radius_weight="strong",
+    check=0,
+    milestones=(30, 60),
+    network="whole",
+    sigma=1.0,
+    carried=False,
+)
+#: `utility` and `coverage`: ours, every radius alike, or as coverage counts. `dual-rs` and `dual-rs-weak`: as the paper's authors
+#: run it on CIFAR-10 (section 5: a whole network at sigma 1.0, 90 epochs, labels of 100 votes), with either radius weight.
+#: `dual-rs-head`: their objective for a head of some kilobytes, in seconds.
 RECIPES: dict[str, Recipe] = {
     "utility": Recipe(),
     "coverage": Recipe(weighting="envelope", consistency=20.0),
-    "dual-rs": Recipe("dual-rs", epochs=90, lr=0.01, weight_decay=0.01, consistency=40.0, entropy=0.5, radius_weight="strong"),
+    "dual-rs": _PAPER,
+    "dual-rs-weak": replace(_PAPER, radius_weight="weak"),
+    "dual-rs-head": Recipe("dual-rs", epochs=90, consistency=40.0, radius_weight="strong"),
 }
+
+
+class FlatCurve:
+    """Simulated certified accuracy of a flat router on validation images, for the log and for choosing between kinds.
+
+    Args:
+        training: pool, radii, plan, wishes, and where and how the router's trunk runs.
+        router: the router that is being trained.
+        images, labels: `(N, C, H, W)` validation images and `(N,)` classes.
+        votes: `(N, K, classes + 1)` few votes of every expert on them (`label_votes`).
+        copies: noisy copies of each image for the router's votes.
+    """
+
+    def __init__(
+        self, training: Training, router: FlatRouter, images: Tensor, labels: Tensor, votes: NDArray[np.int64], copies: int = 50
+    ) -> None:
+        self.training, self.router, self.images, self.labels, self.copies = training, router, images, labels.numpy(), copies
+        pool, rng = training.pool, np.random.default_rng(training.seed)
+        self.experts = simulate_pool(pool, votes, plan_n=training.plan_n, rng=rng)
+        self.goal: Goal = goal_of(self.experts, self.labels, training.radii, training.alpha, **training.wishes)
+        names = router.order(pool)
+        self.tree = flat_tree(STAGE, router.sigma, [expert_stage(n, pool[n].sigma, pool.num_classes) for n in names])
+        self.width = len(names)
+        self.features: Tensor | None = None
+        if router.trunk is not None:
+            self.features = training.features([pool[router.trunk]], router.sigma, images, copies, TUNE, quiet=True)
+
+    @torch.inference_mode()
+    def router_votes(self, module: nn.Module) -> NDArray[np.int64]:
+        """`(N, K)` votes of the router on the noisy copies, the same noise at every call."""
+        generator = torch.Generator().manual_seed(self.training.seed)
+        rows = []
+        for i, image in enumerate(self.images):
+            if self.features is not None:
+                x = self.features[i].float()
+            else:
+                x = image + self.router.sigma * torch.randn((self.copies, *image.shape), generator=generator)
+            rows.append(np.bincount(module(x).argmax(1).numpy(), minlength=self.width))
+        return np.stack(rows)
+
+    def look(self, module: nn.Module) -> dict[str, Any]:
+        """`validation` (accuracy at every radius), `coverage`, `least` ratio and `score` of the router as it stands."""
+        mode = module.training
+        module.eval()
+        rng = np.random.default_rng(self.training.seed + 1)
+        drawn = SimulatedVotes.draw(self.router_votes(module), self.router.sigma, self.training.plan_n, SELECTION_VOTES, rng)
+        module.train(mode)
+        certified = replay(self.tree, {STAGE: drawn, **self.experts}, self.training.alpha)
+        return standing(self.goal, accuracy(*certified, self.labels, self.goal.radii))
 
 
 class _Inputs:
@@ -79,7 +177,7 @@ class _Inputs:
 
     def __init__(self, router: FlatRouter, pool: ExpertPool, images: Tensor, generator: torch.Generator, recipe: Recipe) -> None:
         self.images, self.sigma, self.generator, self.recipe = images, router.sigma, generator, recipe
-        self.trunk = None if router.trunk is None else Trunk(pool[router.trunk]).eval()
+        self.trunk = None if router.trunk is None else copy.deepcopy(Trunk(pool[router.trunk])).float().eval()
         self._cache: list[Tensor] = []
         self.drawn: Tensor | None = None  # the generator's state before the cached features were drawn
 
@@ -111,96 +209,80 @@ class _Inputs:
         return [self._noisy(rows) for _ in range(self.recipe.copies)]
 
 
+class _Objective:
+    """Loss of every image under a recipe, before class balance."""
+
+    def __init__(
+        self, recipe: Recipe, sigmas: Sequence[float], radius: NDArray[np.float64], good: Tensor, weights: Tensor | None
+    ):
+        self.recipe, self.good, self.weights = recipe, good, weights
+        self.radius = torch.from_numpy(radius.astype(np.float32))
+        self.order = torch.from_numpy(np.argsort(np.argsort(sigmas)))
+
+    def __call__(self, logits: list[Tensor], rows: Tensor | slice = slice(None)) -> Tensor:
+        recipe, radius = self.recipe, self.radius[rows]
+        if recipe.objective == "dual-rs":
+            task = [dual_rs_loss(each, radius) for each in logits]
+        else:
+            task = [utility_loss(each, self.good[rows], self.weights) for each in logits]
+        steady = consistency_loss(logits, recipe.consistency, recipe.entropy)
+        if recipe.radius_weight != "none":
+            steady = steady * named_radius(logits, radius, self.order, recipe.radius_weight)
+        return torch.stack(task).mean(0) + steady
+
+
 class _Watch:
     """The objective on validation images, and the best weights so far."""
 
-    def __init__(
-        self,
-        router: FlatRouter,
-        pool: ExpertPool,
-        validation: tuple[Tensor, Labels],
-        columns: list[int],
-        radii: list[float],
-        generator: torch.Generator,
-        recipe: Recipe,
-        weights: Tensor | None,
-        order: Tensor | None,
-    ) -> None:
-        images, labels = validation
-        self.weights, self.order = weights, order
-        radius = labels.radius[:, columns]
-        self.good, self.soft, self.recipe = good_sets(radius, radii), torch.from_numpy(radius.astype(np.float32)), recipe
-        source = _Inputs(router, pool, images, generator, recipe)
+    def __init__(self, objective: _Objective, source: _Inputs) -> None:
+        self.objective = objective
         source.start_epoch(0)
-        self.copies = source.copies(torch.arange(len(images)))
+        self.copies = source.copies(torch.arange(len(source.images)))
         self.least, self.stale = float("inf"), 0
         self.best: dict[str, Tensor] | None = None
 
     @torch.no_grad()
     def look(self, module: nn.Module) -> float:
         module.eval()
-        logits = [torch.cat([module(part) for part in torch.split(copy, 500)]) for copy in self.copies]
+        logits = [torch.cat([module(part) for part in torch.split(each, 500)]) for each in self.copies]
         module.train()
-        task = [
-            dual_rs_loss(each, self.soft) if self.recipe.objective == "dual-rs" else utility_loss(each, self.good, self.weights)
-            for each in logits
-        ]
-        steady = consistency_loss(logits, self.recipe.consistency, self.recipe.entropy)
-        if self.order is not None:
-            steady = steady * named_radius(logits, self.soft, self.order, self.recipe.radius_weight)
-        value = float((torch.stack(task).mean(0) + steady).mean())
+        value = float(self.objective(logits).mean())
         if value < self.least:
-            self.least, self.stale, self.best = value, 0, deepcopy(module.state_dict())
+            self.least, self.stale, self.best = value, 0, copy.deepcopy(module.state_dict())
         else:
             self.stale += 1
         return value
 
 
 def train_flat(
-    pool: ExpertPool,
+    training: Training,
     router: FlatRouter,
-    x: Tensor,
-    labels: Labels,
-    radii: list[float],
-    seed: int,
     recipe: Recipe,
-    progress: Callable[[int, int, float], None] | None,
+    labels: Labels,
     validation: tuple[Tensor, Labels] | None = None,
-    *,
     curve: Callable[[nn.Module], dict[str, Any]] | None = None,
-    log: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains `router.module` in place and returns one record per epoch.
-
-    Inside a run with a checkpoint (`rsrouter.training.resume`) it saves its state now and then, and goes on from it.
+    """Trains `router.module` in place on `training.images` and their routing labels; returns one record per epoch.
 
     With `validation` (images and their routing labels) the objective is also measured there every `recipe.check`
     epochs, the best weights are kept, and training stops after `recipe.patience` checks without a better one. `curve` adds
-    what it returns (simulated certified accuracy) to those records; `log` is called with every record.
+    what it returns (simulated certified accuracy) to those records. The state is kept in `training.store` now and then.
 
     Raises:
-        InputError: no training image tells the experts apart.
+        InputError: labels that do not fit, or no training image tells the experts apart.
     """
-    columns = [pool.names.index(name) for name in router.order(pool)]
+    pool, x, seed, store = training.pool, training.images, training.seed, training.store
+    if labels.radius.shape != (len(x), len(pool)) or not np.isfinite(labels.radius).all():
+        raise InputError(
+            "Routing labels do not fit",
+            expected=f"finite radii ({len(x)}, {len(pool)})",
+            received=str(labels.radius.shape),
+            remedy="label the images that are trained on",
+        )
+    names = router.order(pool)
+    columns, sigmas, radii = [pool.names.index(name) for name in names], [pool[name].sigma for name in names], training.radii
     radius = labels.radius[:, columns]
     good = good_sets(radius, radii)
-    if recipe.weighting not in ("even", "envelope"):
-        raise InputError(
-            "Unknown weighting of radii",
-            expected="'even' or 'envelope'",
-            received=repr(recipe.weighting),
-            remedy="'envelope' weighs radii as coverage does",
-        )
-    if recipe.radius_weight not in ("none", "strong", "weak"):
-        raise InputError(
-            "Unknown weight of the regulariser",
-            expected="'none', 'strong' or 'weak'",
-            received=repr(recipe.radius_weight),
-            remedy="'strong' takes the radius at the largest sigma that is named",
-        )
-    order = None
-    if recipe.radius_weight != "none":
-        order = torch.from_numpy(np.argsort(np.argsort([pool[name].sigma for name in router.order(pool)])))
     weights = envelope_weights(good) if recipe.weighting == "envelope" else None
     if recipe.objective == "dual-rs":
         kept = np.flatnonzero(radius.max(1) > 0)
@@ -214,79 +296,123 @@ def train_flat(
             received=f"{len(x)} images without",
             remedy="use more images, or other radii",
         )
-    x, good, soft = x[kept], good[kept], torch.from_numpy(radius[kept].astype(np.float32))
-    best = np.bincount(radius[kept].argmax(1), minlength=len(columns))
-    balance = torch.from_numpy((len(kept) / len(columns) / np.maximum(best, 1)).astype(np.float32))[soft.argmax(1)]
-    module: nn.Module = router.module
+    x, radius = x[kept], radius[kept]
+    objective = _Objective(recipe, sigmas, radius, good[kept], weights)
+    best = radius.argmax(1)
+    share = np.maximum(np.bincount(best, minlength=len(columns)), 1)
+    balance = torch.from_numpy((len(kept) / len(columns) / share).astype(np.float32))[torch.from_numpy(best)]
+    module: nn.Module = trainable(router.module)
     generator = torch.Generator().manual_seed(seed)
     inputs = _Inputs(router, pool, x, generator, recipe)
-    watch = None if validation is None else _Watch(router, pool, validation, columns, radii, generator, recipe, weights, order)
+    watch = None
+    if validation is not None and recipe.check:
+        seen = validation[1].radius[:, columns]
+        watch = _Watch(
+            _Objective(recipe, sigmas, seen, good_sets(seen, radii), weights),
+            _Inputs(router, pool, validation[0], generator, recipe),
+        )
     module.requires_grad_(True).train()
     optimiser = torch.optim.AdamW(module.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     steps = -(-len(x) // recipe.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=steps * recipe.epochs)
+    schedule: torch.optim.lr_scheduler.LRScheduler = (
+        torch.optim.lr_scheduler.MultiStepLR(optimiser, [steps * m for m in recipe.milestones], recipe.gamma)
+        if recipe.milestones
+        else torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=steps * recipe.epochs)
+    )
     history: list[dict[str, Any]] = []
-    store = current()
-    name = unit_key("flat", module_digest(module), router.sigma, router.trunk, router.order(pool), recipe, seed, tuple(radii))
-    state = store.get(name)
-    if state is not None:
-        module.load_state_dict(state["module"])
-        optimiser.load_state_dict(state["optimiser"])
-        schedule.load_state_dict(state["schedule"])
-        history = state["history"]
-        inputs.redraw(state["drawn"])
-        generator.set_state(state["generator"])
-        if watch is not None:
-            watch.least, watch.stale, watch.best = state["watch"]
-        if log is not None:
+    name = unit_key("flat", module_digest(module), router.sigma, router.trunk, names, recipe, seed, tuple(radii))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # what a module of one's own draws, such as dropout
+        state = store.get(name)
+        if state is not None:
+            for part, what in ((module, "module"), (optimiser, "optimiser"), (schedule, "schedule")):
+                part.load_state_dict(state[what])
+            history = state["history"]
+            inputs.redraw(state["drawn"])
+            generator.set_state(state["generator"])
+            torch.set_rng_state(state["global"])
+            if watch is not None:
+                watch.least, watch.stale, watch.best = state["watch"]
             for line in history:
-                log(line)
-    store.due(name)
-    for epoch in range(len(history), recipe.epochs):
-        if watch is not None and watch.stale >= recipe.patience:
-            break
-        inputs.start_epoch(epoch)
-        total = 0.0
-        for rows in torch.split(torch.randperm(len(x), generator=generator), recipe.batch):
-            logits = [module(c) for c in inputs.copies(rows)]
-            if recipe.objective == "dual-rs":
-                task = torch.stack([dual_rs_loss(each, soft[rows]) for each in logits]).mean(0)
-                weight = balance[rows]
-            else:
-                task = torch.stack([utility_loss(each, good[rows], weights) for each in logits]).mean(0)
-                weight = torch.ones(len(rows))
-            steady = consistency_loss(logits, recipe.consistency, recipe.entropy)
-            if order is not None:
-                steady = steady * named_radius(logits, soft[rows], order, recipe.radius_weight)
-            loss = (weight * (task + steady)).mean()
-            optimiser.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimiser.step()
-            schedule.step()
-            total += float(loss.detach()) * len(rows)
-        history.append({"epoch": epoch + 1, "loss": total / len(x)})
-        if watch is not None and (epoch + 1) % recipe.check == 0:
-            history[-1]["validation_loss"] = watch.look(module)
-            if curve is not None:
-                history[-1].update(curve(module))
-        if log is not None:
-            log(history[-1])
-        if store.due(name):
-            store.put(
-                name,
-                {
-                    "module": module.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "history": history,
-                    "drawn": inputs.drawn,
-                    "generator": generator.get_state(),
-                    "watch": None if watch is None else (watch.least, watch.stale, watch.best),
-                },
-            )
-        if progress is not None:
-            progress(epoch + 1, recipe.epochs, total / len(x))
+                training.say(line)
+        store.due(name)
+        for epoch in range(len(history), recipe.epochs):
+            if watch is not None and watch.stale >= recipe.patience:
+                break
+            inputs.start_epoch(epoch)
+            total, rate = 0.0, float(optimiser.param_groups[0]["lr"])
+            for rows in torch.split(torch.randperm(len(x), generator=generator), recipe.batch):
+                each = objective([module(c) for c in inputs.copies(rows)], rows)
+                loss = (balance[rows] * each if recipe.objective == "dual-rs" else each).mean()
+                optimiser.zero_grad(set_to_none=True)
+                torch.autograd.backward(loss)
+                optimiser.step()
+                schedule.step()
+                total += float(loss.detach()) * len(rows)
+            history.append({"epoch": epoch + 1, "loss": total / len(x), "lr": rate})
+            if watch is not None and (epoch + 1) % recipe.check == 0:
+                history[-1]["validation_loss"] = watch.look(module)
+                if curve is not None:
+                    history[-1].update(curve(module))
+            training.say(history[-1])
+            if store.due(name):
+                store.put(
+                    name,
+                    {
+                        "module": module.state_dict(),
+                        "optimiser": optimiser.state_dict(),
+                        "schedule": schedule.state_dict(),
+                        "history": history,
+                        "drawn": inputs.drawn,
+                        "generator": generator.get_state(),
+                        "global": torch.get_rng_state(),
+                        "watch": None if watch is None else (watch.least, watch.stale, watch.best),
+                    },
+                )
+            if training.progress is not None:
+                training.progress(epoch + 1, recipe.epochs, total / len(x))
     if watch is not None and watch.best is not None:
         module.load_state_dict(watch.best)
     module.eval().requires_grad_(False)
     return history
+
+
+@plain_torch()
+def flat_router(
+    training: Training, recipe: Recipe | None = None, *, label_n: int | None = None, copies: int = 50, tune_n: int | None = None
+) -> tuple[FlatRouter, dict[str, Any] | None]:
+    """The flat router that is asked for, trained, and what it reaches on the validation images (None without them).
+
+    Args:
+        training: `router` is a `FlatRouter`, or a kind: then the parent's is trained further, or a new one.
+        recipe: None: the training's.
+        label_n: votes per expert and image for routing labels; None: the training's.
+        copies, tune_n: votes of the router, and of each expert, on every validation image; None: `label_n`, with labels' noise.
+
+    Raises:
+        InputError: no network can be made or trained.
+    """
+    training = training.checked()
+    pool, router, parent = training.pool, training.router, training.parent
+    recipe = recipe or named_recipe(training.recipe, "utility", RECIPES, Recipe)
+    if not isinstance(router, FlatRouter):
+        older = parent.router if parent is not None else None
+        adapted = adapt_flat(older, parent.pool, pool, training.seed) if parent and isinstance(older, FlatRouter) else None
+        router = adapted or default_flat(pool, training.seed, recipe.network, recipe.sigma)
+    router.bind(pool)
+    label_n = training.label_n if label_n is None else label_n
+    labels = training.routing_labels
+    if labels is None:
+        labels = training.targets(training.expert_votes(training.images, label_n, LABEL), training.labels, carried=recipe.carried)
+    if training.validation is None:
+        train_flat(training, router, recipe, labels)
+        return router, None
+    images, classes = training.validation
+    votes = training.expert_votes(images, label_n, LABEL) if tune_n is None else training.expert_votes(images, tune_n, TUNE)
+    shown = len(images) if router.trunk is not None else min(len(images), CURVE_IMAGES)
+    curve = FlatCurve(training, router, images[:shown], classes[:shown], votes[:shown], copies)
+    watched = (images, training.targets(votes, classes, carried=recipe.carried))
+    train_flat(training, router, recipe, labels, watched, curve.look)
+    found = {"kind": "flat", **curve.look(router.module), "images": shown, "radii": list(curve.goal.radii)}
+    training.say(found)
+    return router, found

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +14,7 @@ from rsrouter.core.errors import InputError
 from rsrouter.experts.registry import build_architecture
 from rsrouter.router.trunk import ResidualHead
 from rsrouter.training.losses import RadiusUtility, consistency_loss, radius_weights
-from rsrouter.training.resume import current, unit_key
+from rsrouter.training.resume import ResumeStore, unit_key
 
 
 @dataclass(frozen=True)
@@ -90,23 +88,10 @@ class HeadGoal:
         return RadiusUtility(self.sigma, self.radii, radius_weights(self.envelope, self.radii, recipe.tilt), width, width / 5.0)
 
 
-_PARENTS: ContextVar[Mapping[str, nn.Module] | None] = ContextVar("rsrouter_parent_heads", default=None)
-
-
-@contextmanager
-def starting_from(heads: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside the `with` block `train_head` starts from one of `heads` where one has the shape."""
-    token = _PARENTS.set(dict(heads))
-    try:
-        yield
-    finally:
-        _PARENTS.reset(token)
-
-
-def _parent(like: ResidualHead, label: str) -> ResidualHead | None:
+def _start_of(parents: Mapping[str, nn.Module], like: ResidualHead, label: str) -> ResidualHead | None:
     """The parent's head of the same shape: that of the same recipe (by its name), else the first by name."""
     shapes = [t.shape for t in like.state_dict().values()]
-    named = sorted((_PARENTS.get() or {}).items())
+    named = sorted(parents.items())
     fits = {n: h for n, h in named if isinstance(h, ResidualHead) and [t.shape for t in h.state_dict().values()] == shapes}
     return next((h for n, h in fits.items() if n.endswith(f"_{label}")), next(iter(fits.values()), None))
 
@@ -173,10 +158,10 @@ def train_head(
     goal: HeadGoal | None = None,
     seed: int,
     log: Callable[[dict[str, Any]], None] | None = None,
+    store: ResumeStore | None = None,
+    parents: Mapping[str, nn.Module] | None = None,
 ) -> ResidualHead:
     """A class head on a frozen trunk at one noise level.
-
-    Inside `starting_from` it goes on from a parent's head; inside a run with a checkpoint a finished head is read back.
 
     Args:
         features: `(N, copies, F + classes)` of noisy copies (`noisy_features`), two copies or more.
@@ -186,6 +171,8 @@ def train_head(
         goal: what a head of the objective `"utility"` is to certify.
         seed: of initialisation and order.
         log: called with the loss now and then.
+        store: a finished head is kept there, and read back.
+        parents: heads by name; it starts from one of the same shape.
 
     Raises:
         InputError: an unknown objective, `"utility"` without a goal that asks for a radius, or a single copy.
@@ -200,12 +187,12 @@ def train_head(
     with torch.no_grad():
         first.weight.copy_(torch.randn(first.weight.shape, generator=generator) / width**0.5)
         first.bias.zero_()
-        parent = _parent(head, recipe.label)
+        parent = _start_of(parents or {}, head, recipe.label)
         if parent is not None:  # its first layer holds the standardisation of its own data: take ours out of it
             head.load_state_dict(parent.state_dict())
             first.bias.add_(first.weight @ mean)
             first.weight.mul_(scale)
-    store = current()
+    store = store or ResumeStore()
     start = b"".join(t.numpy().tobytes() for t in head.state_dict().values())
     name = unit_key("head", features.shape, features.numpy().tobytes(), labels.numpy().tobytes(), recipe, goal, seed, start)
     found = store.get(name)

@@ -19,7 +19,7 @@ from rsrouter.inputs import check_images, check_labels
 from rsrouter.router.base import vote_model
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution
-from rsrouter.training.resume import current, unit_key
+from rsrouter.training.resume import ResumeStore, unit_key
 
 LABEL = "label"
 
@@ -55,10 +55,9 @@ def label_votes(
     progress: Callable[[int], None] | None = None,
     block: int = 64,
     engine: Engine | None = None,
+    store: ResumeStore | None = None,
 ) -> NDArray[np.int64]:
     """Votes of every expert on every image: `(N, K, classes + 1)`, invalid votes last.
-
-    Inside a training run that keeps a checkpoint, votes that it has drawn are read back.
 
     Args:
         pool: the experts.
@@ -66,13 +65,18 @@ def label_votes(
         n: votes per expert and image.
         seed, purpose: key the noise; no other purpose sees the same noise.
         progress: called with the number of votes drawn since the last call.
+        block: images between two looks at `store`.
         engine: a `label_engine` of this pool and seed; its networks are then not prepared again.
+        store: votes are kept there block by block, and read back instead of drawn.
+
+    Raises:
+        InputError: images that do not fit the pool. NetworkError: an expert that was changed after it was wrapped.
     """
     check_whole("n", n, 1)
     x = check_images(images, pool.input_shape)
     engine = engine or label_engine(pool, seed=seed, device=device, execution=execution)
     votes = np.zeros((len(x), len(pool), pool.num_classes + 1), dtype=np.int64)
-    store = current()
+    store = store or ResumeStore()
     job = (pool.names, pool.sigmas, [e.digest for e in pool], n, engine.seed, purpose, repr(engine.execution), str(engine.device))
     for start in range(0, len(x), block):
         part = x[start : start + block]
@@ -92,16 +96,16 @@ def label_votes(
 
 
 def radii_from_votes(votes: NDArray[np.int64], labels: NDArray[np.int64], sigmas: tuple[float, ...], alpha: float) -> Labels:
-    """Routing labels from vote counts `(N, K, classes + 1)`.
+    """Routing labels from vote counts `(N, K, classes + 1)`, as Dual RS takes them (section 4).
 
     The true class is known beforehand, so one set of votes gives a valid bound on its probability; a label is
     a training target all the same, not a certificate.
+
+    >>> radii_from_votes(np.array([[[100, 0, 0]]]), np.array([0]), (1.0,), 1e-3).radius.round(2)
+    array([[1.5]])
     """
-    n = votes.sum(axis=2)
-    held = np.take_along_axis(votes, labels[:, None, None], axis=2)[:, :, 0]
-    lower = binom_lower(held, n, alpha)
-    radius = np.stack([vote_radius(sigma, lower[:, k]) for k, sigma in enumerate(sigmas)], axis=1)
-    return Labels(radius, votes[:, :, :-1].argmax(axis=2))
+    held, n = _held(votes, labels)
+    return _labels(votes, binom_lower(held, n, alpha), sigmas)
 
 
 def target_radii(
@@ -112,11 +116,21 @@ def target_radii(
     With 100 votes a Clopper-Pearson bound stops at 1.5 sigma, so an expert of small sigma would never seem to hold
     as far as it does; the share is therefore estimated (Jeffreys, `(k + 1/2) / (n + 1)`) and carried over. No bound,
     and never a certificate. Arguments as `radii_from_votes`.
+
+    >>> target_radii(np.array([[[100, 0, 0]]]), np.array([0]), (1.0,)).radius.round(2)
+    array([[3.2]])
     """
-    n = votes.sum(axis=2)
-    held = np.take_along_axis(votes, labels[:, None, None], axis=2)[:, :, 0]
+    held, n = _held(votes, labels)
     share = np.where(held == n, 1.0, (held + 0.5) / (n + 1.0))
-    lower = binom_lower(np.rint(share * plan_n).astype(np.int64), plan_n, alpha)
+    return _labels(votes, binom_lower(np.rint(share * plan_n).astype(np.int64), plan_n, alpha), sigmas)
+
+
+def _held(votes: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`(N, K)` votes for the true class, and all votes."""
+    return np.take_along_axis(votes, labels[:, None, None], axis=2)[:, :, 0], votes.sum(axis=2)
+
+
+def _labels(votes: NDArray[np.int64], lower: NDArray[np.float64], sigmas: tuple[float, ...]) -> Labels:
     radius = np.stack([vote_radius(sigma, lower[:, k]) for k, sigma in enumerate(sigmas)], axis=1)
     return Labels(radius, votes[:, :, :-1].argmax(axis=2))
 

@@ -1,28 +1,33 @@
-"""What a long training run has finished, kept so that a killed run goes on where it stopped and ends at the same bits.
+"""What a long training has finished, kept so that a killed one resumes where it stopped and ends at the same bits.
 
-The functions that do the long work (`label_votes`, `noisy_features`, `train_head`, `train_flat`) ask `current()` for the run they
-belong to; outside of one they keep nothing. Every unit is filed under a key of everything that decides its result.
+The functions that do the long work (`label_votes`, `noisy_features`, `train_head`, `train_flat`) take a `ResumeStore`. Every unit
+is filed under a key of everything that decides its result.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rsrouter.core.errors import ResultsError
+from rsrouter.files import write_atomically
 
 
 def unit_key(*parts: object) -> str:
-    """A file name that stands for `parts` (bytes as they are, anything else as its `repr`)."""
+    """A file name that stands for `parts` (bytes as they are, anything else as its `repr`).
+
+    >>> unit_key("votes", 0.25) == unit_key("votes", 0.25) != unit_key("votes", 0.5)
+    True
+    """
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else repr(part).encode()
@@ -30,12 +35,31 @@ def unit_key(*parts: object) -> str:
     return digest.hexdigest()[:32]
 
 
-class Checkpoint:
-    """Finished units of one training run.
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside the `with` block a refusal of the disk is a ResultsError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ResultsError(
+            f"Cannot write {path}",
+            expected="room on the disk and permission to write",
+            received=str(error),
+            remedy="make room and run the same command again: it resumes where it stopped",
+        ) from error
+
+
+class ResumeStore:
+    """Finished units of one training.
 
     Args:
-        folder: where they are kept; None: in memory, small ones only, for as long as the run lasts.
+        folder: where they are kept; None: in memory, small ones only.
         every: seconds between two states of a loop that saves as it goes.
+
+    >>> store = ResumeStore()
+    >>> store.put("a", [1, 2], small=True)
+    >>> store.get("a"), store.get("b")
+    ([1, 2], None)
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, every: float = 10.0) -> None:
@@ -65,15 +89,20 @@ class Checkpoint:
             ) from error
 
     def put(self, key: str, value: Any, *, small: bool = False) -> None:
-        """Keeps `value` (tensors, numbers, text and containers of them); without a folder only where it is `small`."""
+        """Keeps `value` (tensors, numbers, text and containers of them); without a folder only where it is `small`.
+
+        Raises:
+            ResultsError: the disk refuses.
+        """
         if self.folder is None:
             if small:
                 self._memory[key] = value
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{key}.{os.getpid()}"
-        torch.save(value, temporary)
-        os.replace(temporary, self.folder / f"{key}.pt")
+        path, buffer = self.folder / f"{key}.pt", io.BytesIO()
+        torch.save(value, buffer)
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, buffer.getvalue())
         self._saved[key] = time.monotonic()
 
     def due(self, key: str) -> bool:
@@ -81,25 +110,7 @@ class Checkpoint:
         return self.folder is not None and time.monotonic() - self._saved.setdefault(key, time.monotonic()) >= self.every
 
     def clear(self) -> None:
-        """Forgets everything: the run is finished."""
+        """Forgets everything: the training is finished."""
         self._memory.clear()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-_CURRENT: ContextVar[Checkpoint | None] = ContextVar("rsrouter_checkpoint", default=None)
-
-
-def current() -> Checkpoint:
-    """The checkpoint of the run that is under way; one that keeps nothing where there is none."""
-    return _CURRENT.get() or Checkpoint()
-
-
-@contextmanager
-def resuming(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
-    """Work inside the `with` block belongs to `checkpoint`."""
-    token = _CURRENT.set(checkpoint)
-    try:
-        yield checkpoint
-    finally:
-        _CURRENT.reset(token)

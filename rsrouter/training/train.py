@@ -2,205 +2,254 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.inputs import check_images, check_labels
+from rsrouter.files import write_atomically
 from rsrouter.router.base import Router
 from rsrouter.router.flat import FlatRouter
-from rsrouter.sampling.execution import Execution
 from rsrouter.smooth import RoutedSmooth
-from rsrouter.training.deferral import DEFERRAL_RECIPES, DeferralRecipe
-from rsrouter.training.flat import RECIPES, Recipe
-from rsrouter.training.heads import starting_from
+from rsrouter.stored import read_json
+from rsrouter.training.chains import TUNE_VOTES, tune_cascade
+from rsrouter.training.deferral import deferral_passes, deferral_recipe, train_deferral
+from rsrouter.training.features import with_features
+from rsrouter.training.flat import RECIPES, Recipe, flat_router
 from rsrouter.training.labels import Labels
-from rsrouter.training.parent import adapt_flat, parent_heads
-from rsrouter.training.resume import resuming
-from rsrouter.training.runlog import RunLog, describe_job
-from rsrouter.training.work import Work, default_flat
+from rsrouter.training.record import Training, named_recipe, plain_torch
+from rsrouter.training.resume import ResumeStore, unit_key, writing
 
-#: Kinds that can be asked for by name. `auto` lets the validation images choose between trained heads, plain experts in a row,
-#: and a flat router.
-KINDS = ("auto", "deferral", "cascade", "flat")
+#: Where an unfinished training keeps its state, inside its folder, and how many seconds may be lost.
+STATE, SAVE_EVERY = ".state", 10.0
+#: Seconds between two lines of progress where stderr is no terminal.
+LINE_EVERY = 30.0
+#: Training images that `auto`'s flat candidate is labelled and trained on, unless labels are given.
+FLAT_IMAGES = 2000
+#: At most so many votes per expert for each of their labels.
+FLAT_LABEL_VOTES = 50
 
 
-def train_router(
-    pool: ExpertPool,
-    router: Router | str,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    radii: Sequence[float],
-    seed: int = 0,
-    out: str | Path | None = None,
-    recipe: Recipe | DeferralRecipe | str | None = None,
-    routing_labels: Labels | None = None,
-    label_n: int = 100,
-    validation: tuple[Tensor, Tensor] | None = None,
-    plan_n: int = 10_000,
-    alpha: float = 1e-3,
-    device: str | None = None,
-    execution: Execution | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
-    votes: Callable[[int], None] | None = None,
-    notes: dict[str, Any] | None = None,
-    parent: RoutedSmooth | None = None,
-) -> RoutedSmooth:
+def train_router(training: Training | ExpertPool, /, *given: Any, **settings: Any) -> RoutedSmooth:
     """Trains the router's own parameters, makes its choices on validation images, and returns the routed classifier.
 
+    `train_router(pool, router, images, labels, radii=..., ...)`, or a `Training`; every further keyword is a field of `Training`,
+    which says what each means. Whatever dtype, gradient mode or autocast the process has set does not matter.
+
     Args:
-        pool: frozen experts; unchanged to the bit.
-        router: a kind out of `KINDS`, or a router: a `FlatRouter` is trained in place (on from where its weights
-            are), any other keeps what it has. `auto` trains heads and a flat router, and takes what reaches more of the experts'
-            envelope on the validation images (simulated votes).
-        images: `(N, C, H, W)` pixels in [0,1], best ones that no expert was trained on: experts look better than
-            they are on their own training images, and the router would learn to trust them.
-        labels: `(N,)` class indices.
-        radii: radii the user cares about.
-        seed: of noise, initialisation and order.
-        out: folder to save to (`config.json`, `router.safetensors`, `training.jsonl`); must not hold another router. A run
-            that was killed leaves its log and a state there; the same call goes on from it and ends at the same bits.
-        recipe: of a flat router a `Recipe` or a name in `RECIPES` (default `"utility"`), else a
-            `DeferralRecipe` or a name in `DEFERRAL_RECIPES` (`"deferral"`, `"deferral-grid"`, `"quick"`).
-        routing_labels: of a flat router: labels made before; None: made here with `label_n` votes per expert and image.
-        validation: images and labels that choices are made on; None: the last fifth of `images`, which then train
-            nothing.
-        plan_n, alpha: the certification that thresholds are chosen for.
-        device: where experts vote.
-        execution: how experts vote, and how the routed classifier is to run, which records it (a dtype moves votes, and
-            thresholds are chosen for these). None: the parent's, or the default.
-        progress: called with (epoch, epochs, loss) of a flat router.
-        votes: called with the number of forward passes of experts since the last call.
-        notes: written into the first line of `training.jsonl` (a parent and its revision, the data's name).
-        parent: a router to go on from where the kind is given by name: heads of the same shape start from its weights, a flat
-            router keeps its weights and the logits of the experts that are still there, a cascade's thresholds are searched
-            further. Its pool may hold other experts.
+        training: a `Training`, or the pool of frozen experts, which stays unchanged to the bit.
+        given: `router`, `images`, `labels`.
+        settings: the other fields.
 
     Raises:
-        InputError: images, labels, radii, kind or recipe that do not fit.
+        InputError: images, labels, radii, kind, recipe or wishes that do not fit.
         NetworkError: an expert that was changed after it was wrapped.
-        ResultsError: `out` already holds a router, or an unfinished training of something else.
+        ResultsError: `out` already holds a router, or an unfinished training of something else; or the disk refuses.
     """
-    for expert in pool:
-        expert.check_unchanged()
-    x = check_images(images, pool.input_shape)
-    target = check_labels(labels, len(x), pool.num_classes)
-    grid = _check_grid(radii)
-    recipe = _check_recipe(router, recipe)
-    folder = None if out is None else Path(out)
-    if folder is not None and (folder / "config.json").exists():
-        raise ResultsError(
-            "The folder already holds a router",
-            expected="a new folder",
-            received=str(folder),
-            remedy="choose another --out; nothing was overwritten",
-        )
-    held_out = "given" if validation is not None else "none"
-    if validation is None and isinstance(router, str) and router != "flat":
-        if len(x) < 10:
-            raise InputError(
-                "Too few images to choose on",
-                expected="validation images, or ten images or more",
-                received=f"{len(x)}",
-                remedy="pass validation=(images, labels)",
+    told = replace(training, **settings) if isinstance(training, Training) else Training(training, *given, **settings)
+    with plain_torch():
+        checked = told.checked()
+        recipe = _recipe(checked)
+        folder = None if checked.out is None else Path(checked.out)
+        if folder is not None and (folder / "config.json").exists():
+            raise ResultsError(
+                "The folder already holds a router",
+                expected="a new folder",
+                received=str(folder),
+                remedy="choose another --out; nothing was overwritten",
             )
-        cut = len(x) - len(x) // 5
-        if routing_labels is not None:
-            routing_labels = Labels(routing_labels.radius[:cut], routing_labels.predict[:cut])
-        validation, x, target, held_out = (x[cut:], target[cut:]), x[:cut], target[:cut], "the last fifth of the images"
-    if validation is not None:
-        xv = check_images(validation[0], pool.input_shape)
-        validation = (xv, check_labels(validation[1], len(xv), pool.num_classes))
-    if execution is None:
-        execution = Execution() if parent is None else parent.execution
-    job = describe_job(
-        pool, router, x, target, validation, routing_labels, recipe, grid, seed, label_n, plan_n, alpha, parent, execution
-    )
-    with (
-        RunLog(folder, job) as log,
-        resuming(log.checkpoint),
-        starting_from({} if parent is None else parent_heads(parent.router)),
-    ):
-        work = Work(
-            pool, x, target, validation, grid, seed, label_n, plan_n, alpha, device, execution, votes, progress, log.add, parent
-        )
-        if isinstance(router, str) and router != "flat":
-            router = work.choose(router, recipe if isinstance(recipe, DeferralRecipe) else None, routing_labels)
-        else:
-            if isinstance(router, str):
-                adapted = None
-                if parent is not None and isinstance(parent.router, FlatRouter):
-                    adapted = adapt_flat(parent.router, parent.pool, pool, seed)
-                router = adapted or default_flat(pool, seed)
-            if isinstance(router, FlatRouter) and isinstance(recipe, Recipe):
-                router.bind(pool)
-                work.flat(router, recipe, x, target, routing_labels)
-        routed = RoutedSmooth(pool, router, execution=execution)
-        if folder is not None:
-            head = {
-                **(notes or {}),
-                "kind": router.kind,
-                "recipe": None if recipe is None else asdict(recipe),
-                "radii": grid,
-                "seed": seed,
-                "images": len(x),
-                "validation": held_out,
-                "validation_images": 0 if validation is None else len(validation[0]),
-            }
-            log.write([head, *log.lines])
-            routed.save_pretrained(folder)
+        with _watched(checked, folder) as (run, lines):
+            router = _trained(run)
+            routed = RoutedSmooth(run.pool, router, execution=run.execution)
+            if folder is not None:
+                own = told.validation is None and run.validation is not None
+                head = {
+                    **(run.notes or {}),
+                    "kind": router.kind,
+                    "recipe": None if recipe is None else asdict(recipe),
+                    "radii": list(run.radii),
+                    "seed": run.seed,
+                    "images": len(run.images),
+                    "validation": "the last fifth of the images" if own else "given" if told.validation else "none",
+                    "validation_images": 0 if run.validation is None else len(run.validation[0]),
+                }
+                with writing(folder):
+                    _write_lines(folder, [head, *lines])
+                    routed.save_pretrained(folder)
     return routed
 
 
-def _check_grid(radii: Sequence[float]) -> list[float]:
-    grid = sorted({float(r) for r in radii})
-    if not grid or not all(0.0 <= r < float("inf") for r in grid):
-        raise InputError(
-            "Training needs the radii you care about",
-            expected="finite radii >= 0",
-            received=repr(list(radii)),
-            remedy="0, 0.25, 0.5, ...",
-        )
-    return grid
+def _recipe(training: Training) -> Any:
+    """The recipe that fits the kind of router; None where nothing is trained by one."""
+    if isinstance(training.router, FlatRouter) or training.router == "flat":
+        return named_recipe(training.recipe, "utility", RECIPES, Recipe)
+    return deferral_recipe(training) if training.router in ("auto", "deferral") else None
 
 
-def _check_recipe(router: Router | str, recipe: Recipe | DeferralRecipe | str | None) -> Recipe | DeferralRecipe | None:
-    """The recipe that fits the kind of router."""
-    if (isinstance(router, str) and router not in KINDS) or not isinstance(router, str | Router):
-        raise InputError(
-            "Unknown kind of router", expected=f"a Router, or one of {KINDS}", received=repr(router), remedy="router='auto'"
-        )
-    if isinstance(router, FlatRouter) or router == "flat":
-        name = "utility" if recipe is None else recipe
-        if isinstance(name, str):
-            if name not in RECIPES:
-                raise InputError(
-                    "Unknown recipe", expected=f"one of {sorted(RECIPES)}", received=repr(name), remedy="or pass a Recipe"
-                )
-            return RECIPES[name]
-        if not isinstance(name, Recipe):
-            raise InputError(
-                "The recipe is for another kind of router",
-                expected="a Recipe",
-                received=type(name).__name__,
-                remedy="flat routers take Recipe, the others DeferralRecipe",
+def _trained(run: Training) -> Router:
+    if isinstance(run.router, FlatRouter) or run.router == "flat":
+        return flat_router(run)[0]
+    if isinstance(run.router, Router):
+        return run.router
+    if run.router == "cascade":
+        return tune_cascade(run)
+    last: dict[str, Any] = {}
+
+    def keep(line: dict[str, Any]) -> None:
+        last.clear()
+        last.update(line)
+        run.say(line)
+
+    best: Router = train_deferral(replace(run, log=keep))
+    if run.router != "auto" or not with_features(run.pool):
+        return best
+    few = slice(None) if run.routing_labels is not None else slice(0, FLAT_IMAGES)
+    part = replace(run, images=run.images[few], labels=run.labels[few])
+    copies = deferral_recipe(run).tune_copies
+    try:
+        n = min(run.label_n, FLAT_LABEL_VOTES)
+        flat, found = flat_router(part, RECIPES["coverage"], label_n=n, copies=copies, tune_n=copies)
+    except InputError as error:  # one candidate of several is only left out
+        run.say({"no_flat_router": error.message})
+        return best
+    assert found is not None  # there are validation images
+    chosen = flat if found["score"] > last["score"] else best
+    each = {best.kind: last, flat.kind: found}
+    run.say(
+        {
+            "chosen": chosen.kind,
+            "candidates": {kind: line["score"] for kind, line in each.items()},
+            "coverages": {kind: line["coverage"] for kind, line in each.items()},
+            "leasts": {kind: line["least"] for kind, line in each.items()},
+            "on": f"{len(run.held_out[0])} validation images, simulated",
+        }
+    )
+    run.say(last if chosen is best else found)  # what was chosen stays the last word of the log
+    return chosen
+
+
+def expert_passes(training: Training) -> int:
+    """Forward passes of single experts that a checked training makes: the end of its progress bar; what a killed one has done
+    already is counted as well."""
+    pool, images = training.pool, len(training.images)
+    validation = 0 if training.validation is None else len(training.validation[0])
+    labelled = training.routing_labels is not None
+    if training.router == "cascade":
+        return validation * TUNE_VOTES * len(pool)
+    if isinstance(training.router, Router) or training.router == "flat":
+        flat = isinstance(training.router, FlatRouter | str)
+        return (validation + (0 if labelled else images)) * training.label_n * len(pool) if flat else 0
+    votes = deferral_passes(training)
+    if training.router == "auto" and not labelled and with_features(pool):
+        votes += min(images, FLAT_IMAGES) * min(training.label_n, FLAT_LABEL_VOTES) * len(pool)
+    return votes
+
+
+@contextmanager
+def _watched(training: Training, folder: Path | None) -> Iterator[tuple[Training, list[dict[str, Any]]]]:
+    """The training with a log, a store and a progress bar, and the log's lines; the state goes when it has succeeded."""
+    lines: list[dict[str, Any]] = []
+    store = training.store if folder is None else ResumeStore(folder / STATE, every=SAVE_EVERY)
+    if folder is not None:
+        _claim(folder, _job(training))
+    live = sys.stderr.isatty()
+    called_back = training.votes is not None or training.progress is not None
+    show = training.show if training.show is not None else live and not called_back
+    total, drawn, where, told = expert_passes(training) if show else 0, 0, "", time.monotonic()
+    with tqdm(desc="train", total=total, unit="vote", unit_scale=True, file=sys.stderr, disable=not (show and live)) as bar:
+
+        def tell() -> None:
+            nonlocal told
+            if show and time.monotonic() - told >= (0.1 if live else LINE_EVERY):
+                told = time.monotonic()
+                bar.set_postfix_str(where)
+                if not live:
+                    print(f"train: {drawn:,} of {total:,} votes, {where}".rstrip(", "), file=sys.stderr, flush=True)
+
+        def votes(count: int) -> None:
+            nonlocal drawn
+            drawn += count
+            bar.update(count)
+            tell()
+            if training.votes is not None:
+                training.votes(count)
+
+        def log(line: dict[str, Any]) -> None:
+            nonlocal where
+            lines.append(line)
+            if folder is not None:
+                with writing(folder), (folder / "training.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            if "loss" in line:
+                step = f"{line['head']}, step {line['step']}" if "head" in line else f"epoch {line['epoch']}"
+                where = f"{step}, loss {line['loss']:.3f}"
+                tell()
+            if "no_head" in line:
+                warnings.warn(line["no_head"], stacklevel=2)
+            training.say(line)
+
+        yield replace(training, store=store, votes=votes, log=log), lines
+    if folder is not None:
+        store.clear()
+
+
+def _claim(folder: Path, job: dict[str, Any]) -> None:
+    """Makes the folder this training's; ResultsError where it holds the unfinished training of something else."""
+    told = folder / STATE / "job.json"
+    if told.exists():
+        before = read_json(told, "job.json", error=ResultsError, remedy=f"remove {folder} and train again")
+        if before != job:
+            other = [k for k in {**before, **job} if before.get(k) != job.get(k)] if isinstance(before, dict) else ["everything"]
+            raise ResultsError(
+                "The folder holds the unfinished training of something else",
+                expected="the same pool, data, recipe and settings, or a new folder",
+                received=f"{folder}: other {', '.join(other)}",
+                remedy="give the same command again, choose another --out, or remove the folder",
             )
-        return name
-    if router in ("auto", "deferral"):
-        if isinstance(recipe, str) and recipe in DEFERRAL_RECIPES:
-            return DEFERRAL_RECIPES[recipe]
-        if recipe is not None and not isinstance(recipe, DeferralRecipe):
-            raise InputError(
-                "The recipe is for another kind of router",
-                expected="a DeferralRecipe",
-                received=repr(recipe),
-                remedy="flat routers take Recipe, the others DeferralRecipe",
-            )
-        return recipe or DeferralRecipe()
-    return None
+    with writing(folder):
+        told.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(told, json.dumps(job).encode())
+        _write_lines(folder, [])
+
+
+def _write_lines(folder: Path, lines: list[dict[str, Any]]) -> None:
+    write_atomically(folder / "training.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _job(training: Training) -> dict[str, Any]:
+    """Everything that decides what a training ends with, as digests."""
+
+    def of(*tensors: Tensor) -> str:
+        return unit_key(*(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors))
+
+    routing: Labels | None = training.routing_labels
+    recipe, execution, parent = _recipe(training), training.execution, training.parent
+    job = {
+        "experts": [e.digest for e in training.pool],
+        "router": training.router if isinstance(training.router, str) else training.router.digest,
+        "images": of(training.images, training.labels),
+        "validation": None if training.validation is None else of(*training.validation),
+        "labels": None if routing is None else unit_key(routing.radius.tobytes()),
+        "recipe": None if recipe is None else asdict(recipe),
+        "radii": list(training.radii),
+        "seed": training.seed,
+        "votes": [training.label_n, training.plan_n],
+        "alpha": training.alpha,
+        "wishes": repr(training.wishes),
+        "execution": None if execution is None else execution.to_dict(),
+        "parent": None if parent is None else parent.router.digest,
+        "torch": [torch.__version__, torch.get_num_threads()],
+    }
+    found: dict[str, Any] = json.loads(json.dumps(job))
+    return found

@@ -13,9 +13,10 @@ import torch
 
 from rsrouter import CascadeRouter, ExpertPool, FlatRouter, RoutedSmooth
 from rsrouter.cli import main
+from rsrouter.core.budget import largest_radius
 from rsrouter.demo import load_pool, load_slice
 from rsrouter.experts import build_architecture
-from rsrouter.training import work
+from rsrouter.training import chains, train
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +55,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 def test_tables_become_labels_and_a_parent_is_trained_on(call: Any, files: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels.npz"
-    tables = [word for name in ("sigma_0.5", "sigma_1") for word in ("--tables", files / f"{name}.tsv")]
+    tables = [word for name in ("sigma_0.5", "sigma_1") for word in ("--tables", f"{name}={files / name}.tsv")]
     status, text, _ = call("label", files / "pool.json", *tables, "--unseen", "--out", out, "--format", "json")
     assert status == 0
-    assert json.loads(text)["tables"] == ["sigma_0.5.tsv", "sigma_1.tsv"]
+    assert json.loads(text)["tables"] == {"sigma_0.5": "sigma_0.5.tsv", "sigma_1": "sigma_1.tsv"}
     status, _, err = call("label", files / "pool.json", "--out", tmp_path / "none.npz")
     assert status == 2
     assert "--tables" in err
@@ -74,13 +75,62 @@ def test_tables_become_labels_and_a_parent_is_trained_on(call: Any, files: Path,
 
 
 def test_a_cascade_goes_on_from_its_parent(call: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "TUNE_VOTES", 40)
+    monkeypatch.setattr(chains, "TUNE_VOTES", 40)
+    monkeypatch.setattr(train, "TUNE_VOTES", 40)
     words = ("--from", files / "cascade", "--kind", "cascade", "--data", files / "train.npz", "--validation", files / "train.npz")
     status, text, err = call("train", *words, "--radii", "0,0.5", "--n", 1000, "--out", tmp_path / "router")
     assert status == 0, err
-    assert "coverage of the experts' envelope" in text
-    assert "tuned for `rsrouter certify --n 1000`" in text
+    assert "as shares of the experts' envelope" in text
+    assert text.count("\n  * ") == 1  # where the choice stopped, on the frontier
+    last, router = text.splitlines()[-1], tmp_path / "router"
+    assert last == f"next: rsrouter certify {router} --data TEST --n 1000 --radii 0,0.5 --out {router}-run/certificates.tsv"
+    command = last.removeprefix("next: rsrouter ").replace("TEST", str(files / "train.npz")).split()
+    status, text, err = call(*command, "--count", 2)  # what is printed works when it is followed
+    assert status == 0, err
     assert err.count("\r") < 5  # a log does not want ten lines a second
     lines = [json.loads(line) for line in (tmp_path / "router" / "training.jsonl").read_text().splitlines()]
     start = next(line for line in lines if line.get("start") == "parent")
     assert lines[-1]["score"] >= start["score"]
+
+
+def test_tables_are_named_and_checked(call: Any, files: Path, tmp_path: Path) -> None:
+    def label(*words: object) -> tuple[Any, str, str]:
+        return call("label", files / "pool.json", *words, "--unseen", "--out", tmp_path / "labels.npz")
+
+    small, large = files / "sigma_0.5.tsv", tmp_path / "large.tsv"
+    rows = (files / "sigma_1.tsv").read_text().splitlines()
+    large.write_text("\n".join([rows[0], *[row.replace(row.split("\t")[3], "3.03") for row in rows[1:]]]) + "\n")
+    status, _, err = label("--tables", f"sigma_1={small}", "--tables", f"sigma_0.5={large}")  # the wrong way round
+    assert status == 2
+    assert f"at most {largest_radius(0.5, 100_000):.3f}" in err
+    assert "belong to sigma_1" in err
+    assert not (tmp_path / "labels.npz").exists()
+    for words in (("--tables", small), ("--tables", f"sigma_1={small}"), ("--tables", f"sigma_1={small}") * 2):
+        status, _, err = label(*words)
+        assert status == 2, err
+        assert "--tables" in err
+    status, _, err = label("--tables", f"sigma_0.5={small}", "--tables", f"sigma_1={large}", "--n", 100)
+    assert status == 2
+    assert "100 votes" in err
+    status, _, err = label("--tables", f"sigma_0.5={small}", "--tables", f"sigma_1={large}")
+    assert status == 0, err
+
+
+def test_what_is_wanted_is_read(call: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "TUNE_VOTES", 40)
+    words = ["train", files / "pool.json", "--kind", "cascade", "--data", files / "train.npz", "--radii", "0,0.5", "--n", 1000]
+    wanted = ["--floor", "0:0.5,0.5:2", "--weights", "0:3", "--never-below", "sigma_1@0.5"]
+    status, text, err = call(*words, *wanted, "--out", tmp_path / "router")
+    assert status == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "router" / "training.jsonl").read_text().splitlines()]
+    assert lines[-1]["floor"] == [0.5, 2.0]
+    assert "the floor is missed by" in text
+    for wrong in (
+        ["--floor", "0:0.5,0:0.6"],
+        ["--floor", "7:0.5"],
+        ["--never-below", "sigma_9@0.5"],
+        ["--weights", "x"],
+        ["--never-below", "sigma_1"],
+    ):
+        status, _, err = call(*words, *wrong, "--out", tmp_path / "other")
+        assert status == 2, wrong

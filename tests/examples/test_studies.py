@@ -22,7 +22,7 @@ from rsrouter.training.flat import RECIPES
 from rsrouter.training.heads import HeadRecipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
-LITTLE = DeferralRecipe(copies=2, tune_copies=40, levels=(1.1,), heads=(HeadRecipe(steps=20),), floor=0.0)
+LITTLE = DeferralRecipe(copies=2, tune_copies=40, levels=(1.1,), heads=(HeadRecipe(steps=20),))
 COUNTS = {"train": 24, "experts": 8, "validation": 10, "test": 4}
 
 
@@ -45,8 +45,8 @@ def study(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(shared, "SHARDS", 2)
     monkeypatch.setattr(shared, "RESAMPLES", 50)
     monkeypatch.setattr(found, "RECIPE", LITTLE)
-    monkeypatch.setitem(RECIPES, "dual-rs", replace(RECIPES["dual-rs"], epochs=2))
-    monkeypatch.setattr(shared, "OWN_RECIPE", RECIPES["dual-rs"])
+    monkeypatch.setitem(RECIPES, "dual-rs-head", replace(RECIPES["dual-rs-head"], epochs=2))
+    monkeypatch.setattr(shared, "OWN_RECIPE", RECIPES["dual-rs-head"])
     if request.param == "study_fashion_mnist":
         monkeypatch.setattr(
             found, "bundled", lambda name: (torch.from_numpy(pixels(name)[0]) / 255, torch.from_numpy(pixels(name)[1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,13 +32,12 @@ from rsrouter.experts.identity import module_digest
 from rsrouter.jobs import Running, label_table
 from rsrouter.router import DeferralRouter, ResidualHead, Voter
 from rsrouter.sampling import Execution
-from rsrouter.training import DeferralRecipe, good_sets, label_votes, train_deferral, tune_cascade, utility_loss
+from rsrouter.training import DeferralRecipe, Training, good_sets, label_votes, train_deferral, tune_cascade, utility_loss
+from rsrouter.training.chains import TAUS, SimulatedVotes, accuracy, chain_radius, goal_of, search_chain
 from rsrouter.training.heads import HeadRecipe, as_stored
 from rsrouter.training.label_files import labels_from_tables, load_votes
 from rsrouter.training.labels import radii_from_votes, target_radii
-from rsrouter.training.simulate import SimulatedVotes, chain_radius
-from rsrouter.training.tune import goal_of, search_chain
-from rsrouter.training.work import expected_votes
+from rsrouter.training.train import expert_passes
 
 SHAPE, CLASSES, RADII = (1, 4, 4), 3, (0.0, 0.25, 0.5, 1.0)
 QUICK = DeferralRecipe(copies=6, tune_copies=40, heads=(HeadRecipe(hidden=8, steps=60),), stages=2)
@@ -92,6 +92,11 @@ def images(count: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x.clamp(0, 1), labels
 
 
+def quick(**settings: Any) -> Training:
+    settings = {"radii": RADII, "validation": images(40, 1), "recipe": QUICK, "plan_n": 1000, **settings}
+    return Training(pool(), "deferral", *images(), **settings)
+
+
 def test_simulated_chain_is_what_the_policy_certifies() -> None:
     rng = np.random.default_rng(0)
     experts = pool()
@@ -130,9 +135,6 @@ def test_search_finds_the_best_of_all_short_chains() -> None:
             np.stack([rng.multinomial(40, rng.dirichlet(a)) for a in right]), sigma, 1000, 50, rng
         )
     goal = goal_of(voters, labels, RADII, 0.001)
-    from rsrouter.training.simulate import accuracy
-    from rsrouter.training.tune import TAUS
-
     chain, score = search_chain(voters, labels, goal, 0.001, max_stages=2)
     every = [((a, None),) for a in voters] + [((a, t), (b, None)) for a, b, t in product(voters, voters, TAUS) if a != b]
     best = max(goal.score(accuracy(*chain_radius(voters, each, 0.001), labels, goal.radii)) for each in every)
@@ -189,7 +191,8 @@ def test_the_votes_of_a_training_are_known_beforehand(kind: str) -> None:
     drawn: list[int] = []
     recipe = QUICK if kind in ("auto", "deferral") else None
     train_router(pool(), kind, *images(60), radii=RADII, recipe=recipe, validation=images(40, 1), votes=drawn.append)
-    assert sum(drawn) == expected_votes(pool(), kind, recipe, 60, 40, RADII) > 0
+    training = Training(pool(), kind, *images(60), radii=RADII, recipe=recipe, validation=images(40, 1))
+    assert sum(drawn) == expert_passes(training.checked()) > 0
 
 
 @pytest.mark.parametrize("kind", ["auto", "cascade", "flat"])
@@ -231,8 +234,7 @@ def test_training_repeats_and_the_seed_matters() -> None:
 
 
 def test_deferral_training_repeats() -> None:
-    x, y = images()
-    results = [train_deferral(pool(), x, y, images(40, 1), RADII, recipe=QUICK, plan_n=1000) for _ in range(2)]
+    results = [train_deferral(quick()) for _ in range(2)]
     assert results[0].digest == results[1].digest
 
 
@@ -241,8 +243,7 @@ def test_heads_are_stored_in_half_the_space_and_lose_nothing(tmp_path: Path, mon
         return ((next(name for name in simulated if name.startswith("level")), None),), 1.0
 
     monkeypatch.setattr("rsrouter.training.deferral.search_chain", take_a_head)
-    x, y = images()
-    router = train_deferral(pool(), x, y, images(40, 1), RADII, recipe=QUICK, plan_n=1000)
+    router = train_deferral(quick())
     assert isinstance(router, DeferralRouter)
     RoutedSmooth(pool(), router).save_pretrained(tmp_path)
     kept = load_file(tmp_path / "router.safetensors")
@@ -348,7 +349,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another kind"):
         train_router(experts, "flat", x, y, radii=RADII, recipe=QUICK)
     with pytest.raises(InputError, match="two experts"):
-        tune_cascade(ExpertPool([experts[0]]), x, y, RADII)
+        tune_cascade(Training(ExpertPool([experts[0]]), "cascade", x, y, radii=RADII))
     with pytest.raises(InputError, match="twice in a row"):
         CascadeRouter((0.6, 0.7), ("s1", "s1", "s0.5")).bind(experts)
     with pytest.raises(InputError, match="do not fit"):

@@ -20,16 +20,14 @@ from rsrouter.core.plans import FixedPlan
 from rsrouter.core.tree import expert_stage, flat_tree
 from rsrouter.experts import build_architecture
 from rsrouter.router import DeferralRouter, Voter
-from rsrouter.training import DeferralRecipe, Labels, good_sets, label_votes, runlog, utility_loss
+from rsrouter.training import DeferralRecipe, Labels, ResumeStore, good_sets, label_votes, train, utility_loss
+from rsrouter.training.chains import SimulatedVotes, goal_of, improve_thresholds, parent_chain, replay
 from rsrouter.training.features import noisy_features
-from rsrouter.training.heads import HeadRecipe, starting_from, train_head
+from rsrouter.training.flat import FlatCurve
+from rsrouter.training.flat_network import adapt_flat
+from rsrouter.training.heads import HeadRecipe, train_head
 from rsrouter.training.label_files import load_labels, store_tables
 from rsrouter.training.losses import envelope_weights
-from rsrouter.training.parent import adapt_flat, descend, parent_chain
-from rsrouter.training.replay import FlatCurve, replay
-from rsrouter.training.resume import Checkpoint, resuming
-from rsrouter.training.simulate import SimulatedVotes
-from rsrouter.training.tune import goal_of
 
 SHORT = Recipe(epochs=12, redraw=5, check=2, patience=4)
 
@@ -51,7 +49,7 @@ def killer(after: int) -> Callable[..., None]:
 
 @pytest.fixture
 def always_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runlog, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -120,31 +118,31 @@ def test_an_unfinished_folder_is_not_used_for_something_else(tmp_path: Path) -> 
 def test_features_in_parts_are_the_features(tmp_path: Path) -> None:
     experts, (x, _) = pool(), images(30)
 
-    def draw(store: Checkpoint, progress: Callable[[int], None] | None = None) -> Tensor:
-        with resuming(store):
-            return noisy_features([experts[2]], 0.5, x.repeat(40, 1, 1, 1), 3, seed=1, purpose="train", progress=progress)
+    def draw(store: ResumeStore, progress: Callable[[int], None] | None = None) -> Tensor:
+        many = x.repeat(40, 1, 1, 1)
+        return noisy_features([experts[2]], 0.5, many, 3, seed=1, purpose="train", progress=progress, store=store)
 
-    whole = draw(Checkpoint())
+    whole = draw(ResumeStore())
     with pytest.raises(Killed):
-        draw(Checkpoint(tmp_path, every=0.0), killer(1))
-    assert torch.equal(draw(Checkpoint(tmp_path, every=0.0)), whole)
+        draw(ResumeStore(tmp_path, every=0.0), killer(1))
+    assert torch.equal(draw(ResumeStore(tmp_path, every=0.0)), whole)
     counted: list[int] = []
-    assert torch.equal(draw(Checkpoint(tmp_path, every=0.0), counted.append), whole)
+    assert torch.equal(draw(ResumeStore(tmp_path, every=0.0), counted.append), whole)
     assert counted == []
 
 
 def test_votes_are_drawn_once_in_a_run() -> None:
     experts, (x, _) = pool(), images(20)
     drawn: list[int] = []
-    with resuming(Checkpoint()):
-        first = label_votes(experts, x, n=20, progress=drawn.append)
-        count = sum(drawn)
-        assert np.array_equal(label_votes(experts, x, n=20, progress=drawn.append), first)
-        assert sum(drawn) == count
-        label_votes(experts, x, n=21, progress=drawn.append)
-        label_votes(experts, x, n=20, seed=1, progress=drawn.append)
-        label_votes(experts, x, n=20, purpose="tune", progress=drawn.append)
-        assert sum(drawn) == count * 3 + count // 20 * 21
+    kept: dict[str, Any] = {"progress": drawn.append, "store": ResumeStore()}
+    first = label_votes(experts, x, n=20, **kept)
+    count = sum(drawn)
+    assert np.array_equal(label_votes(experts, x, n=20, **kept), first)
+    assert sum(drawn) == count
+    label_votes(experts, x, n=21, **kept)
+    label_votes(experts, x, n=20, seed=1, **kept)
+    label_votes(experts, x, n=20, purpose="tune", **kept)
+    assert sum(drawn) == count * 3 + count // 20 * 21
     assert np.array_equal(label_votes(experts, x, n=20), first)
 
 
@@ -209,8 +207,8 @@ def test_heads_start_from_the_parents() -> None:
             tensor.normal_(std=0.3)
     still = HeadRecipe("consistency", hidden=4, steps=1, lr=1e-9, weight_decay=0.0)
     x = torch.rand(6, 7) + 2.0
-    with starting_from({"level0_c2": head(CLASSES, 14), "level0_c5": parent}):
-        warm = train_head(features, labels, CLASSES, recipe=still, seed=0)
+    parents = {"level0_c2": head(CLASSES, 14), "level0_c5": parent}
+    warm = train_head(features, labels, CLASSES, recipe=still, seed=0, parents=parents)
     cold = train_head(features, labels, CLASSES, recipe=still, seed=0)
     assert torch.allclose(warm(x), parent(x), atol=1e-4)  # type: ignore[operator]
     assert torch.allclose(cold(x), x[:, -CLASSES:], atol=1e-4)
@@ -233,9 +231,9 @@ def test_a_cascade_is_searched_further_from_its_parent() -> None:
     }
     goal = goal_of(voters, labels, RADII, 0.001)
     start = (("s0.5", 0.9), ("s1", 0.6), ("s0.25", None))
-    found, score = descend(voters, labels, goal, 0.001, start)
+    found, score = improve_thresholds(voters, labels, goal, 0.001, start)
     assert [name for name, _ in found] == ["s0.5", "s1", "s0.25"]
-    before = descend(voters, labels, goal, 0.001, found)
+    before = improve_thresholds(voters, labels, goal, 0.001, found)
     assert before == (found, score)  # no single threshold improves it
     x, y = images()
     routed = train_router(
@@ -327,20 +325,22 @@ def test_weights_of_radii_follow_the_envelope() -> None:
     assert torch.allclose(utility_loss(logits, good, weights), sum(w * p for w, p in zip(weights, parts, strict=True)) / 3)
     labels = Labels(np.ones((60, 3)) * [0.2, 0.4, 0.6], np.zeros((60, 3), dtype=np.int64))
     with pytest.raises(InputError, match="weighting"):
-        train_router(pool(), "flat", *images(), radii=RADII, recipe=Recipe(weighting="odd"), routing_labels=labels)
+        Recipe(weighting="odd")
+    with pytest.raises(InputError, match="Routing labels"):
+        train_router(pool(), "flat", *images(), radii=RADII, routing_labels=labels._replace(radius=labels.radius * np.nan))
 
 
 def test_labels_from_tables_train_without_a_vote(tmp_path: Path) -> None:
     experts = pool()
     rng = np.random.default_rng(0)
-    tables = []
+    tables = {}
     for k, name in enumerate(experts.names):
         lines = ["idx\tlabel\tpredict\tradius\tcorrect\ttime"]
         for i in reversed(range(70)):  # tables need not be sorted
             right = int(rng.random() < 0.7)
             lines.append(f"{i}\t{i % CLASSES}\t{i % CLASSES if right else (i + 1) % CLASSES}\t{0.1 * (k + 1)}\t{right}\t0:00:01")
-        tables.append(tmp_path / f"{name}.tsv")
-        tables[-1].write_text("\n".join(lines) + "\n")
+        tables[name] = tmp_path / f"{name}.tsv"
+        tables[name].write_text("\n".join(lines) + "\n")
     metadata, mean = store_tables(experts, tables, tmp_path / "labels.npz", unseen=True)
     assert metadata["images"] == 70
     assert mean.argmax() == 2
@@ -358,7 +358,7 @@ def test_labels_from_tables_train_without_a_vote(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="other experts"):
         load_labels(tmp_path / "labels.npz", ExpertPool([experts[0], experts[1]]))
     with pytest.raises(InputError, match="one table for each"):
-        store_tables(experts, tables[:2], tmp_path / "two.npz")
+        store_tables(experts, {n: tables[n] for n in experts.names[:2]}, tmp_path / "two.npz")
     with pytest.raises(ResultsError, match="exists"):
         store_tables(experts, tables, tmp_path / "labels.npz")
     # auto's flat candidate learns from them too, from those of the images that are left to train on

@@ -120,7 +120,7 @@ def test_the_quick_form_on_synthetic_tables(study, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(script, "CANDIDATES", (("coverage", 5.0),))
     monkeypatch.setattr(script, "SHARES", (0.2, 0.5))
     monkeypatch.setitem(script.RECIPES, "coverage", script.replace(script.RECIPES["coverage"], epochs=2, check=1))
-    monkeypatch.setitem(script.RECIPES, "dual-rs", script.replace(script.RECIPES["dual-rs"], epochs=2, check=1))
+    monkeypatch.setitem(script.RECIPES, "dual-rs-head", script.replace(script.RECIPES["dual-rs-head"], epochs=2, check=1))
     rng = np.random.default_rng(0)
     pixels = torch.from_numpy(rng.random((120, 3, 8, 8), dtype=np.float32))
     trunk = {}

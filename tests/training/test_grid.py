@@ -19,7 +19,7 @@ from rsrouter.experts import build_architecture
 from rsrouter.router import DeferralRouter, Voter
 from rsrouter.router.trunk import ResidualHead, Trunk, has_grid
 from rsrouter.sampling.execution import Execution, prepare
-from rsrouter.training import DEFERRAL_RECIPES
+from rsrouter.training import DEFERRAL_RECIPES, Training
 from rsrouter.training.deferral import head_voters, train_deferral
 from rsrouter.training.features import noisy_features
 
@@ -146,14 +146,14 @@ def test_training_reads_cells_where_there_are_any() -> None:
         copies=2,
         tune_copies=20,
         heads=tuple(replace(h, steps=5) for h in DEFERRAL_RECIPES["quick"].heads),
-        floor=0.0,
     )
     demo = load_pool()
     train, held = load_slice("train"), load_slice("validation")
     x, y = (torch.as_tensor(v) for v in train.batch(range(40)))
     xv, yv = (torch.as_tensor(v) for v in held.batch(range(30)))
     lines: list[dict[str, Any]] = []
-    made = train_deferral(demo, x, y, (xv, yv), (0.0, 1.0), recipe=recipe, log=lines.append)
+    wanted = {"radii": (0.0, 1.0), "validation": (xv, yv), "floor": 0.0}
+    made = train_deferral(Training(demo, "deferral", x, y, recipe=recipe, log=lines.append, **wanted))
     assert any("head" in line for line in lines)
     for voter in getattr(made, "voters", ()):
         assert voter.grid == (1 if voter.head is None else 2)
