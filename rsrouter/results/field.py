@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from rsrouter.core.errors import InputError, ResultsError
+from rsrouter.core.errors import ResultsError
 from rsrouter.core.types import ABSTAIN
 from rsrouter.results.rows import parse_time
 from rsrouter.results.table import ARRAYS, Table
@@ -322,21 +322,4 @@ def compare_votes(tables: Sequence[Table]) -> list[str]:
     return [f"the tables seem to be certified with different votes, by the largest radius of each ({told})"]
 
 
-def check_reach(table: Table, sigma: float) -> None:
-    """Refuses a table that cannot be of an expert at noise level `sigma`.
-
-    Raises:
-        InputError: a radius that not even a million unanimous votes at alpha = 0.05 certify at this sigma.
-    """
-    most = sigma * float(ndtri(0.05**1e-6))
-    top = float(table.radius.max()) if len(table) else 0.0
-    if top > most * 1.01:
-        raise InputError(
-            f"Table {table.name!r} cannot be of an expert at sigma {sigma:g}",
-            expected=f"radii up to {most:.3g}",
-            received=f"a radius of {top:.3g}",
-            remedy="name each table with its expert: NAME=PATH",
-        )
-
-
-__all__ = ["check_reach", "compare_votes", "parse_field", "votes_behind"]
+__all__ = ["compare_votes", "parse_field", "votes_behind"]

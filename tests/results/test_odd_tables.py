@@ -12,7 +12,7 @@ from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.experts.select import held_radii
 from rsrouter.report import summarise
 from rsrouter.results import Table, read_table
-from rsrouter.results.field import check_reach, compare_votes, votes_behind
+from rsrouter.results.field import compare_votes, votes_behind
 
 HEAD = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
 ROWS = ["0\t3\t-1\t0.0\t0\t0:00:14.114881", "20\t8\t8\t0.36\t1\t0:00:13.996586", "40\t8\t1\t1.2\t0\t1 day, 0:00:01"]
@@ -200,13 +200,6 @@ def test_tables_of_different_votes_are_said(tmp_path: Path) -> None:
     assert compare_votes([many, unanimous("sigma_0.50", "1.91", tmp_path)]) == []
     assert compare_votes([many]) == []
     assert votes_behind(read(tmp_path, PLAIN)) == set()  # nobody is unanimous
-
-
-def test_a_table_of_another_expert_is_refused(tmp_path: Path) -> None:
-    table = unanimous("sigma_1.00", "3.03", tmp_path)
-    check_reach(table, 1.0)
-    with pytest.raises(InputError, match=r"cannot be of an expert at sigma 0\.25"):
-        check_reach(table, 0.25)
 
 
 def test_selection_refuses_what_a_report_refuses(tmp_path: Path) -> None:
