@@ -18,7 +18,7 @@ import torch
 from rsrouter._version import __version__
 from rsrouter.core.errors import RSRouterError
 from rsrouter.experts import build_architecture
-from rsrouter.sampling.execution import Execution, as_input, default_batch, prepare, resolve_device
+from rsrouter.sampling.execution import Execution, default_batch, prepare, resolve_device
 from rsrouter.smooth import Smooth
 from rsrouter.speed import measure_speed
 
@@ -241,13 +241,12 @@ def _timed(works: Mapping[str, Callable[[], object]], where: torch.device, round
 
 
 def _forward(module: torch.nn.Module, shape: tuple[int, ...], batch: int, dtype: str, where: torch.device) -> Callable[[], Any]:
-    execution = Execution(dtype=dtype)
-    prepared = prepare(module, execution, where)
-    x = as_input(torch.rand((batch, *shape), generator=torch.Generator().manual_seed(0)).to(where), execution)
+    prepared = prepare(module, Execution(dtype=dtype), where, shape)
+    x = prepared.input(torch.rand((batch, *shape), generator=torch.Generator().manual_seed(0)).to(where))
 
     @torch.inference_mode()
     def work() -> object:
-        return prepared(x)
+        return prepared.module(x)
 
     return work
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from rsrouter.bench.timing import Figure, figure, in_turn, ratios, seconds
 from rsrouter.core.certify import VoteRequest
 from rsrouter.experts import Expert
+from rsrouter.process import fixed_kernels
 from rsrouter.router.base import vote_model
 from rsrouter.sampling.engine import Engine, image_identity
-from rsrouter.sampling.execution import Execution, as_input, fixed_kernels, prepare
+from rsrouter.sampling.execution import Execution, Prepared, prepare
 from rsrouter.sampling.noise import CHUNK, make_noise
 
 BATCHES = (50, 100, 250, 500, 1000)
@@ -45,14 +46,14 @@ class Drawing:
     image: Tensor
     n: int
     device: torch.device
-    _prepared: dict[str, nn.Module] = field(default_factory=dict)
+    _prepared: dict[str, Prepared] = field(default_factory=dict)
 
     @property
     def on_device(self) -> Tensor:
         """The image where networks run."""
         return self.image.to(self.device)
 
-    def _module(self, execution: Execution) -> nn.Module:
+    def _module(self, execution: Execution) -> Prepared:
         if execution.dtype not in self._prepared:
             module = prepare(self.expert.network(), execution, self.device, self.expert.input_shape)
             self._prepared[execution.dtype] = module
@@ -63,7 +64,7 @@ class Drawing:
         module = self._module(execution)
         shape, batch = self.expert.input_shape, execution.batch
         image, sigma = self.on_device, self.expert.sigma
-        noisy = as_input(image + sigma * torch.randn((batch, *shape), device=self.device), execution)
+        noisy = module.input(image + sigma * torch.randn((batch, *shape), device=self.device))
         stream, out = make_noise("gaussian", shape, self.device), torch.empty((batch, *shape), device=self.device)
 
         @torch.inference_mode()
@@ -72,9 +73,9 @@ class Drawing:
                 for i in range(-(-self.n // batch)):
                     if noise:
                         stream.add(image, sigma, b"bench", i * batch, out)
-                        module(as_input(out, execution))
+                        module(out)
                     else:
-                        module(noisy)
+                        module.module(noisy)
 
         return work
 

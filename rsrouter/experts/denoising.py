@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,7 +74,6 @@ class Diffusion:
         return t, float(abar[t])
 
 
-@torch.fx.wrap  # looks at what came back, which a traced stand-in cannot tell
 def _prediction(output: Any, like: Tensor) -> Tensor:
     """The predicted tensor, of as many channels as `like`, in what a denoiser returns."""
     if isinstance(output, tuple):

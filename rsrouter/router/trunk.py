@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsrouter.core.errors import InputError
@@ -32,8 +32,6 @@ def has_grid(expert: Expert, grid: int) -> bool:
     return True
 
 
-# Shapes are looked at in functions that tracing does not enter: a trunk that cannot be traced runs its BatchNorm unfolded.
-@fx.wrap
 def _cells(features: Tensor, pooled: Tensor, grid: int, name: str) -> Tensor:
     """`(B, F * grid ** 2)`: the feature map `(B, F, h, w)` averaged over cells."""
     if features.dim() != 4 or features.shape[1] != pooled.shape[1] or min(features.shape[2:]) < grid:
@@ -46,7 +44,6 @@ def _cells(features: Tensor, pooled: Tensor, grid: int, name: str) -> Tensor:
     return F.adaptive_avg_pool2d(features, grid).flatten(1)
 
 
-@fx.wrap
 def _fitting(features: Tensor, wanted: int | None) -> Tensor:
     """`features (B, F)` as they are; InputError where a head reads another width."""
     if wanted is not None and features.shape[1] != wanted:

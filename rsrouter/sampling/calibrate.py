@@ -11,17 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from rsrouter.core.errors import InputError
+from rsrouter.process import fixed_kernels
 from rsrouter.sampling.check import check_network
 from rsrouter.sampling.engine import VoteModel
-from rsrouter.sampling.execution import (
-    Execution,
-    as_input,
-    default_batch,
-    fixed_kernels,
-    keep_freed_memory,
-    prepare,
-    resolve_device,
-)
+from rsrouter.sampling.execution import Execution, Prepared, default_batch, keep_freed_memory, prepare, resolve_device
 
 #: What `dtypes="fastest"` chooses from.
 DTYPES = ("float32", "bfloat16")
@@ -74,7 +67,8 @@ def calibrate(
         keep_freed_memory()
     times: dict[Execution, list[float]] = {}
     prepared = {
-        dtype: [prepare(m.module, replace(base, dtype=dtype), where, shape) for m in models] for dtype in dtypes or (base.dtype,)
+        dtype: [prepare(m.module, replace(base, dtype=dtype), where, shape, m.name) for m in models]
+        for dtype in dtypes or (base.dtype,)
     }
     # one candidate after the other, round after round: what else the machine does meanwhile slows all of them
     for attempt in range(repeats):
@@ -87,8 +81,8 @@ def calibrate(
                     if not attempt:
                         with fixed_kernels():
                             for module, m in zip(modules, models, strict=True):
-                                check_network(module, m.name, m.widths, shape, batch, candidate, where)
-                    times.setdefault(candidate, []).append(_seconds_per_row(modules, candidate, shape, where, 2 * default))
+                                check_network(module, m.name, m.widths, shape, batch, where)
+                    times.setdefault(candidate, []).append(_seconds_per_row(modules, batch, shape, where, 2 * default))
                 except torch.OutOfMemoryError:
                     break
     found = tuple(Timing(candidate, 1.0 / statistics.median(seconds)) for candidate, seconds in times.items())
@@ -103,17 +97,15 @@ def calibrate(
 
 
 @torch.inference_mode()
-def _seconds_per_row(
-    modules: Sequence[torch.nn.Module], execution: Execution, shape: tuple[int, ...], device: torch.device, rows: int
-) -> float:
+def _seconds_per_row(modules: Sequence[Prepared], batch: int, shape: tuple[int, ...], device: torch.device, rows: int) -> float:
     """Of one row through every network, over `rows` rows at least, after one pass that does not count."""
-    x = torch.rand((execution.batch, *shape), generator=torch.Generator().manual_seed(0)).to(device)
-    x, done = as_input(x, execution), -execution.batch
+    x = torch.rand((batch, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+    inputs, done = [prepared.input(x) for prepared in modules], -batch
     start = 0.0
     with fixed_kernels():
         while done < rows:
-            outputs = [module(x) for module in modules]
-            done += execution.batch
+            outputs = [prepared.module(x) for prepared, x in zip(modules, inputs, strict=True)]
+            done += batch
             if done == 0 or done >= rows:  # reading a value waits for the device
                 _ = [float((o[0] if isinstance(o, tuple | list) else o).sum()) for o in outputs]
                 start = start if done else time.perf_counter()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rsrouter.core.errors import NetworkError
-from rsrouter.sampling.execution import Execution, as_input
-
-#: Logits below this are rounding errors of larger numbers, as far as `check_network` can tell.
-_SMALL = 1e-3
-#: How far logits may move with a row's company, relative to the largest one, and still be rounding.
-_ROUNDING = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+from rsrouter.process import disturbed
+from rsrouter.sampling.execution import Prepared
+from rsrouter.sampling.logits import Moved, Outputs, forward, heads, moved, outputs, votes_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class Checked:
     Attributes:
         packs: a row's logits have the same bits in any position and company. Otherwise they only agree to rounding, and
             batches must not mix requests.
-        gap: by how much they moved, relative to the largest logit.
+        gap: by how much the gaps between logits moved, relative to themselves (`Moved.gap`).
         rows: `(batch, C, H, W)`, the input.
         logits: the float32 logits of each head.
     """
@@ -32,102 +29,148 @@ class Checked:
     packs: bool
     gap: float
     rows: Tensor
-    logits: tuple[Tensor, ...]
+    logits: Outputs
 
 
-def heads(output: Any, widths: tuple[int, ...], name: str, rows: int) -> tuple[Tensor, ...]:
-    """The network's output as one logits tensor per stage, its shapes checked.
+def logits_of(prepared: Prepared, x: Tensor, widths: tuple[int, ...], name: str) -> Outputs:
+    """The network's logits `(B, width)` in float32, one tensor for each head.
 
     Raises:
-        NetworkError: not tensors, or of another shape than `(rows, width)`.
+        NetworkError: whatever the network raises, or another shape.
     """
-    outputs = tuple(output) if isinstance(output, tuple | list) else (output,)
-    shapes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in outputs]
-    if shapes != [(rows, w) for w in widths]:
-        raise NetworkError(
-            f"Network {name!r} returns the wrong shape",
-            expected=f"logits of shape {[(rows, w) for w in widths]}",
-            received=str(shapes),
-            remedy="check num_classes, and that the module returns logits per image",
-        )
-    return outputs
+    output = forward(prepared.module, prepared.input(x), name)
+    return outputs(heads(output, widths, name, len(x)))
 
 
-def _logits(module: nn.Module, x: Tensor, execution: Execution, widths: tuple[int, ...], name: str) -> tuple[Tensor, ...]:
-    return tuple(h.float() for h in heads(module(as_input(x, execution)), widths, name, len(x)))
+def company(x: Tensor, kept: Tensor) -> Tensor:
+    """The rows `x (B, C, H, W)` where `kept (B,)` says so, among others: of the opposite brightness and three times the
+    contrast, so that neither their mean nor their spread, nor any one of them, is that of the rows they replace."""
+    return torch.where(kept.view(-1, 1, 1, 1), x, 3.0 * (1.0 - x))
 
 
-def _differ(a: tuple[Tensor, ...], b: tuple[Tensor, ...], scales: list[float]) -> float:
-    """The largest relative difference; NaN equals NaN."""
-    gaps = [
-        torch.where((u == v) | (u.isnan() & v.isnan()), 0.0, (u - v).abs().nan_to_num(nan=torch.inf))
-        for u, v in zip(a, b, strict=True)
-    ]
-    return max(float(gap.max()) / scale for gap, scale in zip(gaps, scales, strict=True))
+def _refuse_random(name: str, found: Moved) -> NoReturn:
+    raise NetworkError(
+        f"Network {name!r} is random at test time",
+        expected="the same logits for the same input",
+        received=str(found),
+        remedy="remove dropout and other randomness from the forward pass in eval mode",
+    )
+
+
+def _refuse_company(name: str, found: Moved) -> NoReturn:
+    raise NetworkError(
+        f"The votes of network {name!r} depend on the rest of the batch",
+        expected="logits of a row alone",
+        received=f"other logits beside other neighbours: {found}",
+        remedy="use running statistics (track_running_stats=True) in normalisation layers, and no dynamic quantisation or "
+        "other statistics of the batch",
+    )
+
+
+def _rows(shape: tuple[int, ...], batch: int, generator: torch.Generator) -> Tensor:
+    """Images, noise around them, rows of one image with its noise as votes have, and rows of little contrast."""
+    x = torch.rand((batch, *shape), generator=generator)
+    x[1::4] += torch.randn(x[1::4].shape, generator=generator)
+    x[2::4] = x[:1] + 0.5 * torch.randn(x[2::4].shape, generator=generator)
+    x[3::8] = 0.5 + 0.02 * x[3::8]
+    return x
+
+
+def _closer(x: Tensor, logits: Tensor) -> Tensor:
+    """`x` with every fourth row moved to where its vote and that of another row are about equally likely, by the secant of their
+    margins: what goes wrong only in close rows is to be seen as well."""
+    votes = votes_of(logits)
+    order = votes.argsort(stable=True)
+    # in the order of their votes, half a batch further mostly is another class
+    other = torch.empty_like(order)
+    other[order] = order.roll(len(order) // 2)
+    finite = logits.nan_to_num(posinf=0.0, neginf=-1e30).double()
+    a, b = votes.clamp_max(logits.shape[1] - 1)[:, None], votes[other].clamp_max(logits.shape[1] - 1)[:, None]
+    here = (finite.gather(1, a) - finite.gather(1, b)).clamp_min(0.0)
+    there = (finite[other].gather(1, b) - finite[other].gather(1, a)).clamp_min(0.0)
+    share = torch.where(here + there > 0, here / (here + there), 0.5).to(x.dtype).view(-1, 1, 1, 1)
+    quarter = (torch.arange(len(x), device=x.device) % 4 == 0).view(-1, 1, 1, 1)
+    return torch.where(quarter, (1 - share) * x + share * x[other], x)
 
 
 @torch.inference_mode()
 def check_network(
-    module: nn.Module,
-    name: str,
-    widths: tuple[int, ...],
-    shape: tuple[int, ...],
-    batch: int,
-    execution: Execution,
-    device: torch.device,
+    prepared: Prepared, name: str, widths: tuple[int, ...], shape: tuple[int, ...], batch: int, device: torch.device
 ) -> Checked:
     """Refuses networks that cannot be certified; says whether rows of a batch may be packed freely.
 
-    Runs the network on a batch, again on the same batch, and on one that has half of its rows in other places
-    among other neighbours.
+    Runs the network on a batch, again on the same batch, and twice with half of its rows in other places among other neighbours;
+    where that moves bits, also with other neighbours alone. What is compared is what decides votes: the gaps between each row's
+    first logit and the others, every one on its own scale (`Moved`), over rows that include close ones.
 
     Raises:
-        NetworkError: wrong shape, different logits on the same input (dropout), or logits that depend on the
-            rest of the batch (batch statistics).
+        NetworkError: whatever the network raises; wrong shape, different logits on the same input (dropout), or logits that
+            depend on the rest of the batch (batch statistics).
     """
+    dtype = prepared.execution.dtype
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand((batch, *shape), generator=generator).to(device)
-    first = _logits(module, x, execution, widths, name)
-    again = _logits(module, x, execution, widths, name)
-    # each head by its own size: probabilities of a thousand classes are small, and still decide
-    scales = [max(float(torch.where(torch.isfinite(h), h, 0.0).abs().max()), _SMALL) for h in first]
-    if (moved := _differ(first, again, scales)) > 0.0:
-        raise NetworkError(
-            f"Network {name!r} is random at test time",
-            expected="the same logits for the same input",
-            received=f"logits that differ by {moved:.2g} (relative)",
-            remedy="remove dropout and other randomness from the forward pass in eval mode",
-        )
-    order = torch.randperm(batch, generator=generator).to(device)
-    kept = order[: (batch + 1) // 2]
-    # other company: brighter and of more contrast, so that neither its mean nor its spread is that of the first batch
-    other = torch.rand((batch, *shape), generator=generator).to(device) * 3.0
-    places = torch.randperm(batch, generator=generator).to(device)[: len(kept)]
-    other[places] = x[kept]
-    elsewhere = tuple(h[places] for h in _logits(module, other, execution, widths, name))
-    gap = _differ(tuple(h[kept] for h in first), elsewhere, scales)
-    if gap > _ROUNDING[execution.dtype]:
-        raise NetworkError(
-            f"The votes of network {name!r} depend on the rest of the batch",
-            expected="logits of a row alone",
-            received=f"logits that change by {gap:.2g} (relative) with their neighbours",
-            remedy="use running statistics (track_running_stats=True) in normalisation layers",
-        )
-    return Checked(gap == 0.0, gap, x, first)
+    x = _rows(shape, batch, generator).to(device)
+    x = _closer(x, logits_of(prepared, x, widths, name)[0])
+    first = logits_of(prepared, x, widths, name)
+    if not (again := moved(first, logits_of(prepared, x, widths, name), dtype)).equal:
+        _refuse_random(name, again)
+    found: list[Moved] = []
+    buffer = x.clone()  # one tensor with other content, as the engine's batches are
+    for half in torch.randperm(batch, generator=generator).to(device).tensor_split(2):
+        kept = half if len(half) else torch.zeros(1, dtype=torch.int64, device=device)
+        places = torch.randperm(batch, generator=generator).to(device)[: len(kept)]
+        buffer.copy_(company(x, torch.zeros(batch, dtype=torch.bool, device=device)))
+        buffer[places] = x[kept]
+        elsewhere = logits_of(prepared, buffer, widths, name)
+        found.append(moved(tuple(h[kept] for h in first), tuple(h[places] for h in elsewhere), dtype))
+        if not found[-1].is_rounding(dtype):
+            _refuse_company(name, found[-1])
+    return Checked(all(m.equal for m in found), max(m.gap for m in found), x, first)
 
 
 @torch.inference_mode()
-def check_again(checked: Checked, module: nn.Module, name: str, widths: tuple[int, ...], execution: Execution) -> None:
+def check_votes(prepared: Prepared, name: str, widths: tuple[int, ...], x: Tensor, cast: Outputs, odd: bool) -> None:
+    """Refuses a network whose logits `cast` for a batch of votes `x` are not those that half of its rows get among others.
+
+    Raises:
+        NetworkError: they depend on the rest of the batch, or on what was run before.
+    """
+    kept = torch.arange(len(x), device=x.device) % 2 == int(odd)
+    if len(x) == 1:
+        kept[:] = True
+    again = logits_of(prepared, company(x, kept), widths, name)
+    found = moved(tuple(h.float()[kept] for h in cast), tuple(h[kept] for h in again), prepared.execution.dtype)
+    if not found.is_rounding(prepared.execution.dtype):
+        _refuse_company(name, found)
+
+
+@torch.inference_mode()
+def check_again(checked: Checked, prepared: Prepared, name: str, widths: tuple[int, ...]) -> None:
     """Refuses a network that no longer gives the bits it gave when it was checked.
 
     Raises:
         NetworkError: it keeps a state that votes change (a counter, running statistics, a cache).
     """
-    now = _logits(module, checked.rows, execution, widths, name)
-    if (moved := _differ(checked.logits, now, [1.0] * len(now))) > 0.0:
+    found = moved(checked.logits, logits_of(prepared, checked.rows.clone(), widths, name), prepared.execution.dtype)
+    if not found.equal:
         raise NetworkError(
             f"The logits of network {name!r} changed while it was voting",
             expected="the bits it gave before the first vote, on the same input",
-            received=f"logits that moved by {moved:.2g}",
+            received=str(found),
             remedy="remove state from its forward pass, and start again: its votes so far belong to no fixed classifier",
+        )
+
+
+def check_settings(name: str) -> None:
+    """Refuses votes that were drawn while somebody changed what they depend on.
+
+    Raises:
+        NetworkError: a setting that `fixed_kernels` makes is not what it made it.
+    """
+    if changed := disturbed():
+        raise NetworkError(
+            f"Settings of the process changed while network {name!r} was voting",
+            expected="the settings of rsrouter.process.KERNELS for as long as votes are drawn",
+            received=f"others: {', '.join(changed)}",
+            remedy="set them before or after, neither in another thread nor in a forward pass, and start again",
         )

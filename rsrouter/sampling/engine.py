@@ -18,23 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rsrouter.core.certify import VoteRequest
-from rsrouter.core.errors import InputError, NetworkError
+from rsrouter.core.errors import InputError
 from rsrouter.experts.identity import module_digest
-from rsrouter.sampling.check import Checked, check_again, check_network, heads
-from rsrouter.sampling.execution import (
-    KERNELS,
-    Execution,
-    as_input,
-    default_batch,
-    fixed_kernels,
-    keep_freed_memory,
-    prepare,
-    resolve_device,
-)
+from rsrouter.process import KERNELS, fixed_kernels
+from rsrouter.sampling.check import Checked, check_again, check_network, check_settings, check_votes
+from rsrouter.sampling.execution import Execution, Prepared, default_batch, keep_freed_memory, prepare, resolve_device
+from rsrouter.sampling.logits import forward, heads, out_of_memory, votes_of
 from rsrouter.sampling.noise import SHARED, NoiseStream, check_eight_bit, make_noise, stream_key
 
-#: After so many batches a network is asked again whether it still gives the bits it gave before the first vote.
-CHECK_EVERY = 64
+#: After so many batches a network is asked again whether it still gives the bits it gave before the first vote, and whether
+#: the last batch's logits are those of its rows alone.
+CHECK_EVERY = 128
 
 
 @dataclass(frozen=True)
@@ -79,15 +73,15 @@ class _Runner:
     """One network on one device."""
 
     def __init__(
-        self, model: VoteModel, shape: tuple[int, ...], execution: Execution, device: torch.device, module: nn.Module
+        self, model: VoteModel, shape: tuple[int, ...], execution: Execution, device: torch.device, run: Prepared
     ) -> None:
-        self.model, self.shape, self.device, self.module = model, shape, device, module
+        self.model, self.shape, self.device, self.prepared = model, shape, device, run
         self._may_halve = execution.batch == 0
-        self._since_check = 0
-        self.execution = replace(execution, batch=execution.batch or default_batch(int(np.prod(shape)), device))
+        self._since_check, self._witnesses = 0, 0
+        self.execution = replace(run.execution, batch=execution.batch or default_batch(int(np.prod(shape)), device))
         while True:
             try:
-                self._checked = self._check(module, self.execution)
+                self._checked = self._check(run, self.batch)
                 break
             except torch.OutOfMemoryError as error:
                 self.halve(error)
@@ -95,11 +89,11 @@ class _Runner:
         if not self.packs and execution.dtype != "float32":
             # rounding of few bits hides a small dependence on the batch; float32 does not
             exact = replace(self.execution, dtype="float32", batch=min(self.batch, 64), compile=False)
-            self._check(prepare(model.module, exact, device, shape), exact)
+            self._check(prepare(model.module, exact, device, shape, model.name), exact.batch)
 
-    def _check(self, module: nn.Module, execution: Execution) -> Checked:
+    def _check(self, prepared: Prepared, batch: int) -> Checked:
         with fixed_kernels():
-            return check_network(module, self.model.name, self.model.widths, self.shape, execution.batch, execution, self.device)
+            return check_network(prepared, self.model.name, self.model.widths, self.shape, batch, self.device)
 
     @property
     def batch(self) -> int:
@@ -112,13 +106,7 @@ class _Runner:
             NetworkError: the batch was asked for, votes were drawn with it already, or it is 1.
         """
         if self.batch == 1 or not self._may_halve:
-            raise NetworkError(
-                f"Network {self.model.name!r} ran out of memory",
-                expected=f"room for {self.batch} rows per forward pass, which this run is recorded with",
-                received=str(error).splitlines()[0],
-                remedy="free memory and run again, or start a new table with a smaller batch (Execution(batch=...), "
-                "--execution-batch)",
-            ) from error
+            raise out_of_memory(self.model.name, self.batch, error) from error
         self.execution = replace(self.execution, batch=self.batch // 2)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -136,6 +124,7 @@ class _Runner:
             try:
                 with fixed_kernels():
                     counts = self.enqueue(images, position, requests, keys, noise).cpu().numpy()
+                    check_settings(self.model.name)
                 break
             except torch.OutOfMemoryError as error:
                 self.halve(error)
@@ -150,7 +139,7 @@ class _Runner:
         if self._since_check:
             self._since_check = 0
             with fixed_kernels():
-                check_again(self._checked, self.module, self.model.name, self.model.widths, self.execution)
+                check_again(self._checked, self.prepared, self.model.name, self.model.widths)
 
     def batches(self, requests: Sequence[VoteRequest]) -> list[list[_Segment]]:
         """Segments of each batch. Rows are packed freely, or, where bits depend on the position in the batch,
@@ -183,7 +172,8 @@ class _Runner:
         counts = torch.zeros((len(requests) + 1) * columns, dtype=torch.int64, device=self.device)
         ones = torch.ones(self.batch, dtype=torch.int64, device=self.device)
         x = torch.zeros((self.batch, *self.shape), device=self.device)
-        for segments in self.batches(requests):
+        packed = self.batches(requests)
+        for number, segments in enumerate(packed, 1):
             slots = np.full(self.batch, len(requests), dtype=np.int64)
             row, bad = 0, []
             for s in segments:
@@ -198,16 +188,20 @@ class _Runner:
                 row = stop
             x[row:] = 0.0
             slot = torch.from_numpy(slots).to(self.device, non_blocking=True) * columns
-            outputs = heads(self.module(as_input(x, self.execution)), widths, self.model.name, self.batch)
+            outputs = heads(
+                forward(self.prepared.module, self.prepared.input(x), self.model.name), widths, self.model.name, self.batch
+            )
             offset = 0
             for logits, width in zip(outputs, widths, strict=True):
                 # the first of tied logits, which bfloat16 often has, on every device
-                exact = logits.float()
-                vote = torch.where(torch.isfinite(exact).all(1), exact.argmax(1), width)
+                vote = votes_of(logits.float())
                 for begin, stop, marked in bad:
                     vote[begin:stop] = torch.where(marked, width, vote[begin:stop])
                 counts.scatter_add_(0, slot + vote + offset, ones)
                 offset += width + 1
+            if number == len(packed) and (not self._witnesses or self._since_check + number >= CHECK_EVERY):
+                self._witnesses += 1
+                check_votes(self.prepared, self.model.name, widths, x, outputs, self._witnesses % 2 == 1)
         return counts.view(-1, columns)[: len(requests)]
 
 
@@ -256,7 +250,7 @@ class Engine:
         self.streams = {m.name: (m.digest, digests[:i].count(m.digest)) for i, m in enumerate(models)}
         self._runners: dict[str, _Runner] = {}
         # one model at several sigmas is on the device once
-        self._prepared: dict[tuple[object, ...], nn.Module] = {}
+        self._prepared: dict[tuple[object, ...], Prepared] = {}
 
     def with_seed(self, seed: int) -> Engine:
         """The same prepared networks under another seed; the two may draw at the same time."""
@@ -270,7 +264,7 @@ class Engine:
             model = self.models[name]
             function = _function(model.module)
             if function not in self._prepared:
-                self._prepared[function] = prepare(model.module, self.execution, self.device, self.shape)
+                self._prepared[function] = prepare(model.module, self.execution, self.device, self.shape, name)
             self._runners[name] = _Runner(model, self.shape, self.execution, self.device, self._prepared[function])
         return self._runners[name]
 

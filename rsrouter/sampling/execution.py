@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError, NetworkError
+from rsrouter.process import KERNELS as KERNELS
+from rsrouter.process import fixed_kernels as fixed_kernels
+from rsrouter.sampling.fold import fold_batchnorm
+from rsrouter.sampling.logits import Outputs, forward, out_of_memory, outputs, same_votes
+from rsrouter.sampling.private import private_copy
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,8 +34,8 @@ class Execution:
         batch: rows per forward pass; the last batch is padded to it. 0: `default_batch` for the input, halved where memory
             is short before the first vote is drawn. A number is a promise: exactly that, or a NetworkError.
         dtype: `float32`, `bfloat16` or `float16`.
-        fold: fold BatchNorm into the convolution before it, where the module can be traced.
-        channels_last: memory layout of weights and inputs.
+        fold: fold BatchNorm into the convolution before it, where the module then votes the same.
+        channels_last: memory layout of weights and inputs, where the module takes it and votes the same.
         compile: use torch.compile.
     """
 
@@ -46,6 +50,8 @@ class Execution:
             raise InputError(
                 "Unknown dtype", expected=f"one of {sorted(_DTYPES)}", received=repr(self.dtype), remedy="use float32"
             )
+        if not isinstance(self.batch, bool | int) and isinstance(self.batch, Integral):  # numpy's
+            object.__setattr__(self, "batch", int(self.batch))
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 0:
             raise InputError(
                 "The execution batch must be a whole number",
@@ -109,41 +115,6 @@ def default_batch(numel: int, device: torch.device) -> int:
     return next((size for size in (1000, 500, 250, 100, 50, 25) if rows >= size), 10)
 
 
-#: How every network runs, whatever the process has set: reduced float32 and kernels picked by timing change bits.
-KERNELS = {"float32": "ieee", "cudnn_benchmark": False, "cudnn_deterministic": True}
-
-
-_kernels_lock, _kernels_users = threading.Lock(), 0
-_kernels_before: list[Any] = []
-
-
-@contextmanager
-def fixed_kernels() -> Iterator[None]:
-    """Runs its body under `KERNELS`; the process's own settings (TF32, bf16 inside float32, cuDNN) are put back.
-
-    They belong to the process: where several threads draw, the last one puts them back.
-    """
-    global _kernels_users
-    b = torch.backends
-    precisions: list[Any] = [b.cuda.matmul, b.cudnn.conv, b.mkldnn.conv, b.mkldnn.matmul]  # type: ignore[attr-defined]
-    with _kernels_lock:
-        _kernels_users += 1
-        if _kernels_users == 1:
-            _kernels_before[:] = [b.cudnn.benchmark, b.cudnn.deterministic, *(p.fp32_precision for p in precisions)]
-            b.cudnn.benchmark, b.cudnn.deterministic = bool(KERNELS["cudnn_benchmark"]), bool(KERNELS["cudnn_deterministic"])
-            for p in precisions:
-                p.fp32_precision = str(KERNELS["float32"])
-    try:
-        yield
-    finally:
-        with _kernels_lock:
-            _kernels_users -= 1
-            if _kernels_users == 0:
-                b.cudnn.benchmark, b.cudnn.deterministic, *values = _kernels_before
-                for p, value in zip(precisions, values, strict=True):
-                    p.fp32_precision = value
-
-
 @cache
 def keep_freed_memory() -> None:
     """Lets glibc keep the memory of one batch for the next.
@@ -202,85 +173,111 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-def _fold_batchnorm(module: nn.Module) -> nn.Module | None:
-    """A traced copy with every `conv -> batchnorm` pair folded; None where the module cannot be traced."""
-    try:
-        return _folded(module)
-    except Exception:  # tracing runs user code: whatever it raises only means "do not fold"
-        return None
+@dataclass(frozen=True)
+class Prepared:
+    """A network as it runs.
+
+    Attributes:
+        module: a private copy.
+        execution: how it runs: `fold` and `channels_last` are False where it does not take them.
+    """
+
+    module: nn.Module
+    execution: Execution
+
+    def input(self, x: Tensor) -> Tensor:
+        """A batch `(B, C, H, W)` in the dtype and memory layout that the module runs in."""
+        form = torch.channels_last if self.execution.channels_last else torch.contiguous_format
+        return x.to(dtype=_DTYPES[self.execution.dtype], memory_format=form)
+
+    def __call__(self, x: Tensor) -> Any:
+        """What the network returns for a batch `(B, C, H, W)`."""
+        return self.module(self.input(x))
 
 
-def _folded(module: nn.Module) -> nn.Module:
-    traced = fx.symbolic_trace(module)
-    modules = dict(traced.named_modules())
-    for node in list(traced.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
-            continue
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
-            continue
-        conv, norm = modules[str(source.target)], modules[node.target]
-        uses = sum(n.op == "call_module" and n.target == source.target for n in traced.graph.nodes)
-        if type(conv) is not nn.Conv2d or uses > 1 or norm.running_mean is None:
-            continue
-        parent, _, leaf = str(source.target).rpartition(".")
-        setattr(traced.get_submodule(parent), leaf, fuse_conv_bn_eval(conv, norm))
-        modules[str(source.target)] = traced.get_submodule(str(source.target))
-        node.replace_all_uses_with(source)
-        traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced
-
-
-@torch.inference_mode()
-def _same_function(folded: nn.Module, module: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether two random images get the same outputs up to rounding. Tracing runs Python on stand-ins, so that a test
-    such as `isinstance(x, Tensor)` may silently take the other branch."""
-    x = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0))
-    try:
-        pairs = [tuple(o) if isinstance(o, tuple | list) else (o,) for o in (folded(x), module(x))]
-        return len(pairs[0]) == len(pairs[1]) and all(
-            a.shape == b.shape
-            and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * (1 + float(torch.nan_to_num(b).abs().max())), equal_nan=True)
-            for a, b in zip(*pairs, strict=True)
-        )
-    except Exception:  # whatever a wrongly traced module raises only means "do not fold"
-        return False
-
-
-def prepare(module: nn.Module, execution: Execution, device: torch.device, shape: tuple[int, ...] | None = None) -> nn.Module:
+def prepare(
+    module: nn.Module, execution: Execution, device: torch.device, shape: Sequence[int], name: str = "network"
+) -> Prepared:
     """A private copy of `module`, in eval mode, as it will run; the original is not touched.
+
+    Folding and channels_last are used only where the copy then gives the same votes on a few images as it does without.
 
     Args:
         module: from images to logits.
         execution: how it is to run.
         device: where.
-        shape: `(C, H, W)`; where given, a folded copy is used only if it computes the same function.
+        shape: `(C, H, W)`.
+        name: of the network, for errors.
+
+    Raises:
+        NetworkError: a module that cannot be copied or moved whole, or that cannot run.
     """
-    try:
-        prepared = copy.deepcopy(module).eval().requires_grad_(False)
-    except RuntimeError as error:  # tensors with a history, such as the weights of the old `nn.utils.weight_norm`
-        raise NetworkError(
-            "A network cannot be copied",
-            expected="a module that copy.deepcopy accepts",
-            received=str(error).splitlines()[0],
-            remedy="call torch.nn.utils.remove_weight_norm, or use nn.utils.parametrizations",
-        ) from error
-    if execution.fold:
-        folded = _fold_batchnorm(copy.deepcopy(prepared))
-        if folded is not None and (shape is None or _same_function(folded, prepared, shape)):
-            prepared = folded
-    prepared = prepared.to(device=device, dtype=_DTYPES[execution.dtype])
-    if execution.channels_last:
-        prepared = prepared.to(memory_format=torch.channels_last)
+    with fixed_kernels():
+        prepared = private_copy(module, name, device, _DTYPES[execution.dtype])
+        if execution.fold or execution.channels_last:
+            runs, expected = _example(prepared, shape, execution, device, name)
+            prepared, folded = _folded(prepared, runs, expected) if execution.fold else (prepared, False)
+            last = execution.channels_last and _takes_channels_last(prepared, runs[0], expected)
+            execution = replace(execution, fold=folded, channels_last=last)
+        prepared = prepared.to(dtype=_DTYPES[execution.dtype])
     if execution.compile:
         prepared = torch.compile(prepared, dynamic=False)  # type: ignore[assignment]
-    return prepared
+    return Prepared(prepared, execution)
 
 
-def as_input(x: Tensor, execution: Execution) -> Tensor:
-    """The batch in the dtype and memory layout of the execution."""
-    return x.to(
-        dtype=_DTYPES[execution.dtype], memory_format=torch.channels_last if execution.channels_last else torch.contiguous_format
-    )
+#: Images that a network is tried on before it is run in another form.
+_TRIED = 8
+
+
+def _example(
+    module: nn.Module, shape: Sequence[int], execution: Execution, device: torch.device, name: str
+) -> tuple[list[Tensor], Outputs]:
+    """Two batches, and what the network returns for the first: of a few images, or of as many as it insists on."""
+    whole = execution.batch or default_batch(math.prod(shape), device)
+    rows = min(_TRIED, whole)
+    while True:
+        generator = torch.Generator().manual_seed(0)
+        base = torch.rand((2, rows, *shape), generator=generator)
+        base[:, ::2] += torch.randn((2, len(range(0, rows, 2)), *shape), generator=generator)
+        try:
+            with torch.inference_mode():
+                return list(base.to(device)), outputs(forward(module, base[0].to(device), name))
+        except torch.OutOfMemoryError as error:
+            if rows == 1:
+                raise out_of_memory(name, rows, error) from error
+            rows = rows // 2
+        except NetworkError:
+            if rows == whole:
+                raise
+            rows = whole  # an exported program may take one size alone
+
+
+def _folded(module: nn.Module, runs: list[Tensor], expected: Outputs) -> tuple[nn.Module, bool]:
+    """The module with BatchNorm folded and True, or, where that would not be the same function, as it is and False."""
+    copied = copy.deepcopy(module)
+    try:
+        if not fold_batchnorm(copied, runs):
+            return module, not any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+        with torch.inference_mode():
+            same = same_votes(expected, outputs(copied(runs[0])))
+    except Exception:  # whatever a network raises when it is watched only means that it runs as it is
+        return module, False
+    return (copied, True) if same else (module, False)
+
+
+def _takes_channels_last(module: nn.Module, x: Tensor, expected: Outputs) -> bool:
+    """Puts the module into channels_last, and back where it raises or votes otherwise then."""
+    _lay_out(module, torch.channels_last)
+    try:
+        with torch.inference_mode():
+            if same_votes(expected, outputs(module(x.contiguous(memory_format=torch.channels_last)))):
+                return True
+    except Exception:  # `.view` after a convolution, for one
+        pass
+    _lay_out(module, torch.contiguous_format)
+    return False
+
+
+def _lay_out(module: nn.Module, form: torch.memory_format) -> None:
+    # `Module.to(memory_format=...)` refuses what has five dimensions
+    module._apply(lambda t: t.contiguous(memory_format=form) if t.dim() == 4 else t)  # type: ignore[no-untyped-call]

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.pool import ExpertPool
+from rsrouter.process import fixed_kernels
 from rsrouter.router.trunk import FusedTrunk, has_trunk
-from rsrouter.sampling.execution import Execution, as_input, default_batch, prepare, resolve_device
+from rsrouter.sampling.execution import Execution, default_batch, prepare, resolve_device
 from rsrouter.sampling.noise import stream_key
 from rsrouter.training.resume import ResumeStore, unit_key
 
@@ -62,7 +63,7 @@ def noisy_features(
     """
     where = resolve_device(device)
     execution = execution or Execution()
-    trunk = prepare(FusedTrunk(experts, grid).eval(), execution, where)
+    trunk = prepare(FusedTrunk(experts, grid), execution, where, images.shape[1:], "experts")
     key = stream_key(
         purpose, seed, *(e.digest for e in experts), repr(float(sigma)), images.shape[0], images[:1].cpu().numpy().tobytes()
     )
@@ -84,7 +85,8 @@ def noisy_features(
     store.due(f"{name}-{number}")
     for part in batches[done:]:
         noise = torch.randn((len(part), *images.shape[1:]), generator=generator)
-        everything, _ = trunk(as_input((images[part] + sigma * noise).to(where), execution))
+        with fixed_kernels():
+            everything, _ = trunk((images[part] + sigma * noise).to(where))
         parts.append(everything.to("cpu", torch.float16))
         since += 1
         if store.due(f"{name}-{number}"):

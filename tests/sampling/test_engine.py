@@ -94,8 +94,8 @@ def test_batches_that_may_not_be_mixed_give_the_same_votes():
 def test_folding_keeps_the_function_and_leaves_the_original_alone():
     net = network()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    folded = prepare(net, Execution(), torch.device("cpu"))
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    folded = prepare(net, Execution(), torch.device("cpu"), SHAPE)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.module.modules())
     x = images()
     torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

@@ -32,14 +32,14 @@ def test_a_trace_that_differs_is_not_run(how: str) -> None:
     x = torch.rand(4, 1, 2, 2)
     prepared = prepare(module, Execution(), CPU, (1, 2, 2))
     torch.testing.assert_close(prepared(x), module(x))
-    assert any(isinstance(m, nn.BatchNorm2d) for m in prepared.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in prepared.module.modules())
 
 
 def test_an_honest_trace_is_folded() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten()).eval()
     prepared = prepare(module, Execution(), CPU, (1, 2, 2))
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in prepared.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in prepared.module.modules())
     x = torch.rand(4, 1, 2, 2)
     torch.testing.assert_close(prepared(x), module(x))
 

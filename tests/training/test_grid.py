@@ -117,7 +117,7 @@ def test_cells_that_cannot_be_read_are_refused(grid: Any, head: str | None) -> N
 def test_batchnorm_is_folded_whatever_heads_read(grid: int) -> None:
     (model,) = voters(grid).bind(load_pool()).models
     prepared = prepare(model.module, Execution(), torch.device("cpu"), (1, 28, 28))
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in prepared.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in prepared.module.modules())
 
 
 def test_a_head_for_other_features_is_refused() -> None:

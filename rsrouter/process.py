@@ -1,0 +1,147 @@
+"""Settings that a user's process may hold, and those that networks run under whatever it holds."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+_B: Any = torch.backends
+
+
+def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+#: Settings of the process by name: how they are read and set. Those of one name before the dot are set to one value.
+_KNOBS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "default_dtype": (
+        lambda: str(torch.get_default_dtype()).removeprefix("torch."),
+        lambda value: torch.set_default_dtype(getattr(torch, value)),
+    ),
+    **{
+        f"float32.{path}": _attribute(owner, "fp32_precision")
+        for path, owner in {
+            "cuda.matmul": _B.cuda.matmul,
+            "cudnn.conv": _B.cudnn.conv,
+            "cudnn.rnn": _B.cudnn.rnn,
+            "mkldnn.conv": _B.mkldnn.conv,
+            "mkldnn.matmul": _B.mkldnn.matmul,
+            "mkldnn.rnn": _B.mkldnn.rnn,
+        }.items()
+    },
+    "cudnn": _attribute(_B.cudnn, "enabled"),
+    "cudnn_benchmark": _attribute(_B.cudnn, "benchmark"),
+    "cudnn_deterministic": _attribute(_B.cudnn, "deterministic"),
+    "mkldnn": _attribute(_B.mkldnn, "enabled"),
+    "mkldnn_deterministic": _attribute(_B.mkldnn, "deterministic"),
+    "deterministic_algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "reduced_precision_sums.float16": _attribute(_B.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
+    "reduced_precision_sums.bfloat16": _attribute(_B.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+    "fused_attention.flash": (_B.cuda.flash_sdp_enabled, _B.cuda.enable_flash_sdp),
+    "fused_attention.efficient": (_B.cuda.mem_efficient_sdp_enabled, _B.cuda.enable_mem_efficient_sdp),
+    "fused_attention.cudnn": (_B.cuda.cudnn_sdp_enabled, _B.cuda.enable_cudnn_sdp),
+    "fused_attention.math": (_B.cuda.math_sdp_enabled, _B.cuda.enable_math_sdp),
+    "attention_fastpath": (_B.mha.get_fastpath_enabled, _B.mha.set_fastpath_enabled),
+}
+
+#: How every network runs, whatever the process has set: reduced float32, other kernels, and kernels picked by timing change bits.
+KERNELS: dict[str, Any] = {
+    "default_dtype": "float32",
+    "float32": "ieee",
+    "cudnn": True,
+    "cudnn_benchmark": False,
+    "cudnn_deterministic": True,
+    "mkldnn": _B.mkldnn.is_available(),
+    "mkldnn_deterministic": False,
+    "deterministic_algorithms": False,
+    "reduced_precision_sums": True,
+    "fused_attention": True,
+    "attention_fastpath": True,
+}
+
+_lock = threading.Lock()
+_users: Counter[str] = Counter()
+_before: dict[str, Any] = {}
+
+
+def _wanted(knob: str) -> Any:
+    return KERNELS[knob.split(".")[0]]
+
+
+@contextmanager
+def _pinned(knobs: tuple[str, ...]) -> Iterator[None]:
+    """Settings of the process at their `KERNELS` value; where several threads want them, the last one puts back what was.
+    A setting that someone else has changed meanwhile stays as they set it."""
+    with _lock:
+        for knob in knobs:
+            read, write = _KNOBS[knob]
+            if not _users[knob]:
+                _before[knob] = read()
+                if _before[knob] != _wanted(knob):
+                    write(_wanted(knob))
+            _users[knob] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for knob in knobs:
+                read, write = _KNOBS[knob]
+                _users[knob] -= 1
+                if not _users[knob] and _before[knob] != _wanted(knob) and read() == _wanted(knob):
+                    write(_before[knob])
+
+
+def _flushes_denormals() -> bool:
+    return bool(np.float32(1e-38) * np.float32(1e-3) == 0.0)
+
+
+@contextmanager
+def _own_thread() -> Iterator[None]:
+    """No autocast, no default device and no flushing of small numbers in this thread."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if _flushes_denormals() and torch.set_flush_denormal(False):
+            stack.callback(torch.set_flush_denormal, True)
+        yield
+
+
+@contextmanager
+def usual_settings(*, gradients: bool = True) -> Iterator[None]:
+    """Runs its body as if nothing had been set around it: float32 and the CPU by default, no autocast, no inference mode,
+    gradients on unless they are not wanted. For whatever makes networks or trains them.
+
+    >>> with torch.inference_mode(), torch.device("meta"), usual_settings():
+    ...     (torch.ones(1, requires_grad=True) * 2).sum().backward()
+    """
+    with _own_thread(), _pinned(("default_dtype",)), torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        yield
+
+
+@contextmanager
+def fixed_kernels() -> Iterator[None]:
+    """Runs its body under `KERNELS`, without autocast or default device; what the process and thread had set is put back.
+
+    Autocast, default device and small numbers belong to the thread. The others belong to the process, and threads beside this
+    one see them meanwhile.
+
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16), fixed_kernels():
+    ...     (torch.ones(1, 2) @ torch.ones(2, 1)).dtype
+    torch.float32
+    """
+    with _own_thread(), _pinned(tuple(_KNOBS)):
+        yield
+
+
+def disturbed() -> list[str]:
+    """Settings that are not what `fixed_kernels` made them: somebody else, another thread or a network, sets them as well."""
+    return [knob for knob, (read, _) in _KNOBS.items() if read() != _wanted(knob)]
