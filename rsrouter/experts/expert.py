@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rsrouter.core.errors import InputError, NetworkError
 from rsrouter.experts.identity import module_digest
@@ -78,7 +80,7 @@ class Normalise(nn.Module):
 
 def check_sigma(sigma: object, who: str) -> float:
     """A usable sigma, or InputError; a value above 10 is taken for one in /255 units and refused."""
-    if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not isfinite(sigma) or sigma <= 0:
+    if isinstance(sigma, bool) or not isinstance(sigma, Real) or not isfinite(sigma) or sigma <= 0:
         raise InputError(
             f"{who} has no usable sigma",
             expected="a finite standard deviation above 0",
@@ -93,6 +95,18 @@ def check_sigma(sigma: object, who: str) -> float:
             remedy=f"divide by 255: sigma={sigma / 255:.4g}",
         )
     return float(sigma)
+
+
+def check_values(module: nn.Module, name: str) -> None:
+    """NetworkError where parameters have no values yet."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(is_lazy(t) or t.is_meta for t in tensors):
+        raise NetworkError(
+            f"Network {name!r} has parameters without values",
+            expected="weights that are loaded",
+            received="lazy parameters" if any(is_lazy(t) for t in tensors) else "tensors on the meta device",
+            remedy="run the module once on a batch, or load its weights, before it is wrapped",
+        )
 
 
 class Expert:
@@ -142,6 +156,16 @@ class Expert:
                 received=type(module).__name__,
                 remedy="wrap a function in a small nn.Module",
             )
+        if isinstance(num_classes, Integral) and not isinstance(num_classes, bool):
+            num_classes = int(num_classes)  # numpy's
+        if num_classes == 1 and type(num_classes) is int:
+            raise InputError(
+                f"Expert {self.name!r} has one logit",
+                expected="a logit for each class, num_classes >= 2",
+                received="num_classes=1",
+                remedy="one logit z votes as two classes: wrap the module so that it returns "
+                "torch.cat([torch.zeros_like(z), z], 1), z of shape (n, 1), and give num_classes=2",
+            )
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
             raise InputError(
                 f"Expert {self.name!r} needs its number of classes",
@@ -149,7 +173,7 @@ class Expert:
                 received=repr(num_classes),
                 remedy="give the width of the logits",
             )
-        shape = tuple(input_shape)
+        shape = tuple(int(s) if isinstance(s, Integral) else s for s in input_shape)
         if len(shape) != 3 or not all(isinstance(s, int) and s > 0 for s in shape):
             raise InputError(
                 f"Expert {self.name!r} needs an input shape",
@@ -174,6 +198,8 @@ class Expert:
                     received=repr(values),
                     remedy="one value per channel",
                 )
+        if module is not None:
+            check_values(module, self.name)
         self._module, self._load = module, load
         self.num_classes, self.input_shape = num_classes, shape
         self.mean = None if mean is None else tuple(float(m) for m in mean)

@@ -42,10 +42,11 @@ def logits_of(prepared: Prepared, x: Tensor, widths: tuple[int, ...], name: str)
     return outputs(heads(output, widths, name, len(x)))
 
 
-def company(x: Tensor, kept: Tensor) -> Tensor:
-    """The rows `x (B, C, H, W)` where `kept (B,)` says so, among others: of the opposite brightness and three times the
-    contrast, so that neither their mean nor their spread, nor any one of them, is that of the rows they replace."""
-    return torch.where(kept.view(-1, 1, 1, 1), x, 3.0 * (1.0 - x))
+def company(x: Tensor, kept: Tensor, loud: bool) -> Tensor:
+    """The rows `x (B, C, H, W)` where `kept (B,)` says so, among others: loud ones, of the opposite brightness and three times
+    the contrast, or quiet ones, nearly gray. Neither their mean, nor their spread, nor their largest pixel is what it was."""
+    others = 3.0 * (1.0 - x) if loud else 0.5 + 0.05 * (x - 0.5)
+    return torch.where(kept.view(-1, 1, 1, 1), x, others)
 
 
 def _refuse_random(name: str, found: Moved) -> NoReturn:
@@ -67,17 +68,19 @@ def _refuse_company(name: str, found: Moved) -> NoReturn:
     )
 
 
-def _rows(shape: tuple[int, ...], batch: int, generator: torch.Generator) -> Tensor:
-    """Images, noise around them, rows of one image with its noise as votes have, and rows of little contrast."""
+def _rows(shape: tuple[int, ...], batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images, every other one of little contrast, and among them noise around images: some of one image, as votes have.
+    And `(B,)`: which rows have no noise."""
     x = torch.rand((batch, *shape), generator=generator)
+    x[3::8] = 0.5 + 0.02 * x[3::8]
     x[1::4] += torch.randn(x[1::4].shape, generator=generator)
     x[2::4] = x[:1] + 0.5 * torch.randn(x[2::4].shape, generator=generator)
-    x[3::8] = 0.5 + 0.02 * x[3::8]
-    return x
+    place = torch.arange(batch)
+    return x, (place % 4 == 0) | (place % 4 == 3)
 
 
 def _closer(x: Tensor, logits: Tensor) -> Tensor:
-    """`x` with every fourth row moved to where its vote and that of another row are about equally likely, by the secant of their
+    """`x` with every other row moved to where its vote and that of another row are about equally likely, by the secant of their
     margins: what goes wrong only in close rows is to be seen as well."""
     votes = votes_of(logits)
     order = votes.argsort(stable=True)
@@ -85,12 +88,12 @@ def _closer(x: Tensor, logits: Tensor) -> Tensor:
     other = torch.empty_like(order)
     other[order] = order.roll(len(order) // 2)
     finite = logits.nan_to_num(posinf=0.0, neginf=-1e30).double()
-    a, b = votes.clamp_max(logits.shape[1] - 1)[:, None], votes[other].clamp_max(logits.shape[1] - 1)[:, None]
+    a, b = (v.clamp_max(logits.shape[1] - 1)[:, None] for v in (votes, votes[other]))
     here = (finite.gather(1, a) - finite.gather(1, b)).clamp_min(0.0)
     there = (finite[other].gather(1, b) - finite[other].gather(1, a)).clamp_min(0.0)
     share = torch.where(here + there > 0, here / (here + there), 0.5).to(x.dtype).view(-1, 1, 1, 1)
-    quarter = (torch.arange(len(x), device=x.device) % 4 == 0).view(-1, 1, 1, 1)
-    return torch.where(quarter, (1 - share) * x + share * x[other], x)
+    moves = (torch.arange(len(x), device=x.device) % 2 == 0).view(-1, 1, 1, 1)
+    return torch.where(moves, (1 - share) * x + share * x[other], x)
 
 
 @torch.inference_mode()
@@ -99,9 +102,9 @@ def check_network(
 ) -> Checked:
     """Refuses networks that cannot be certified; says whether rows of a batch may be packed freely.
 
-    Runs the network on a batch, again on the same batch, and twice with half of its rows in other places among other neighbours;
-    where that moves bits, also with other neighbours alone. What is compared is what decides votes: the gaps between each row's
-    first logit and the others, every one on its own scale (`Moved`), over rows that include close ones.
+    Runs the network on a batch, again on the same batch, and twice with half of its rows in other places among other neighbours.
+    What is compared is what decides votes: the gaps between each row's first logit and the others, every one on its own scale
+    (`Moved`), over rows that include close ones.
 
     Raises:
         NetworkError: whatever the network raises; wrong shape, different logits on the same input (dropout), or logits that
@@ -109,36 +112,38 @@ def check_network(
     """
     dtype = prepared.execution.dtype
     generator = torch.Generator().manual_seed(0)
-    x = _rows(shape, batch, generator).to(device)
-    x = _closer(x, logits_of(prepared, x, widths, name)[0])
+    x, calm = (t.to(device) for t in _rows(shape, batch, generator))
+    x[calm] = _closer(x[calm], logits_of(prepared, x, widths, name)[0][calm])
     first = logits_of(prepared, x, widths, name)
     if not (again := moved(first, logits_of(prepared, x, widths, name), dtype)).equal:
         _refuse_random(name, again)
     found: list[Moved] = []
     buffer = x.clone()  # one tensor with other content, as the engine's batches are
-    for half in torch.randperm(batch, generator=generator).to(device).tensor_split(2):
-        kept = half if len(half) else torch.zeros(1, dtype=torch.int64, device=device)
-        places = torch.randperm(batch, generator=generator).to(device)[: len(kept)]
-        buffer.copy_(company(x, torch.zeros(batch, dtype=torch.bool, device=device)))
-        buffer[places] = x[kept]
+    nobody = torch.zeros_like(calm)
+    for half, loud in ((calm, False), (~calm, True)):
+        if not bool(half.any()):
+            continue  # a batch of one
+        places = torch.randperm(batch, generator=generator).to(device)[: int(half.sum())]
+        buffer.copy_(company(x, nobody, loud))
+        buffer[places] = x[half]
         elsewhere = logits_of(prepared, buffer, widths, name)
-        found.append(moved(tuple(h[kept] for h in first), tuple(h[places] for h in elsewhere), dtype))
+        found.append(moved(tuple(h[half] for h in first), tuple(h[places] for h in elsewhere), dtype))
         if not found[-1].is_rounding(dtype):
             _refuse_company(name, found[-1])
     return Checked(all(m.equal for m in found), max(m.gap for m in found), x, first)
 
 
 @torch.inference_mode()
-def check_votes(prepared: Prepared, name: str, widths: tuple[int, ...], x: Tensor, cast: Outputs, odd: bool) -> None:
-    """Refuses a network whose logits `cast` for a batch of votes `x` are not those that half of its rows get among others.
+def check_votes(prepared: Prepared, name: str, widths: tuple[int, ...], x: Tensor, cast: Outputs, turn: int) -> None:
+    """Refuses a network whose logits `cast` for a batch of votes `x` are not those that half of its rows get among others; which
+    half, and which others, changes with `turn`.
 
     Raises:
         NetworkError: they depend on the rest of the batch, or on what was run before.
     """
-    kept = torch.arange(len(x), device=x.device) % 2 == int(odd)
-    if len(x) == 1:
-        kept[:] = True
-    again = logits_of(prepared, company(x, kept), widths, name)
+    kept = torch.arange(len(x), device=x.device) % 2 == (turn // 2) % 2
+    again = logits_of(prepared, company(x, kept | (len(x) == 1), loud=turn % 2 == 0), widths, name)
+    kept = kept if bool(kept.any()) else ~kept
     found = moved(tuple(h.float()[kept] for h in cast), tuple(h[kept] for h in again), prepared.execution.dtype)
     if not found.is_rounding(prepared.execution.dtype):
         _refuse_company(name, found)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rsrouter.core.certify import VoteRequest
 from rsrouter.core.errors import InputError
+from rsrouter.experts.expert import check_values
 from rsrouter.experts.identity import module_digest
 from rsrouter.process import KERNELS, fixed_kernels
 from rsrouter.sampling.check import Checked, check_again, check_network, check_settings, check_votes
@@ -119,12 +120,11 @@ class _Runner:
     def draw(
         self, images: Tensor, position: dict[int, int], requests: Sequence[VoteRequest], keys: Sequence[bytes], noise: NoiseStream
     ) -> NDArray[np.int64]:
-        """`enqueue`, read to the host; counts are handed out only while the network is what it was."""
+        """`enqueue`, under `fixed_kernels`, read to the host; counts are handed out only while the network is what it was."""
         while True:
             try:
-                with fixed_kernels():
-                    counts = self.enqueue(images, position, requests, keys, noise).cpu().numpy()
-                    check_settings(self.model.name)
+                counts = self.enqueue(images, position, requests, keys, noise).cpu().numpy()
+                check_settings(self.model.name)
                 break
             except torch.OutOfMemoryError as error:
                 self.halve(error)
@@ -200,8 +200,8 @@ class _Runner:
                 counts.scatter_add_(0, slot + vote + offset, ones)
                 offset += width + 1
             if number == len(packed) and (not self._witnesses or self._since_check + number >= CHECK_EVERY):
+                check_votes(self.prepared, self.model.name, widths, x, outputs, self._witnesses)
                 self._witnesses += 1
-                check_votes(self.prepared, self.model.name, widths, x, outputs, self._witnesses % 2 == 1)
         return counts.view(-1, columns)[: len(requests)]
 
 
@@ -262,6 +262,7 @@ class Engine:
         """The prepared network; weights move to the device when it is first asked for, equal networks once."""
         if name not in self._runners:
             model = self.models[name]
+            check_values(model.module, name)
             function = _function(model.module)
             if function not in self._prepared:
                 self._prepared[function] = prepare(model.module, self.execution, self.device, self.shape, name)
@@ -285,6 +286,7 @@ class Engine:
             "execution": {name: {**r.execution.to_dict(), "packs": r.packs} for name, r in sorted(self._runners.items())},
         }
 
+    @fixed_kernels()
     def run(
         self, images: Tensor, identity: Sequence[bytes], requests: Sequence[VoteRequest]
     ) -> list[dict[str, NDArray[np.int64]]]:

@@ -279,5 +279,5 @@ def _takes_channels_last(module: nn.Module, x: Tensor, expected: Outputs) -> boo
 
 
 def _lay_out(module: nn.Module, form: torch.memory_format) -> None:
-    # `Module.to(memory_format=...)` refuses what has five dimensions
-    module._apply(lambda t: t.contiguous(memory_format=form) if t.dim() == 4 else t)  # type: ignore[no-untyped-call]
+    # `Module.to(memory_format=...)` refuses what has five dimensions, and leaves what has one channel as it lies
+    module._apply(lambda t: t.clone(memory_format=form) if t.dim() == 4 else t)  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +70,11 @@ def forward(module: nn.Module, x: Tensor, name: str) -> Any:
 
 def outputs(output: Any) -> Outputs:
     """Float32 copies of the tensors that a network returned: it may write into its own again."""
-    return tuple(o.detach().float().clone() for o in _parts(output))
-
-
-def _parts(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Mapping):
         output = tuple(output.values())
-    yield from output if isinstance(output, tuple | list) else (output,)
+    parts = output if isinstance(output, tuple | list) else (output,)
+    real = [o.real if o.is_complex() else o for o in parts if isinstance(o, Tensor)]
+    return tuple(o.detach().float().clone() for o in real)
 
 
 def heads(output: Any, widths: tuple[int, ...], name: str, rows: int) -> Outputs:
@@ -154,7 +152,7 @@ def moved(first: Outputs, second: Outputs, dtype: str = "float32") -> Moved:
         first, second: `(B, C)` logits of each head.
         dtype: that they were computed in.
     """
-    parts = [_moved(a, b, dtype) for a, b in zip(first, second, strict=True)]
+    parts = [Moved(0.0, 0.0, 0.0, False, True), *(_moved(a, b, dtype) for a, b in zip(first, second, strict=True))]
     return Moved(
         max(p.gap for p in parts),
         max(p.excess for p in parts),

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from rsrouter.core.errors import NetworkError
+from rsrouter.experts.expert import check_values
 
 #: Libraries whose objects are not looked into.
 _CLOSED = {"torch", "torchvision", "numpy", "builtins", "collections", "threading", "logging", "_thread", "weakref"}
@@ -97,30 +97,23 @@ def private_copy(module: nn.Module, name: str, device: torch.device, dtype: torc
     Raises:
         NetworkError: parameters without values, weights that cannot be copied, or that would not move.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    if any(is_lazy(t) or t.is_meta for t in tensors):
-        raise NetworkError(
-            f"Network {name!r} has parameters without values",
-            expected="weights that are loaded",
-            received="lazy parameters" if any(is_lazy(t) for t in tensors) else "tensors on the meta device",
-            remedy="run the module once on a batch, or load its weights, before it is wrapped",
-        )
+    check_values(module, name)
+    # tensors with a history, such as the weights of the old `nn.utils.weight_norm` and of `prune`, are not copied otherwise
+    derived = [part for _, part in unregistered(module) if isinstance(part, Tensor) and not part.is_leaf]
     try:
-        copied = copy.deepcopy(module)
-    except Exception as error:  # locks, files, tensors with a history such as the weights of the old `nn.utils.weight_norm`
-        history = "graph leaves" in str(error)
+        copied = copy.deepcopy(module, {id(t): t.detach().clone() for t in derived})
+    except Exception as error:
         raise NetworkError(
             f"Network {name!r} cannot be copied",
             expected="a module that copy.deepcopy accepts",
             received=f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}",
-            remedy="call torch.nn.utils.remove_weight_norm, or use nn.utils.parametrizations"
-            if history
-            else "keep no locks, files, generators or tensors with gradients in it",
+            remedy="keep no locks, files, generators or parameters with gradients in it",
         ) from error
     with suppress(NotImplementedError):  # an exported program keeps the mode that it was exported in
         copied.eval()
     for parameter in copied.parameters():
-        parameter.requires_grad_(False)
+        if parameter.is_leaf:  # a script that was traced or frozen keeps others
+            parameter.requires_grad_(False)
     _refuse_unregistered(copied, name, device, dtype)
     try:
         return copied.to(device=device, dtype=torch.float32)
