@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rsrouter.core.tree import Tree
+from rsrouter.process import usual_settings
 from rsrouter.sampling.engine import VoteModel
 
 
@@ -57,6 +58,7 @@ def vote_shares(models: Sequence[VoteModel], x: Tensor, samples: int, generator:
     return shares
 
 
+@usual_settings()
 def attack(
     tree: Tree,
     models: Sequence[VoteModel],

@@ -18,6 +18,7 @@ from rsrouter.experts.expert import Expert, Provenance
 from rsrouter.experts.registry import build_architecture, input_shape_of, known_architecture
 from rsrouter.files import sha256_of
 from rsrouter.hub import Hub, fetch, is_hub_reference
+from rsrouter.process import usual_settings
 
 #: folder of the weights that ship with the package (`source="bundled"`)
 ASSETS = Path(__file__).resolve().parent.parent / "demo" / "assets"
@@ -107,6 +108,7 @@ def _shared(provenance: Provenance, num_classes: int, parse: Callable[[], Checkp
 LOADERS: dict[str, Callable[[Provenance, int, Path | None], nn.Module]] = {"checkpoint": _plain, "rsrouter": _plain}
 
 
+@usual_settings()
 def build_module(provenance: Provenance, num_classes: int, folder: Path | None = None) -> nn.Module:
     """The verified module of a provenance, shared with every other expert of equal content.
 

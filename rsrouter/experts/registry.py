@@ -17,6 +17,7 @@ from rsrouter.core.errors import CheckpointError
 from rsrouter.experts.cifar_resnet import DEPTHS, CifarResNet
 from rsrouter.experts.denoisers import DnCNN, SmallUNet
 from rsrouter.experts.small_resnet import SmallResNet
+from rsrouter.process import usual_settings
 
 _ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 _INPUT_SHAPES: dict[str, tuple[int, int, int]] = {}
@@ -108,6 +109,7 @@ def _as_stored(value: Any) -> Any:
     return [_as_stored(v) for v in value] if isinstance(value, list | tuple) else value
 
 
+@usual_settings()
 def build_architecture(name: str, num_classes: int, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """A freshly initialised module of a registered architecture or of timm.
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.experts.pool import ExpertPool
+@usual_settings()
 from rsrouter.files import write_atomically
 from rsrouter.router.base import Router
 from rsrouter.router.flat import FlatRouter
@@ -41,7 +42,33 @@ FLAT_IMAGES = 2000
 FLAT_LABEL_VOTES = 50
 
 
+<<<<<<< HEAD
 def train_router(training: Training | ExpertPool, /, *given: Any, **settings: Any) -> RoutedSmooth:
+=======
+@usual_settings()
+def train_router(
+    pool: ExpertPool,
+    router: Router | str,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    radii: Sequence[float],
+    seed: int = 0,
+    out: str | Path | None = None,
+    recipe: Recipe | DeferralRecipe | str | None = None,
+    routing_labels: Labels | None = None,
+    label_n: int = 100,
+    validation: tuple[Tensor, Tensor] | None = None,
+    plan_n: int = 10_000,
+    alpha: float = 1e-3,
+    device: str | None = None,
+    execution: Execution | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+    votes: Callable[[int], None] | None = None,
+    notes: dict[str, Any] | None = None,
+    parent: RoutedSmooth | None = None,
+) -> RoutedSmooth:
+>>>>>>> aad7c00 (Votes that depend on their place, proved; training and loading under usual settings)
     """Trains the router's own parameters, makes its choices on validation images, and returns the routed classifier.
 
     `train_router(pool, router, images, labels, radii=..., ...)`, or a `Training`; every further keyword is a field of `Training`,

@@ -7,6 +7,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsrouter import Execution, Expert, FixedPlan, Smooth
+from rsrouter import Execution, Expert, FixedPlan, Smooth, Terms
 from rsrouter.core import NetworkError, VoteRequest
 from rsrouter.core.errors import InputError
 from rsrouter.experts.small_resnet import SmallResNet
@@ -22,6 +23,7 @@ from rsrouter.process import KERNELS, disturbed, fixed_kernels, usual_settings
 from rsrouter.sampling import Engine, VoteModel
 from rsrouter.sampling.execution import prepare
 from rsrouter.sampling.logits import moved, votes_of
+from rsrouter.training import Recipe
 
 SHAPE = (1, 8, 8)
 X = torch.rand((2, *SHAPE), generator=torch.Generator().manual_seed(1))
@@ -157,7 +159,7 @@ def test_certificates_do_not_depend_on_it_either(around: str) -> None:
 
     def certify() -> list[Any]:
         expert = Expert(module, sigma=0.5, num_classes=4, input_shape=SHAPE, name="e")
-        return Smooth(expert).certify(X, plan=FixedPlan(50, 300), seed=1)
+        return Smooth(expert).certify(X, Terms(FixedPlan(50, 300), seed=1))
 
     expected = certify()
     with AROUND[around]():
@@ -170,9 +172,9 @@ def test_the_demo_votes_the_same_under_autocast() -> None:
     expert = load_pool()[0]
     x, _ = load_slice("test").batch(range(40, 48))
     x = 0.5 * x + 0.5 * x.flip(0)
-    plain = Smooth(expert).certify(x, plan=FixedPlan(50, 500), seed=1)
+    plain = Smooth(expert).certify(x, Terms(FixedPlan(50, 500), seed=1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert Smooth(expert).certify(x, plan=FixedPlan(50, 500), seed=1) == plain
+        assert Smooth(expert).certify(x, Terms(FixedPlan(50, 500), seed=1)) == plain
 
 
 def test_training_mode_set_by_another_thread_reaches_no_vote() -> None:
@@ -298,13 +300,11 @@ def test_windows_of_a_swin_transformer_are_certified() -> None:
     )
     expert = Expert(net.eval(), sigma=0.5, num_classes=4, input_shape=(3, 112, 112))
     x = torch.rand(1, 3, 112, 112)
-    answers = [
-        Smooth(expert, execution=Execution(batch=4, fold=fold, channels_last=last)).certify(
-            x, plan=FixedPlan(4, 8), alpha=0.5, seed=0
-        )
-        for fold, last in ((True, True), (True, False), (False, True))
-    ]
-    assert answers[0][0].predict == answers[1][0].predict == answers[2][0].predict
+    terms, answers = Terms(FixedPlan(4, 8), alpha=0.5, seed=0), []
+    for fold, last in ((True, True), (True, False), (False, True)):
+        smooth = Smooth(expert, execution=Execution(batch=4, fold=fold, channels_last=last))
+        answers += smooth.certify(x, terms)
+    assert len({a.predict for a in answers}) == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -322,7 +322,7 @@ def test_errors_of_a_forward_pass_name_the_network() -> None:
             raise IndexError("of what")
 
     expert = Expert(Wrong(), sigma=0.5, num_classes=4, input_shape=SHAPE, name="broken")
-    for use in (lambda s: s.certify(X, plan=FixedPlan(5, 50)), lambda s: s.predict(X, n=10)):
+    for use in (lambda s: s.certify(X, FixedPlan(5, 50)), lambda s: s.predict(X, n=10)):
         with pytest.raises(NetworkError, match=r"network 'broken' failed.*IndexError: of what") as refused:
             use(Smooth(expert))
         assert isinstance(refused.value.__cause__, IndexError)
@@ -432,3 +432,21 @@ def test_a_masked_class_gets_no_vote_and_spoils_none() -> None:
 def test_preparing_names_the_network() -> None:
     with pytest.raises(NetworkError, match="'deep' has parameters without values"):
         prepare(nn.Linear(2, 2).to("meta"), Execution(), torch.device("cpu"), SHAPE, "deep")
+
+
+@pytest.mark.parametrize("around", ["default dtype", "gradients off", "autocast"])
+@pytest.mark.parametrize("kind", ["flat", "deferral"])
+def test_training_does_not_depend_on_what_is_set_around_it(around: str, kind: str, tmp_path: Path) -> None:
+    from rsrouter import RoutedSmooth, train_router
+    from rsrouter.demo import load_pool, load_slice
+
+    x, y = load_slice("train").batch(range(40))
+    recipe = Recipe(epochs=1) if kind == "flat" else "quick"
+
+    def train(out: Path) -> RoutedSmooth:
+        return train_router(load_pool(), kind, x, y, recipe=recipe, radii=[0, 0.25], seed=0, label_n=20, out=out)
+
+    plain = train(tmp_path / "plain")
+    with AROUND[around]():
+        assert train(tmp_path / "around").digest == plain.digest
+        assert RoutedSmooth.from_pretrained(tmp_path / "plain").digest == plain.digest
