@@ -141,10 +141,11 @@ def check_votes(prepared: Prepared, name: str, widths: tuple[int, ...], x: Tenso
     Raises:
         NetworkError: they depend on the rest of the batch, or on what was run before.
     """
+    cast = outputs(cast)
     kept = torch.arange(len(x), device=x.device) % 2 == (turn // 2) % 2
     again = logits_of(prepared, company(x, kept | (len(x) == 1), loud=turn % 2 == 0), widths, name)
     kept = kept if bool(kept.any()) else ~kept
-    found = moved(tuple(h.float()[kept] for h in cast), tuple(h[kept] for h in again), prepared.execution.dtype)
+    found = moved(tuple(h[kept] for h in cast), tuple(h[kept] for h in again), prepared.execution.dtype)
     if not found.is_rounding(prepared.execution.dtype):
         _refuse_company(name, found)
 

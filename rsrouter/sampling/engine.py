@@ -24,7 +24,7 @@ from rsrouter.experts.identity import module_digest
 from rsrouter.process import KERNELS, fixed_kernels
 from rsrouter.sampling.check import Checked, check_again, check_network, check_settings, check_votes
 from rsrouter.sampling.execution import Execution, Prepared, default_batch, keep_freed_memory, prepare, resolve_device
-from rsrouter.sampling.logits import forward, heads, out_of_memory, votes_of
+from rsrouter.sampling.logits import Outputs, forward, heads, out_of_memory, votes_of
 from rsrouter.sampling.noise import SHARED, NoiseStream, check_eight_bit, make_noise, stream_key
 
 #: After so many batches a network is asked again whether it still gives the bits it gave before the first vote, and whether
@@ -79,6 +79,7 @@ class _Runner:
         self.model, self.shape, self.device, self.prepared = model, shape, device, run
         self._may_halve = execution.batch == 0
         self._since_check, self._witnesses = 0, 0
+        self._last: tuple[Tensor, Outputs] | None = None  # the last batch and its logits
         self.execution = replace(run.execution, batch=execution.batch or default_batch(int(np.prod(shape)), device))
         while True:
             try:
@@ -130,6 +131,10 @@ class _Runner:
                 self.halve(error)
         self._may_halve = False
         self._since_check += sum(-(-r.count // self.batch) for r in requests)
+        if self._last is not None and (not self._witnesses or self._since_check >= CHECK_EVERY):
+            check_votes(self.prepared, self.model.name, self.model.widths, *self._last, self._witnesses)
+            self._witnesses += 1
+        self._last = None
         if self._since_check >= CHECK_EVERY:
             self.check_again()
         return counts
@@ -172,8 +177,8 @@ class _Runner:
         counts = torch.zeros((len(requests) + 1) * columns, dtype=torch.int64, device=self.device)
         ones = torch.ones(self.batch, dtype=torch.int64, device=self.device)
         x = torch.zeros((self.batch, *self.shape), device=self.device)
-        packed = self.batches(requests)
-        for number, segments in enumerate(packed, 1):
+        last = None
+        for segments in self.batches(requests):
             slots = np.full(self.batch, len(requests), dtype=np.int64)
             row, bad = 0, []
             for s in segments:
@@ -199,9 +204,8 @@ class _Runner:
                     vote[begin:stop] = torch.where(marked, width, vote[begin:stop])
                 counts.scatter_add_(0, slot + vote + offset, ones)
                 offset += width + 1
-            if number == len(packed) and (not self._witnesses or self._since_check + number >= CHECK_EVERY):
-                check_votes(self.prepared, self.model.name, widths, x, outputs, self._witnesses)
-                self._witnesses += 1
+            last = x, outputs
+        self._last = last
         return counts.view(-1, columns)[: len(requests)]
 
 
