@@ -211,6 +211,10 @@ def prepare(
 
     Raises:
         NetworkError: a module that cannot be copied or moved whole, or that cannot run.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten())
+    >>> prepare(net, Execution(batch=4), torch.device("cpu"), (1, 4, 4)).execution.fold
+    True
     """
     with fixed_kernels():
         prepared = private_copy(module, name, device, _DTYPES[execution.dtype])
@@ -234,7 +238,7 @@ def _example(
 ) -> tuple[list[Tensor], Outputs]:
     """Two batches, and what the network returns for the first: of a few images, or of as many as it insists on."""
     whole = execution.batch or default_batch(math.prod(shape), device)
-    rows = min(_TRIED, whole)
+    rows, insists = min(_TRIED, whole), False
     while True:
         generator = torch.Generator().manual_seed(0)
         base = torch.rand((2, rows, *shape), generator=generator)
@@ -243,13 +247,13 @@ def _example(
             with torch.inference_mode():
                 return list(base.to(device)), outputs(forward(module, base[0].to(device), name))
         except torch.OutOfMemoryError as error:
-            if rows == 1:
+            if rows == 1 or insists:
                 raise out_of_memory(name, rows, error) from error
             rows = rows // 2
         except NetworkError:
-            if rows == whole:
+            if rows == whole or insists:
                 raise
-            rows = whole  # an exported program may take one size alone
+            rows, insists = whole, True  # an exported program may take one size alone
 
 
 def _folded(module: nn.Module, runs: list[Tensor], expected: Outputs) -> tuple[nn.Module, bool]:
