@@ -80,7 +80,7 @@ class Normalise(nn.Module):
 
 def check_sigma(sigma: object, who: str) -> float:
     """A usable sigma, or InputError; a value above 10 is taken for one in /255 units and refused."""
-    if isinstance(sigma, bool) or not isinstance(sigma, Real) or not isfinite(sigma) or sigma <= 0:
+    if isinstance(sigma, bool) or not isinstance(sigma, Real) or not isfinite(sigma) or float(sigma) <= 0:
         raise InputError(
             f"{who} has no usable sigma",
             expected="a finite standard deviation above 0",
