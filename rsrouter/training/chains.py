@@ -22,9 +22,10 @@ from rsrouter.core.plans import FixedPlan
 from rsrouter.core.requests import SELECT
 from rsrouter.core.tree import Tree
 from rsrouter.experts.pool import ExpertPool
+from rsrouter.process import usual_settings
 from rsrouter.router.base import Router
 from rsrouter.router.cascade import CascadeRouter
-from rsrouter.training.record import SELECTION_VOTES, TUNE, Training, plain_torch
+from rsrouter.training.record import SELECTION_VOTES, TUNE, Training
 
 Counts = NDArray[np.int64]
 #: `(voter, tau)` per stage; the last tau is None.
@@ -390,7 +391,7 @@ def check_two(pool: ExpertPool) -> None:
         )
 
 
-@plain_torch()
+@usual_settings()
 def tune_cascade(training: Training, *, n: int | None = None, max_stages: int = 3) -> CascadeRouter:
     """Chooses order and thresholds of a cascade on the validation images; a parent's chain is searched further if that is better.
 

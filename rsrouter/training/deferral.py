@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rsrouter.core.bounds import binom_lower
 from rsrouter.core.errors import InputError
 from rsrouter.experts.pool import ExpertPool
+from rsrouter.process import usual_settings
 from rsrouter.router.cascade import CascadeRouter
 from rsrouter.router.chain import Voter
 from rsrouter.router.deferral import DeferralRouter
@@ -34,7 +35,7 @@ from rsrouter.training.chains import (
 )
 from rsrouter.training.features import with_features, without_features
 from rsrouter.training.heads import HeadGoal, HeadRecipe, as_stored, train_head
-from rsrouter.training.record import SELECTION_VOTES, TRAIN, TUNE, Training, named_recipe, plain_torch
+from rsrouter.training.record import SELECTION_VOTES, TRAIN, TUNE, Training, named_recipe
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _head_votes(features: Tensor, heads: dict[str, nn.Module], classes: int) -> 
     return votes
 
 
-@plain_torch()
+@usual_settings()
 def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
     """Trains heads on the images, then chooses voters, order and thresholds on the validation images.
 

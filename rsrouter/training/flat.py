@@ -27,13 +27,14 @@ from rsrouter.core.errors import InputError
 from rsrouter.core.tree import expert_stage, flat_tree
 from rsrouter.experts.identity import module_digest
 from rsrouter.experts.pool import ExpertPool
+from rsrouter.process import usual_settings
 from rsrouter.router.flat import STAGE, FlatRouter
 from rsrouter.router.trunk import Trunk
 from rsrouter.training.chains import Goal, SimulatedVotes, accuracy, goal_of, replay, simulate_pool, standing
 from rsrouter.training.flat_network import adapt_flat, default_flat, trainable
 from rsrouter.training.labels import Labels
 from rsrouter.training.losses import consistency_loss, dual_rs_loss, envelope_weights, good_sets, named_radius, utility_loss
-from rsrouter.training.record import LABEL, SELECTION_VOTES, TUNE, Training, named_recipe, plain_torch
+from rsrouter.training.record import LABEL, SELECTION_VOTES, TUNE, Training, named_recipe
 from rsrouter.training.resume import unit_key
 
 #: Validation images of the curve of a flat router with a backbone of its own.
@@ -377,7 +378,7 @@ def train_flat(
     return history
 
 
-@plain_torch()
+@usual_settings()
 def flat_router(
     training: Training, recipe: Recipe | None = None, *, label_n: int | None = None, copies: int = 50, tune_n: int | None = None
 ) -> tuple[FlatRouter, dict[str, Any] | None]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,23 +32,6 @@ TRAIN, LABEL, TUNE = "train", "label", "tune"
 SELECTION_VOTES = 100
 
 R = TypeVar("R")
-
-
-@contextmanager
-def plain_torch() -> Iterator[None]:
-    """Inside the `with` block torch is as training needs it, whatever the process has switched on or off.
-
-    Gradients on, no inference mode, no autocast, float32 and the CPU as defaults.
-    """
-    default = torch.get_default_dtype()
-    with ExitStack() as stack:
-        for context in (torch.inference_mode(False), torch.enable_grad(), torch.device("cpu")):
-            stack.enter_context(context)
-        for kind in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.callback(torch.set_default_dtype, default)
-        torch.set_default_dtype(torch.float32)
-        yield
 
 
 @dataclass(frozen=True, eq=False)

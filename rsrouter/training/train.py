@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.experts.pool import ExpertPool
-@usual_settings()
 from rsrouter.files import write_atomically
+from rsrouter.process import usual_settings
 from rsrouter.router.base import Router
 from rsrouter.router.flat import FlatRouter
 from rsrouter.smooth import RoutedSmooth
@@ -29,7 +29,7 @@ from rsrouter.training.deferral import deferral_passes, deferral_recipe, train_d
 from rsrouter.training.features import with_features
 from rsrouter.training.flat import RECIPES, Recipe, flat_router
 from rsrouter.training.labels import Labels
-from rsrouter.training.record import Training, named_recipe, plain_torch
+from rsrouter.training.record import Training, named_recipe
 from rsrouter.training.resume import ResumeStore, unit_key, writing
 
 #: Where an unfinished training keeps its state, inside its folder, and how many seconds may be lost.
@@ -42,33 +42,7 @@ FLAT_IMAGES = 2000
 FLAT_LABEL_VOTES = 50
 
 
-<<<<<<< HEAD
 def train_router(training: Training | ExpertPool, /, *given: Any, **settings: Any) -> RoutedSmooth:
-=======
-@usual_settings()
-def train_router(
-    pool: ExpertPool,
-    router: Router | str,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    radii: Sequence[float],
-    seed: int = 0,
-    out: str | Path | None = None,
-    recipe: Recipe | DeferralRecipe | str | None = None,
-    routing_labels: Labels | None = None,
-    label_n: int = 100,
-    validation: tuple[Tensor, Tensor] | None = None,
-    plan_n: int = 10_000,
-    alpha: float = 1e-3,
-    device: str | None = None,
-    execution: Execution | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
-    votes: Callable[[int], None] | None = None,
-    notes: dict[str, Any] | None = None,
-    parent: RoutedSmooth | None = None,
-) -> RoutedSmooth:
->>>>>>> aad7c00 (Votes that depend on their place, proved; training and loading under usual settings)
     """Trains the router's own parameters, makes its choices on validation images, and returns the routed classifier.
 
     `train_router(pool, router, images, labels, radii=..., ...)`, or a `Training`; every further keyword is a field of `Training`,
@@ -85,7 +59,7 @@ def train_router(
         ResultsError: `out` already holds a router, or an unfinished training of something else; or the disk refuses.
     """
     told = replace(training, **settings) if isinstance(training, Training) else Training(training, *given, **settings)
-    with plain_torch():
+    with usual_settings():
         checked = told.checked()
         recipe = _recipe(checked)
         folder = None if checked.out is None else Path(checked.out)

@@ -7,7 +7,6 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from rsrouter.process import KERNELS, disturbed, fixed_kernels, usual_settings
 from rsrouter.sampling import Engine, VoteModel
 from rsrouter.sampling.execution import prepare
 from rsrouter.sampling.logits import moved, votes_of
-from rsrouter.training import Recipe
 
 SHAPE = (1, 8, 8)
 X = torch.rand((2, *SHAPE), generator=torch.Generator().manual_seed(1))
@@ -432,22 +430,3 @@ def test_a_masked_class_gets_no_vote_and_spoils_none() -> None:
 def test_preparing_names_the_network() -> None:
     with pytest.raises(NetworkError, match="'deep' has parameters without values"):
         prepare(nn.Linear(2, 2).to("meta"), Execution(), torch.device("cpu"), SHAPE, "deep")
-
-
-@pytest.mark.parametrize(("kind", "around"), [("flat", ["default dtype", "autocast"]), ("deferral", ["gradients off"])])
-def test_training_does_not_depend_on_what_is_set_around_it(kind: str, around: list[str], tmp_path: Path) -> None:
-    from rsrouter import RoutedSmooth, train_router
-    from rsrouter.demo import load_pool, load_slice
-
-    x, y = load_slice("train").batch(range(20))
-    recipe = Recipe(epochs=1) if kind == "flat" else "quick"
-
-    def train(out: Path) -> RoutedSmooth:
-        return train_router(load_pool(), kind, x, y, recipe=recipe, radii=[0, 0.25], seed=0, label_n=10, plan_n=500, out=out)
-
-    plain = train(tmp_path / "plain")
-    with contextlib.ExitStack() as stack:
-        for name in around:
-            stack.enter_context(AROUND[name]())
-        assert train(tmp_path / "around").digest == plain.digest
-        assert RoutedSmooth.from_pretrained(tmp_path / "plain").digest == plain.digest

@@ -29,10 +29,10 @@ from rsrouter import (
     train_router,
 )
 from rsrouter.demo import load_pool, load_slice
+from rsrouter.process import usual_settings
 from rsrouter.training import RECIPES, tune_cascade
 from rsrouter.training.chains import Frontier, Goal, SimulatedVotes, goal_of, search_chain
 from rsrouter.training.flat import flat_router
-from rsrouter.training.record import plain_torch
 
 SHORT = Recipe("dual-rs", epochs=3, consistency=40.0)
 
@@ -50,7 +50,7 @@ def test_training_does_not_depend_on_the_process_around_it(kind: str, around: st
         x, y = (t.clone() for t in DATA)
         return train_router(experts, router, x, y, validation=tuple(t.clone() for t in HELD), **wanted).router.digest
 
-    with plain_torch():
+    with usual_settings():
         experts = pool()
         wanted = trained(experts)
     before = torch.get_default_dtype()
