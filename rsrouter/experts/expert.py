@@ -87,6 +87,7 @@ def check_sigma(sigma: object, who: str) -> float:
             received=repr(sigma),
             remedy="give the sigma the model was trained with; a checkpoint does not carry it",
         )
+    sigma = float(sigma)
     if sigma > 10:
         raise InputError(
             f"The sigma of {who} looks like /255 units",
@@ -94,7 +95,7 @@ def check_sigma(sigma: object, who: str) -> float:
             received=f"{sigma:g}",
             remedy=f"divide by 255: sigma={sigma / 255:.4g}",
         )
-    return float(sigma)
+    return sigma
 
 
 def check_values(module: nn.Module, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rsrouter.core.errors import RSRouterError
 timm = pytest.importorskip("timm")
 
 
+@cache
 def smallest() -> dict[str, str]:
     """Of every family (timm's module) the network with the shortest name among the small ones."""
     small = ("nano", "pico", "femto", "atto", "tiny", "small", "mini", "_xxs", "_xs", "_s", "18", "26", "0", "pit_ti")
