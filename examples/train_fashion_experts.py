@@ -385,7 +385,7 @@ class Run:
             generator.set_state(state["generator"])
             average, done, best, seconds, losses = (state[k] for k in ("average", "done", "best", "seconds", "losses"))
         soft_all = self.soft_labels(x_all)
-        radii = s.radii or RADII.get(s.sigma, tuple(GRID[GRID < 3.6 * s.sigma]))
+        radii = s.radii or RADII.get(s.sigma, tuple(GRID[3.6 * s.sigma > GRID]))
         self.log(
             f"{'goes on at' if done else 'starts at'} step {done} of {s.epochs * steps}: {' '.join(sys.argv)}; {s}; "
             f"{platform.processor() or platform.machine()}, bfloat16 {net.autocast}, torch {torch.__version__}, "
@@ -465,7 +465,7 @@ def work(args: argparse.Namespace, jobs: Callable[[], list[Settings]]) -> None:
             needs = [n for n in (s.start, s.teacher) if n is not None and "/" not in n]
             if not all((args.out / n / "finished").exists() for n in needs):
                 continue
-            run = Run(s, args.out)
+            run = Run(s, args.out, args.save_seconds)
             with (run.folder / "lock").open("w") as lock:  # the system drops the lock of a process that is killed
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -498,6 +498,7 @@ def main(argv: list[str] | None = None) -> None:
     for verb in (one, two):
         verb.add_argument("--data", type=Path, required=True)
         verb.add_argument("--threads", type=int, default=1)
+        verb.add_argument("--save_seconds", type=float, default=60.0)
     for field in dataclasses.fields(Settings):
         kind = {"int": int, "float": float, "bool": json.loads, "str": str, "str | None": str}.get(str(field.type), json.loads)
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
