@@ -215,12 +215,12 @@ def macer(net: Network, b: Batch, s: Settings, beta: float = 16.0, margin: float
 
 def cat_rs(net: Network, b: Batch, s: Settings) -> Tensor:
     """Jeong, Kim and Shin (AAAI 2023): cross-entropy of the easiest copies, as many as the image is sure of; for images
-    that are sure of all, the worst copy's divergence from the teacher under noise moved within `radius` (its moments kept).
+    that are sure of all, the worst copy's divergence from the teacher (without one: from the copies' mean) under noise
+    moved within `radius`, its moments kept.
     """
-    assert b.soft is not None
-    m, soft, noise = s.copies, b.soft, b.noise(s)
-    soft_m = soft.repeat(m, 1)
+    m, noise = s.copies, b.noise(s)
     logits = net(b.copies(s) + noise)
+    soft_m = (mean_probabilities(logits.detach(), m) if b.soft is None else b.soft).repeat(m, 1)
     each = F.cross_entropy(logits, b.y.repeat(m), reduction="none").view(m, -1)
     sure = (logits.view(m, len(b.y), -1).argmax(2) == b.y).float().mean(0)
     kept = torch.binomial(torch.full_like(sure, m), sure.detach(), generator=b.generator).clamp(min=1)
