@@ -78,10 +78,10 @@ class Settings:
     ramp: float = 1.0
     batch: int = 256
     lr: float = 0.1
-    decay: float = 5e-4
+    decay: float = 2e-4
     average: float = 0.999
-    shift: int = 2
-    flip: bool = True
+    shift: int = 0
+    flip: bool = False
     seed: int = 0
     every: int = 4
     estimate: int = 256

@@ -12,7 +12,7 @@ from rsrouter.experts.registry import build_architecture, find_architecture
 def test_shapes_follow_the_arguments(size, in_channels):
     kwargs = {"in_channels": in_channels, "channels": [6, 12], "kernels": [7, 5], "hidden": 20, "size": size}
     network = build_architecture("small_cnn", 7, kwargs).eval()
-    assert find_architecture(network) == ("small_cnn", kwargs)
+    assert find_architecture(network) == ("small_cnn", {"num_classes": 7, **kwargs})
     x = torch.rand(3, in_channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         features = network.forward_features(x)
