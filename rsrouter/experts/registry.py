@@ -16,6 +16,7 @@ from torch import nn
 from rsrouter.core.errors import CheckpointError
 from rsrouter.experts.cifar_resnet import DEPTHS, CifarResNet
 from rsrouter.experts.denoisers import DnCNN, SmallUNet
+from rsrouter.experts.small_cnn import SmallCNN
 from rsrouter.experts.small_resnet import SmallResNet
 from rsrouter.process import usual_settings
 
@@ -169,6 +170,7 @@ def find_architecture(module: nn.Module) -> tuple[str, dict[str, Any]] | None:
 
 
 def _register_own() -> None:
+    register_architecture("small_cnn", SmallCNN)
     register_architecture("small_resnet", SmallResNet)
     for depth in DEPTHS:
         register_architecture(f"cifar_resnet{depth}", partial(CifarResNet, depth=depth), input_shape=(3, 32, 32))

@@ -1,0 +1,522 @@
+"""Train Fashion-MNIST experts by the methods that lead at some radius: one recipe each, resumable at any moment.
+
+    python examples/train_fashion_experts.py train --data DIR --out RUNS --name NAME --recipe cat-rs --sigma 0.5
+    python examples/train_fashion_experts.py queue --data DIR --out RUNS --jobs JOBS.json
+    python examples/train_fashion_experts.py export --out RUNS --to EXPERTS NAME [NAME ...]
+
+DIR holds the four `*-ubyte.gz` files of Fashion-MNIST (Xiao et al. 2017, MIT licence); Debian's package
+`dataset-fashion-mnist` puts them under `/usr/share/datasets/fashion-mnist`. JOBS.json is a list of objects, each the
+fields of `Settings`; several processes may work on one queue, and the file is read again before each job.
+
+    official train rows      0 .. 51,999   the experts' training images
+    official train rows 52,000 .. 58,999   not read here: the router's training and validation images
+    official train rows 59,000 .. 59,999   every choice here (best state, settings, which expert) is made on these
+
+Recipes (sources beside their functions): `gaussian`, `consistency`, `smoothadv`, `smoothmix`, `macer`, `cat-rs`. A run may
+start from the weights of another (`start`) and may learn from another's smoothed predictions (`teacher`; CAT-RS does).
+Killed at any time, a run goes on from its last state (saved each minute) when it is started again. Forward passes are
+bfloat16 where the processor has it; what is measured is always float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import gzip
+import io
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from scipy.stats import norm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rsrouter.experts.registry import build_architecture
+from rsrouter.files import write_atomically
+
+EXPERT_ROWS, CHOICE_ROWS = slice(0, 52_000), slice(59_000, 60_000)
+MEAN, STD = (0.286,), (0.353,)
+GRID = np.arange(0, 2.01, 0.25)
+#: the radii that count for a noise level unless a job says otherwise: those that no lower noise level reaches as well
+RADII = {0.25: (0, 0.25, 0.5, 0.75), 0.5: (0.75, 1, 1.25, 1.5, 1.75), 1.0: (1.5, 1.75, 2)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run: a recipe, what it trains, and for how long. Radii, steps and sigma are in units of pixels in [0,1].
+
+    `copies` noisy copies an image; `steps` of an attack of `step` each, kept within `radius`; `weight` of the recipe's own
+    loss; `entropy` of the consistency loss; `ramp` epochs over which `radius` and `weight` grow; `radii` whose mean
+    certified accuracy chooses the best state; `estimate` votes an image for that, every `every` epochs.
+    """
+
+    name: str
+    recipe: str
+    sigma: float
+    epochs: int = 40
+    architecture: str = "small_cnn"
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start: str | None = None
+    teacher: str | None = None
+    copies: int = 2
+    steps: int = 0
+    step: float = 0.5
+    radius: float = 1.0
+    weight: float = 1.0
+    entropy: float = 0.5
+    ramp: float = 1.0
+    batch: int = 256
+    lr: float = 0.1
+    decay: float = 2e-4
+    average: float = 0.999
+    shift: int = 0
+    flip: bool = False
+    seed: int = 0
+    every: int = 4
+    estimate: int = 256
+    radii: tuple[float, ...] = ()
+
+
+@dataclass
+class Batch:
+    """What a recipe's loss reads: clean images `x`, labels `y`, the teacher's probabilities `soft`, how far `ramp` got."""
+
+    x: Tensor
+    y: Tensor
+    soft: Tensor | None
+    ramp: float
+    generator: torch.Generator
+
+    def noise(self, s: Settings, copies: int | None = None) -> Tensor:
+        """Gaussian noise `(copies * B, C, H, W)` at the run's sigma."""
+        shape = ((copies or s.copies) * len(self.x), *self.x.shape[1:])
+        return torch.randn(shape, generator=self.generator) * s.sigma
+
+    def copies(self, s: Settings) -> Tensor:
+        """The images, `copies` times."""
+        return self.x.repeat(s.copies, 1, 1, 1)
+
+
+class Network(nn.Module):
+    """Normalisation (after the noise, as the package does) and a network; bfloat16 where `autocast`."""
+
+    def __init__(self, module: nn.Module, autocast: bool = False) -> None:
+        super().__init__()
+        self.module, self.autocast = module.to(memory_format=torch.channels_last), autocast  # type: ignore[call-overload]
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        x = ((noisy - MEAN[0]) / STD[0]).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            out: Tensor = self.module(x)
+        return out.float()
+
+    def attack(
+        self, start: Tensor, loss: Callable[[Tensor], Tensor], steps: int, step: float, within: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """The points after each of `steps` normalised gradient ascents on `loss`, in evaluation mode; the first is `start`."""
+        self.eval()
+        self.requires_grad_(False)
+        points = [start]
+        for _ in range(steps):
+            now = points[-1].detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(now), now)
+            length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            points.append(within(now.detach() + step * gradient / (length + 1e-8)).detach())
+        self.requires_grad_(True)
+        self.train()
+        return points
+
+
+def mean_probabilities(logits: Tensor, copies: int) -> Tensor:
+    """Mean softmax `(B, C)` of `copies` stacked copies."""
+    return F.softmax(logits, 1).view(copies, -1, logits.shape[1]).mean(0)
+
+
+def in_ball(centre: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
+    """Projection to the L2 ball around each image and to pixels in [0,1]."""
+    return lambda x: (centre + (x - centre).flatten(1).renorm(2, 0, radius).view_as(x)).clamp(0, 1)
+
+
+def consistency_loss(logits: Tensor, copies: int, weight: float, entropy: float) -> Tensor:
+    """Jeong and Shin (2020), equation 8: KL(mean || each copy) plus the entropy of the mean."""
+    mean = mean_probabilities(logits, copies).clamp(min=1e-20)
+    each = F.log_softmax(logits, 1).view(copies, *mean.shape)
+    return (weight * (mean * (mean.log() - each)).sum(2).mean(0) - entropy * (mean * mean.log()).sum(1)).mean()
+
+
+def gaussian(net: Network, b: Batch, s: Settings) -> Tensor:
+    """Cohen et al. (ICML 2019)."""
+    return F.cross_entropy(net(b.copies(s) + b.noise(s)), b.y.repeat(s.copies))
+
+
+def consistency(net: Network, b: Batch, s: Settings) -> Tensor:
+    """Jeong and Shin (NeurIPS 2020)."""
+    logits = net(b.copies(s) + b.noise(s))
+    return F.cross_entropy(logits, b.y.repeat(s.copies)) + consistency_loss(logits, s.copies, s.weight * b.ramp, s.entropy)
+
+
+def smoothadv(net: Network, b: Batch, s: Settings) -> Tensor:
+    """Salman et al. (NeurIPS 2019): cross-entropy at images that fool the mean of the copies; `weight` adds consistency."""
+    noise = b.noise(s)
+
+    def loss(x: Tensor) -> Tensor:
+        return F.nll_loss(mean_probabilities(net(x.repeat(s.copies, 1, 1, 1) + noise), s.copies).clamp(1e-20).log(), b.y)
+
+    worst = net.attack(b.x, loss, s.steps, s.step * b.ramp, in_ball(b.x, max(s.radius * b.ramp, 1e-6)))[-1]
+    logits = net(worst.repeat(s.copies, 1, 1, 1) + noise)
+    total = F.cross_entropy(logits, b.y.repeat(s.copies))
+    return total if s.weight == 0 else total + consistency_loss(logits, s.copies, s.weight, s.entropy)
+
+
+def smoothmix(net: Network, b: Batch, s: Settings) -> Tensor:
+    """Jeong et al. (NeurIPS 2021): mixes images with unrestricted adversarial ones, whose label is uniform.
+
+    The clean side is the first step of the attack, within `radius` (0: the image itself).
+    """
+    noise = b.noise(s)
+
+    def loss(x: Tensor) -> Tensor:
+        return F.nll_loss(mean_probabilities(net(x.repeat(s.copies, 1, 1, 1) + noise), s.copies).clamp(1e-20).log(), b.y)
+
+    points = net.attack(b.x, loss, s.steps, s.step, lambda x: x.clamp(0, 1))
+    near = in_ball(b.x, max(s.radius * b.ramp, 1e-6))(points[1]) if s.radius else b.x
+    logits = net(near.repeat(s.copies, 1, 1, 1) + noise)
+    clean = mean_probabilities(logits, s.copies)
+    share = torch.rand(len(b.x), 1, generator=b.generator) / 2
+    mixed = (1 - share[:, :, None, None]) * near + share[:, :, None, None] * points[-1]
+    wanted = ((1 - share) * clean + share / clean.shape[1]).clamp(min=1e-20)
+    out = F.log_softmax(net(mixed.repeat(s.copies, 1, 1, 1) + noise), 1).view(s.copies, *clean.shape)
+    kl = (wanted * (wanted.log() - out)).sum(2).mean(0)
+    right = (clean.argmax(1) == b.y).float()
+    return F.cross_entropy(logits, b.y.repeat(s.copies)) + s.weight * b.ramp * (right * kl).mean()
+
+
+def macer(net: Network, b: Batch, s: Settings, beta: float = 16.0, margin: float = 8.0) -> Tensor:
+    """Zhai et al. (ICLR 2020): cross-entropy of the mean, and a hinge on the soft radius of images that are right."""
+    logits = net(b.copies(s) + b.noise(s))
+    total = F.nll_loss(mean_probabilities(logits, s.copies).clamp(1e-20).log(), b.y)
+    soft = mean_probabilities(logits * beta, s.copies).clamp(1e-4, 1 - 1e-4)
+    top, index = soft.topk(2, 1)
+    gap = math.sqrt(2) * (torch.erfinv(2 * top[:, 0] - 1) - torch.erfinv(2 * top[:, 1] - 1))
+    counts = (index[:, 0] == b.y) & (gap.detach() < margin)
+    return total + s.weight * b.ramp * s.sigma / 2 * ((margin - gap) * counts).sum() / len(b.y)
+
+
+def cat_rs(net: Network, b: Batch, s: Settings) -> Tensor:
+    """Jeong, Kim and Shin (AAAI 2023): cross-entropy of the easiest copies, as many as the image is sure of; for images
+    that are sure of all, the worst copy's divergence from the teacher (without one: from the copies' mean) under noise
+    moved within `radius`, its moments kept.
+    """
+    m, noise = s.copies, b.noise(s)
+    logits = net(b.copies(s) + noise)
+    soft_m = (mean_probabilities(logits.detach(), m) if b.soft is None else b.soft).repeat(m, 1)
+    each = F.cross_entropy(logits, b.y.repeat(m), reduction="none").view(m, -1)
+    sure = (logits.view(m, len(b.y), -1).argmax(2) == b.y).float().mean(0)
+    kept = torch.binomial(torch.full_like(sure, m), sure.detach(), generator=b.generator).clamp(min=1)
+    low = (each.sort(0).values * (torch.arange(m)[:, None] < kept)).sum(0) / m
+
+    mean0 = noise.mean((1, 2, 3), keepdim=True)
+    size0 = noise.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+    def within(moved: Tensor) -> Tensor:
+        moved = noise + (moved - noise).flatten(1).renorm(2, 0, max(s.radius * b.ramp, 1e-6)).view_as(noise)
+        size = moved.square().mean((1, 2, 3), keepdim=True).sqrt()
+        return mean0 + (moved - moved.mean((1, 2, 3), keepdim=True)) / size * size0
+
+    def divergence(out: Tensor) -> Tensor:
+        return (torch.xlogy(soft_m, soft_m) - soft_m * F.log_softmax(out, 1)).sum(1)
+
+    images = b.copies(s)
+    worst = net.attack(noise, lambda e: divergence(net(images + e)).sum(), s.steps, s.step * b.ramp, within)[-1]
+    high = divergence(net(images + worst)).view(m, -1).amax(0)
+    return (low + s.weight * high * (kept == m)).mean()
+
+
+RECIPES: dict[str, Callable[[Network, Batch, Settings], Tensor]] = {
+    "gaussian": gaussian,
+    "consistency": consistency,
+    "smoothadv": smoothadv,
+    "smoothmix": smoothmix,
+    "macer": macer,
+    "cat-rs": cat_rs,
+}
+
+
+def read_idx(folder: Path, split: str, rows: slice) -> tuple[Tensor, Tensor]:
+    """Images `(N, 1, 28, 28)` float32 in [0,1] and labels `(N,)` of rows of one split in the IDX format."""
+    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
+        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
+        labels = np.frombuffer(file.read(), np.uint8, offset=8)
+    return torch.from_numpy(images[rows].copy()).float().div_(255), torch.from_numpy(labels[rows].astype(np.int64))
+
+
+def augment(images: Tensor, generator: torch.Generator, shift: int, flip: bool) -> Tensor:
+    """Random horizontal flips, and one shift of the whole batch by up to `shift` pixels."""
+    if flip:
+        turned = torch.rand(len(images), generator=generator) < 0.5
+        images = torch.where(turned[:, None, None, None], images.flip(3), images)
+    dy, dx = torch.randint(0, 2 * shift + 1, (2,), generator=generator).tolist()
+    return F.pad(images, (shift,) * 4)[:, :, dy : dy + images.shape[2], dx : dx + images.shape[3]]
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself (else autocast is slower than float32)."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and any(flag in info.read_text().split() for flag in ("amx_bf16", "avx512_bf16"))
+
+
+@torch.inference_mode()
+def estimated_radii(net: Network, x: Tensor, y: Tensor, sigma: float, votes: int, seed: int = 1) -> np.ndarray:
+    """Radius of each image by `votes` votes without confidence, -1 where wrong: to choose by, never to report as certified.
+
+    Where every vote is right, the margins' mean over their standard deviation stands in for the quantile of the unseen
+    share; no radius exceeds what 100,000 votes certify (3.81 sigma).
+    """
+    net.eval()
+    generator = torch.Generator().manual_seed(seed)
+    right, total, square = torch.zeros(len(x)), torch.zeros(len(x)), torch.zeros(len(x))
+    for _ in range(votes):
+        logits = net(x + torch.randn(x.shape, generator=generator) * sigma)
+        own = logits.gather(1, y[:, None])[:, 0]
+        margin = own - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+        right, total, square = right + (margin > 0), total + margin, square + margin.square()
+    mean = (total / votes).numpy()
+    spread = np.sqrt(np.maximum(square.numpy() / votes - mean**2, 1e-12))
+    share = (right / votes).numpy()
+    z = norm.ppf(np.clip(share, 1e-9, 1 - 0.7 / votes))
+    z = np.where(share == 1, np.maximum(z, mean / spread), z)
+    net.train()
+    return np.where(share > 0.5, sigma * np.minimum(z, 3.81), -1.0)
+
+
+@torch.inference_mode()
+def smoothed_probabilities(net: Network, x: Tensor, sigma: float, draws: int = 64) -> Tensor:
+    """Mean softmax `(N, C)` over `draws` noisy copies: a teacher's soft labels."""
+    net.eval()
+    generator = torch.Generator().manual_seed(2)
+    out = []
+    for chunk in x.split(1000):
+        out.append(
+            sum(F.softmax(net(chunk + torch.randn(chunk.shape, generator=generator) * sigma), 1) for _ in range(draws)) / draws
+        )
+    return torch.cat(out)  # type: ignore[arg-type]
+
+
+def dump(path: Path, value: object) -> None:
+    """`torch.save`, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+class Run:
+    """One job in its folder: `state.pt` (goes on from here), `model.safetensors` and `config.json` (the best state so far,
+    which `rsrouter wrap` reads), `log.txt`, and `finished` at the end.
+    """
+
+    def __init__(self, settings: Settings, out: Path, save_seconds: float = 60.0) -> None:
+        self.s, self.out, self.folder, self.save_seconds = settings, out, out / settings.name, save_seconds
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def log(self, text: str) -> None:
+        with (self.folder / "log.txt").open("a") as file:
+            file.write(text + "\n")
+        print(f"{self.s.name}: {text}", flush=True)
+
+    def network(self, autocast: bool = False, weights_of: str | None = None) -> Network:
+        """The job's architecture, with the weights of job (or expert folder) `weights_of`."""
+        if weights_of is None:
+            return Network(build_architecture(self.s.architecture, 10, self.s.kwargs), autocast)
+        folder = Path(weights_of) if "/" in weights_of else self.out / weights_of
+        config = json.loads((folder / "config.json").read_text())
+        module = build_architecture(config["architecture"], 10, config["kwargs"])
+        module.load_state_dict(load_file(folder / "model.safetensors"))
+        return Network(module, autocast)
+
+    def soft_labels(self, x: Tensor) -> Tensor | None:
+        """The teacher's smoothed probabilities of the training images, kept in its folder."""
+        if self.s.teacher is None:
+            return None
+        folder = Path(self.s.teacher) if "/" in self.s.teacher else self.out / self.s.teacher
+        stored = self.out / f"soft_{folder.name}_{len(x)}.pt"
+        if not stored.exists():
+            sigma = json.loads((folder / "config.json").read_text())["sigma"]
+            dump(stored, smoothed_probabilities(self.network(weights_of=self.s.teacher), x, sigma))
+        soft: Tensor = torch.load(stored, weights_only=True)
+        return soft
+
+    def keep(self, weights: dict[str, Tensor], note: dict[str, Any]) -> None:
+        """Writes the expert: what `export` copies."""
+        s = self.s
+        training = {"data": "Fashion-MNIST, official training rows 0 to 51,999", **dataclasses.asdict(s), **note}
+        config = {"architecture": s.architecture, "kwargs": s.kwargs, "sigma": s.sigma, "num_classes": 10}
+        config |= {"input_shape": [1, 28, 28], "mean": list(MEAN), "std": list(STD), "licence": "Apache-2.0"}
+        write_atomically(self.folder / "model.safetensors", save({k: v.contiguous() for k, v in weights.items()}))
+        write_atomically(self.folder / "config.json", (json.dumps(config | {"training": training}, indent=2) + "\n").encode())
+
+    def train(self, x_all: Tensor, y_all: Tensor, x_choice: Tensor, y_choice: Tensor, stop_after: int | None = None) -> None:
+        """Trains to the end, or for `stop_after` more steps."""
+        s = self.s
+        torch.manual_seed(s.seed)
+        net = self.network(has_bfloat16(), s.start)
+        module = net.module
+        average = {k: v.clone() for k, v in module.state_dict().items()}
+        optimiser = torch.optim.SGD(module.parameters(), lr=s.lr, momentum=0.9, nesterov=True, weight_decay=s.decay)
+        generator = torch.Generator().manual_seed(s.seed)
+        steps = len(x_all) // s.batch
+        done, best, seconds, losses = 0, -1.0, 0.0, 0.0
+        state_file = self.folder / "state.pt"
+        if state_file.exists():
+            state = torch.load(state_file, weights_only=True)
+            module.load_state_dict(state["module"])
+            optimiser.load_state_dict(state["optimiser"])
+            generator.set_state(state["generator"])
+            average, done, best, seconds, losses = (state[k] for k in ("average", "done", "best", "seconds", "losses"))
+        soft_all = self.soft_labels(x_all)
+        radii = s.radii or RADII.get(s.sigma, tuple(GRID[3.6 * s.sigma > GRID]))
+        self.log(
+            f"{'goes on at' if done else 'starts at'} step {done} of {s.epochs * steps}: {' '.join(sys.argv)}; {s}; "
+            f"{platform.processor() or platform.machine()}, bfloat16 {net.autocast}, torch {torch.__version__}, "
+            f"{torch.get_num_threads()} threads, {sum(p.numel() for p in module.parameters())} weights, radii {radii}"
+        )
+
+        def write_state() -> None:
+            state = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "generator": generator.get_state()}
+            dump(state_file, state | {"average": average, "done": done, "best": best, "seconds": seconds, "losses": losses})
+
+        net.train()
+        saved, clock, cpu = time.time(), time.time(), time.process_time()
+        first, total = done, s.epochs * steps
+        end = total if stop_after is None else min(total, done + stop_after)
+        while done < end:
+            epoch, at = divmod(done, steps)
+            if at == 0 or done == first:
+                order = torch.randperm(len(x_all), generator=torch.Generator().manual_seed(1000 * s.seed + epoch))
+            rows = order[at * s.batch : (at + 1) * s.batch]
+            progress = done / total
+            rate = min(progress / 0.15, 0.5 * (1 + math.cos(math.pi * max(progress - 0.15, 0) / 0.85)))
+            for group in optimiser.param_groups:
+                group["lr"] = s.lr * max(rate, 1e-3)
+            x = augment(x_all[rows], generator, s.shift, s.flip)
+            ramp = min(1.0, (done + 1) / (s.ramp * steps)) if s.ramp else 1.0
+            batch = Batch(x, y_all[rows], None if soft_all is None else soft_all[rows], ramp, generator)
+            loss = RECIPES[s.recipe](net, batch, s)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+            optimiser.step()
+            done, losses = done + 1, losses + float(loss.detach())
+            share = 1 - min(s.average, (1 + done) / (10 + done))
+            for key, value in module.state_dict().items():
+                if value.dtype.is_floating_point:
+                    average[key].lerp_(value, share)
+                else:
+                    average[key].copy_(value)
+            if done % steps == 0:
+                epoch = done // steps
+                seconds, cpu = seconds + time.process_time() - cpu, time.process_time()
+                speed = (done - first) * s.batch / (time.time() - clock)
+                text = f"epoch {epoch}/{s.epochs} loss {losses / steps:.4f}, {speed:.0f} images/s, {seconds:.0f} CPU s"
+                losses = 0.0
+                if epoch % s.every == 0 or epoch == s.epochs:
+                    measured = self.network()
+                    measured.module.load_state_dict(average)
+                    radius = estimated_radii(measured, x_choice, y_choice, s.sigma, s.estimate)
+                    value = float(np.mean([np.mean(radius >= r) for r in radii]))
+                    text += f"; estimate {value:.4f}: " + " ".join(f"{100 * np.mean(radius >= r):.1f}" for r in GRID)
+                    if value > best:
+                        best = value
+                        self.keep(average, {"chosen_at_epoch": epoch, "cpu_seconds": round(seconds)})
+                self.log(text)
+            if time.time() - saved > self.save_seconds or done == end:
+                seconds, cpu = seconds + time.process_time() - cpu, time.process_time()
+                write_state()
+                saved = time.time()
+        if done == total:
+            (self.folder / "finished").touch()
+
+
+def read_jobs(path: Path) -> list[Settings]:
+    """The queue, in its order."""
+    return [Settings(**job) for job in json.loads(path.read_text())]
+
+
+def work(args: argparse.Namespace, jobs: Callable[[], list[Settings]]) -> None:
+    """Runs the first job that is neither finished, nor held by another process, nor waiting for one; until none is left."""
+    torch.set_num_threads(args.threads)
+    data = (*read_idx(args.data, "train", EXPERT_ROWS), *read_idx(args.data, "train", CHOICE_ROWS))
+    while True:
+        left = [s for s in jobs() if not (args.out / s.name / "finished").exists()]
+        if not left:
+            return
+        for s in left:
+            needs = [n for n in (s.start, s.teacher) if n is not None and "/" not in n]
+            if not all((args.out / n / "finished").exists() for n in needs):
+                continue
+            run = Run(s, args.out, args.save_seconds)
+            with (run.folder / "lock").open("w") as lock:  # the system drops the lock of a process that is killed
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    continue
+                run.train(*data)
+            break
+        else:
+            time.sleep(20)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Copies the experts' weights and configs; `--half` stores float16."""
+    for name in args.names:
+        source, target = args.out / name, args.to / name
+        target.mkdir(parents=True, exist_ok=True)
+        weights = load_file(source / "model.safetensors")
+        if args.half:
+            weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+        write_atomically(target / "model.safetensors", save(weights))
+        write_atomically(target / "config.json", (source / "config.json").read_bytes())
+        print(name, f"{(target / 'model.safetensors').stat().st_size / 1e6:.2f} MB")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    one = verbs.add_parser("train", help="one job, its settings as options")
+    two = verbs.add_parser("queue", help="the jobs of a file, in order")
+    for verb in (one, two):
+        verb.add_argument("--data", type=Path, required=True)
+        verb.add_argument("--threads", type=int, default=1)
+        verb.add_argument("--save_seconds", type=float, default=60.0)
+    for field in dataclasses.fields(Settings):
+        kind = {"int": int, "float": float, "bool": json.loads, "str": str, "str | None": str}.get(str(field.type), json.loads)
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        one.add_argument(f"--{field.name}", type=kind, required=needed, default=argparse.SUPPRESS)
+    one.set_defaults(run=lambda a: work(a, lambda: [Settings(**{k: v for k, v in vars(a).items() if k in fields})]))
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    two.add_argument("--jobs", type=Path, required=True)
+    two.set_defaults(run=lambda a: work(a, lambda: read_jobs(a.jobs)))
+    three = verbs.add_parser("export", help="copy experts out of their runs")
+    three.add_argument("names", nargs="+")
+    three.add_argument("--to", type=Path, required=True)
+    three.add_argument("--half", action="store_true")
+    three.set_defaults(run=export)
+    for verb in (one, two, three):
+        verb.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
