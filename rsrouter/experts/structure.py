@@ -164,7 +164,7 @@ def structure_of(module: nn.Module) -> Structure:
     >>> structure_of(scale).opaque[0]
     'generator is a Generator, which cannot be read as a value'
     """
-    walk = _Walk()
+    walk = _Walk(frozenset(map(id, module.modules())))
     walk.visit(module, "")
     return Structure(walk.hash.hexdigest(), tuple(dict.fromkeys(walk.opaque)))
 
@@ -211,8 +211,9 @@ def _library_name(value: Any) -> str | None:
 class _Walk:
     """Feeds a hash with values and remembers what it could not read."""
 
-    def __init__(self) -> None:
+    def __init__(self, registered: frozenset[int]) -> None:
         self.hash = hashlib.sha256()
+        self._registered = registered  # modules whose tensors have names, and are told by `tensors_digest`
         self.opaque: list[str] = []
         self._seen: dict[int, int] = {}
         self._kept: list[object] = []  # alive, so that no id is used twice
@@ -321,7 +322,7 @@ class _Walk:
                 self.visit(item, f"{where}[{i}]")
 
     def _apart(self, value: object, where: str) -> str:
-        walk = _Walk()
+        walk = _Walk(self._registered)
         walk.visit(value, where)
         self.opaque += walk.opaque
         return walk.hash.hexdigest()
@@ -400,11 +401,12 @@ class _Walk:
         else:
             self._class(type(module), where)
         before = f"{where}." if where else ""
-        self.put("tensors", [(k, v is None) for k, v in module._parameters.items()])
-        for key, buffer in module._buffers.items():
-            self.put("buffer", key, buffer is None)
-            if buffer is not None and key in module._non_persistent_buffers_set:
-                self._tensor(buffer, before + key)
+        hidden = id(module) not in self._registered  # held in a list or dict: its tensors have no names
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                self.put("tensor", key, tensor is None)
+                if tensor is not None and (hidden or key in module._non_persistent_buffers_set):
+                    self._tensor(tensor, before + key)
         for table in _HOOKS:
             for hook in getattr(module, table).values():
                 self.put(table)
