@@ -18,6 +18,7 @@ from torch import nn
 from rsrouter.core.errors import CheckpointError
 from rsrouter.experts.cifar_resnet import DEPTHS, CifarResNet
 from rsrouter.experts.denoisers import DnCNN, SmallUNet
+from rsrouter.experts.papers import DenseNet40, LeNet
 from rsrouter.experts.small_resnet import SmallResNet
 from rsrouter.experts.structure import ORIGIN, canonical, structure_of
 
@@ -241,6 +242,8 @@ def _register_own() -> None:
     register_architecture("small_resnet", SmallResNet)
     for depth in DEPTHS:
         register_architecture(f"cifar_resnet{depth}", partial(CifarResNet, depth=depth), input_shape=(3, 32, 32))
+    register_architecture("lenet", LeNet, input_shape=(1, 28, 28))
+    register_architecture("densenet40", DenseNet40, input_shape=(3, 32, 32))
     register_architecture("dncnn", DnCNN, denoiser=True)
     register_architecture("small_unet", SmallUNet, denoiser=True)
 

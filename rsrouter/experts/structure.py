@@ -407,10 +407,10 @@ class _Walk:
                 self.put("tensor", key, tensor is None)
                 if tensor is not None and (hidden or key in module._non_persistent_buffers_set):
                     self._tensor(tensor, before + key)
-        for table in _HOOKS:
-            for hook in getattr(module, table).values():
-                self.put(table)
-                self.visit(hook, f"{before}{table}")
+        for hooks in _HOOKS:
+            for hook in getattr(module, hooks).values():
+                self.put(hooks)
+                self.visit(hook, f"{before}{hooks}")
         self._attributes(module.__dict__, where, _INTERNAL | _GRAPH_MODULE if graph else _INTERNAL)
         self.put("children", len(module._modules))
         for key, child in module._modules.items():
