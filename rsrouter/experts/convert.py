@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,10 @@ def save_expert(expert: Expert, folder: str | os.PathLike[str], *, origin: dict[
     if origin:
         config["converted_from"] = origin
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:  # renamed whole, or nothing
-        part = Path(scratch) / target.name
-        part.mkdir()
+    part = target.with_name(f".{target.name}.part")  # renamed whole, or nothing; what a killed run left is made anew
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
         save_file(
             {k: v.detach().cpu().contiguous().clone() for k, v in expert.module.state_dict().items()},
             part / WEIGHTS,
@@ -112,6 +113,8 @@ def save_expert(expert: Expert, folder: str | os.PathLike[str], *, origin: dict[
             with file.open("rb") as stored:
                 os.fsync(stored.fileno())
         os.replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     sync_folder(target.parent)
     return target
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from rsrouter.core.errors import CheckpointError, InputError
 from rsrouter.experts.composite import composite, networks, part
+from rsrouter.experts.config import checked
 from rsrouter.experts.expert import Expert, check_sigma
 from rsrouter.experts.loaders import LOADERS, Sources, load_network, open_checkpoint
 from rsrouter.experts.provenance import Part, Provenance, Width
@@ -102,7 +103,7 @@ def make_diffusion(content: Any) -> Diffusion:
         raise InputError(
             "Unknown diffusion settings",
             expected="schedule, steps, beta_start, beta_end, prediction",
-            received=str(content)[:200],
+            received=repr(content)[:200],
             remedy="take them from the repository the denoiser comes from",
         )
     return Diffusion(**validated(_Diffusion, content, "The diffusion settings").model_dump())
@@ -208,16 +209,22 @@ def load_denoiser(
     Raises:
         CheckpointError: not a denoiser, or a file that does not fit. HubError, IntegrityError: as `load_expert`.
     """
-    if not is_denoiser(architecture):
+    if not isinstance(architecture, str) or not is_denoiser(architecture):
         raise CheckpointError(
             f"{architecture!r} is not a denoiser",
             expected="an architecture registered with denoiser=True",
-            received=architecture,
+            received=repr(architecture),
             remedy="register_architecture(name, YourDenoiser, denoiser=True)",
         )
+    told = checked({"kwargs": kwargs, "licence": licence}, "the denoiser")
     where, _, sha256, _ = open_checkpoint(source, filename=filename, revision=revision, **hub)
     provenance = Provenance(
-        **where, sha256=sha256, loader="checkpoint", architecture=architecture, kwargs=dict(kwargs or {}), licence=licence
+        **where,
+        sha256=sha256,
+        loader="checkpoint",
+        architecture=architecture,
+        kwargs=told["kwargs"] or {},
+        licence=told["licence"],
     )
     module = load_network(provenance, 2, Sources(hub=Hub(**hub)))
     return Denoiser(module, provenance.model_copy(update={"tensors": tensors_digest(module)}))

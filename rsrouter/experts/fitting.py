@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -252,17 +252,25 @@ def file_width(file: WeightFile) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
+@cache
+def _usual_shapes(name: str, width: int) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of an architecture without arguments; None where it needs some, or real tensors: it cannot be a suggestion."""
+    try:
+        with torch.device("meta"):
+            return shapes_of(build_architecture(name, width))
+    except Exception:
+        return None
+
+
 def nearest_architecture(state: Mapping[str, Tensor]) -> tuple[str, float, int | None] | None:
     """`(name, share of names and shapes in common, num_classes)` of the registered or common timm architecture that
     fits a state best; None if nothing can be compared."""
     best: tuple[str, float, int | None] | None = None
     width = head_width(state)
     for name in (*architectures(), *_TIMM_CANDIDATES):
-        try:
-            with torch.device("meta"):
-                own = shapes_of(build_architecture(name, width or 10))
-        except Exception:
-            continue  # a user's architecture that needs arguments or real tensors cannot be a suggestion
+        own = _usual_shapes(name, width or 10)
+        if own is None:
+            continue
         fit = fits(own, WeightFile({"": dict(state)}))[0]
         left = {item for item in own.items() if not _optional(item[0])}
         right = {(n, tuple(t.shape)) for n, t in fit.tensors.items()} | {(n, ()) for n in (*fit.inside, *fit.beside)}

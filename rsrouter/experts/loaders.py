@@ -164,6 +164,8 @@ def _merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: W
         for key in ("mean", "std", "normalisation"):
             merged.pop(key, None)
     merged.update(checked(overrides, who))
+    # None is a statement about the normalisation and the class names; elsewhere it says nothing
+    merged = {key: value for key, value in merged.items() if value is not None or key in ("mean", "std", "labels")}
     arch = checkpoint.metadata.get("arch")
     if "architecture" not in merged and isinstance(arch, str) and known_architecture(arch):
         merged["architecture"] = arch  # the file's own statement
@@ -242,7 +244,7 @@ def open_checkpoint(
         }
     else:
         given = expanded(text)
-        if not given.exists():
+        if not os.path.exists(given):
             raise CheckpointError(
                 "No such checkpoint",
                 expected="a folder, a weight file or hf-hub:org/name@revision",

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from rsrouter.core.errors import IntegrityError
@@ -48,6 +48,13 @@ class Probe(Stored):
     logits: Annotated[tuple[tuple[float | None, ...], ...], Field(min_length=1, max_length=64)]
     error: Annotated[float, Field(ge=0)] | None = None
     versions: Annotated[dict[str, str], Field(default_factory=dict)]
+
+    @field_validator("logits")
+    @classmethod
+    def _rows(cls, rows: tuple[tuple[float | None, ...], ...]) -> tuple[tuple[float | None, ...], ...]:
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError("rows of different lengths")
+        return rows
 
 
 def versions() -> dict[str, str]:

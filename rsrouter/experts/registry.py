@@ -184,6 +184,8 @@ def build_architecture(name: str, num_classes: int | None, kwargs: Mapping[str, 
             remedy=f"{type(error).__name__}: {error}",
         ) from error
     made = {"num_classes": num_classes, **_as_stored(dict(kwargs or {}))}
+    if any(p.is_meta for p in module.parameters()):  # only shapes are wanted
+        return module
     if find_architecture(module) is not None:  # built by another name, and as that one left it
         return module
     # how it was built travels with the module, so that a router can be written down and rebuilt
