@@ -6,8 +6,9 @@ every library.
 
 Two machines, or two versions, give logits that differ by the rounding of float32. How much that is depends on the network, so it
 is measured when the logits are taken: against float64, which rounds at 1e-16. Sums in another order err about as much as the
-first order did; `TOLERANCE` times that, and at least `LEAST` of the largest logit, is allowed. A changed activation (even the two
-forms of GELU), normalisation or resize is well above.
+first order did. Between kernels for SSE4.1, AVX2 and AVX-512 networks of 20 to 110 layers moved by 1e-7 to 9e-6 of the largest
+logit; `TOLERANCE` times the measured error, and at least `LEAST`, is allowed. A transformer whose GELU becomes its tanh form
+moves by 1e-4, another normalisation, resize or epsilon by 1e-3 and more.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from rsrouter.stored import Stored
 ROWS = 4
 #: so many logits of each row are kept
 WIDTH = 64
-TOLERANCE = 30.0
-LEAST = 1e-5
+TOLERANCE = 60.0
+LEAST = 3e-5
 #: what is allowed where a network cannot run in float64
 UNMEASURED = 1e-3
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "diffusers", "open_clip_torch", "numpy")

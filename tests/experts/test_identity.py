@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import pickle
 import subprocess
@@ -421,3 +422,16 @@ def test_timm_names_are_one() -> None:
     one = build_architecture("resnet18", 3)
     torch.manual_seed(0)
     assert module_digest(build_architecture("timm/resnet18.a1_in1k", 3)) == module_digest(one)
+
+
+def test_a_stored_timm_router_has_its_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the script that is run under other releases does it, with one release."""
+    import timm_versions
+
+    monkeypatch.setattr(timm_versions, "CARDS", tmp_path)
+    monkeypatch.setattr(timm_versions, "FAMILIES", {name: timm_versions.FAMILIES[name] for name in ("regnetx_002", "resnet10t")})
+    timm_versions.write(tmp_path)
+    assert timm_versions.check(tmp_path) == []
+    told = json.loads((tmp_path / "digests.json").read_text())
+    (tmp_path / "digests.json").write_text(json.dumps({**told, "pool": "0" * 64}))
+    assert timm_versions.check(tmp_path) == ["the pool's digest"]
