@@ -30,7 +30,7 @@ FAMILIES = {
     "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
     "convnext_atto": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
     "efficientnet_lite0": {},
-    "mixer_s32_224": {"img_size": 32, "embed_dim": 32, "num_blocks": 2},
+    "mixer_s32_224": {"img_size": 32},
 }
 
 
