@@ -61,7 +61,7 @@ def expert_to_dict(expert: Expert, folder: Path | None = None) -> dict[str, Any]
             remedy="write it with rsrouter.experts.save_expert and load that folder",
         )
     if expert.probe is None:
-        expert.probe = take_probe(expert.network(), expert.input_shape)
+        expert.probe = take_probe(expert.network(), expert.input_shape, f"expert {expert.name!r}")
     entry = Entry(
         name=expert.name,
         sigma=expert.sigma,

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from rsrouter.core.errors import IntegrityError
+from rsrouter.core.errors import IntegrityError, NetworkError
 from rsrouter.stored import Stored
 
 ROWS = 4
@@ -74,7 +74,7 @@ def probe_batch(shape: tuple[int, ...]) -> Tensor:
 
     >>> batch = probe_batch((1, 4, 4))
     >>> tuple(batch.shape), round(float(batch[0, 0, 0, 0]) * 255)
-    ((4, 1, 4, 4), 227)
+    ((4, 1, 4, 4), 94)
     """
     channels, height, width = shape
     count = ROWS // 2 * channels
@@ -109,32 +109,53 @@ def _logits(network: nn.Module, batch: Tensor, dtype: torch.dtype = torch.float3
     return logits
 
 
+def _answers(network: nn.Module, batch: Tensor, who: str) -> Tensor:
+    """`_logits`, or NetworkError with what the network raised instead."""
+    try:
+        logits = _logits(network, batch)
+        if logits.ndim == 2:
+            return logits
+        received = f"shape {tuple(logits.shape)}"
+    except Exception as error:  # a forward pass may raise anything
+        received = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"
+    raise NetworkError(
+        f"The network of {who} gives no logits",
+        expected=f"logits (B, K) for images {tuple(batch.shape)}",
+        received=received,
+        remedy="check input_shape, and that every part is there: a denoiser that takes a time step needs its diffusion settings",
+    )
+
+
 def _scale(logits: Tensor) -> float:
     return float(torch.nan_to_num(logits, nan=0, posinf=0, neginf=0).abs().max()) or 1.0
 
 
-def take_probe(network: nn.Module, shape: tuple[int, ...]) -> Probe | None:
+def take_probe(network: nn.Module, shape: tuple[int, ...], who: str = "this expert") -> Probe | None:
     """The logits of the probe batch now.
 
     Args:
         network: pixels in [0,1], `(B, C, H, W)`, to logits `(B, K)`.
         shape: `(C, H, W)`.
+        who: names it in an error.
 
     Returns:
         None where the network does not answer the same twice (it draws numbers of its own).
+
+    Raises:
+        NetworkError: it gives no logits for such images.
 
     >>> probe = take_probe(nn.Flatten(), (1, 2, 2))
     >>> len(probe.logits), len(probe.logits[0]), probe.error < 1e-6
     (4, 4, True)
     """
     batch = probe_batch(shape)
-    logits = _logits(network, batch)
+    logits = _answers(network, batch, who)
     if not torch.equal(torch.nan_to_num(logits), torch.nan_to_num(_logits(network, batch))):
         return None
     try:
         exact = _logits(network, batch, torch.float64)
         error: float | None = float(torch.nan_to_num(exact - logits, posinf=0, neginf=0).abs().max()) / _scale(logits)
-    except (RuntimeError, TypeError, ValueError):  # a module that makes float32 tensors of its own
+    except Exception:  # a module that makes float32 tensors of its own
         error = None
     rows = tuple(tuple(float(f"{v:.8g}") if math.isfinite(v) else None for v in row) for row in logits.tolist())
     return Probe(logits=rows, error=None if error is None else float(f"{error:.2g}"), versions=versions())
@@ -150,6 +171,7 @@ def check_probe(network: nn.Module, shape: tuple[int, ...], probe: Probe, who: s
 
     Raises:
         IntegrityError: others, beyond rounding; it names the libraries whose versions differ.
+        NetworkError: it gives no logits.
 
     >>> probe = take_probe(nn.Sequential(nn.Flatten(), nn.GELU()), (1, 2, 2))
     >>> check_probe(nn.Sequential(nn.Flatten(), nn.GELU()), (1, 2, 2), probe, "it")
@@ -157,7 +179,7 @@ def check_probe(network: nn.Module, shape: tuple[int, ...], probe: Probe, who: s
     Traceback (most recent call last):
     rsrouter.core.errors.IntegrityError: ...
     """
-    now = _logits(network, probe_batch(shape))
+    now = _answers(network, probe_batch(shape), who)
     then = torch.tensor([[math.nan if v is None else v for v in row] for row in probe.logits], dtype=torch.float64)
     now = torch.where(now.isfinite(), now, math.nan)
     if now.shape == then.shape and torch.equal(now.isnan(), then.isnan()):

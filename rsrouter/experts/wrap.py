@@ -58,7 +58,7 @@ def wrap(
     """
     pool = ExpertPool(experts_of_spec(spec, folder=folder, hub=hub))
     for expert in pool:
-        expert.probe = expert.probe or take_probe(expert.network(), expert.input_shape)
+        expert.probe = expert.probe or take_probe(expert.network(), expert.input_shape, f"expert {expert.name!r}")
     if images is None or labels is None:
         return Wrapped(pool)
     return Wrapped(pool, tuple(check_expert(e, images, torch.as_tensor(labels), seed=seed) for e in pool))

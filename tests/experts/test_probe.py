@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rsrouter.core.errors import IntegrityError
+from rsrouter.core.errors import IntegrityError, NetworkError
 from rsrouter.experts import Expert, ExpertPool, build_architecture, load_expert, register_architecture, save_expert
 from rsrouter.experts.probe import allowed, check_probe, probe_batch, take_probe, versions
 
@@ -169,6 +169,12 @@ def test_logits_that_are_not_finite() -> None:
     check_probe(Diverged(), (1, 2, 2), probe, "it")
     with pytest.raises(IntegrityError, match="not finite"):
         check_probe(nn.Flatten(), (1, 2, 2), probe, "it")
+
+
+def test_networks_that_give_no_logits() -> None:
+    for network, match in ((nn.Linear(5, 2), "RuntimeError"), (nn.Identity(), r"shape \(4, 1, 2, 2\)")):
+        with pytest.raises(NetworkError, match=match):
+            take_probe(network, (1, 2, 2))
 
 
 def test_what_the_process_has_set_does_not_matter() -> None:
