@@ -56,7 +56,7 @@ from torch import Tensor, nn
 from rsrouter.core.certify import VoteRequest
 from rsrouter.core.tree import Tree
 from rsrouter.experts import Expert, ExpertPool, build_architecture
-from rsrouter.experts.identity import module_digest
+from rsrouter.experts.identity import unique_digest
 from rsrouter.report import curves
 from rsrouter.results import Table
 from rsrouter.router import FlatRouter, HeadedTrunk
@@ -316,7 +316,7 @@ def vote_models(trunk: Mapping[float, Expert], made: Mapping[str, nn.Module]) ->
     models = []
     for sigma, stages in ((COARSE, (*FLAT, "coarse")), (FINE, ("fine",))):
         parts = [made[s] for s in stages]
-        digest = trunk[sigma].digest + "".join(module_digest(p, s) for s, p in zip(stages, parts, strict=True))
+        digest = trunk[sigma].digest + "".join(s + unique_digest(p) for s, p in zip(stages, parts, strict=True))
         widths = tuple(p.layers[-1].out_features for p in parts)
         network = HeadedTrunk(trunk[sigma], parts, with_expert=False)
         models.append(VoteModel(f"level_{sigma:g}", network, sigma, stages, widths, digest))

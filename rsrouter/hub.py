@@ -11,11 +11,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from rsrouter.core.errors import HubError, IntegrityError, RSRouterError
 
@@ -43,12 +41,20 @@ class Reference:
 
 
 def is_hub_reference(text: str) -> bool:
-    """Whether `text` is written as a Hub reference, `hf-hub:org/name@revision`."""
+    """Whether `text` is written as a Hub reference, `hf-hub:org/name@revision`.
+
+    >>> is_hub_reference("hf-hub:org/name@v1"), is_hub_reference("models/a.pt")
+    (True, False)
+    """
     return text.startswith(PREFIXES)
 
 
 def parse_reference(text: str) -> tuple[str, str | None]:
-    """`hf-hub:org/name@revision` (or without prefix or revision) as `(repo_id, revision or None)`; HubError otherwise."""
+    """`hf-hub:org/name@revision` (or without prefix or revision) as `(repo_id, revision or None)`; HubError otherwise.
+
+    >>> parse_reference("hf-hub:org/name@v1")
+    ('org/name', 'v1')
+    """
     plain = text
     for prefix in PREFIXES:
         plain = plain.removeprefix(prefix)
@@ -252,6 +258,22 @@ class Hub:
         check_content(path, where)
         return path
 
+    def fetch_pinned(self, repo_id: str, filename: str, revision: str | None) -> Path:
+        """The file of a repository at a full commit hash; from the cache without any request where it is there.
+
+        Raises:
+            HubError: not to be had, or `revision` is not a full commit hash.
+            IntegrityError: its content is not what the Hub announced.
+        """
+        if revision is None or not _COMMIT.match(revision):
+            raise HubError(
+                f"{repo_id} is not pinned",
+                expected="a commit hash of 40 hex digits",
+                received=repr(revision),
+                remedy="resolve the branch or tag first; `rsrouter wrap` does",
+            )
+        return self.fetch(Reference(repo_id, revision, revision, self.repo_type), filename)
+
     def try_fetch(self, reference: Reference, filename: str) -> Path | None:
         """As `fetch`, but None where the commit has no such file; the absence is cached as well."""
         from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
@@ -317,53 +339,6 @@ class Hub:
                     reference.repo_id, revision=reference.revision, repo_type=reference.repo_type, token=self.token
                 )
             )
-
-
-_SETTINGS: ContextVar[dict[str, Any] | None] = ContextVar("hub settings", default=None)
-
-
-@contextmanager
-def hub_settings(**settings: Any) -> Iterator[None]:
-    """Token, cache and offline mode for every pinned file that is fetched in its body and not told otherwise: a router's
-    experts come the same way as the router."""
-    mark = _SETTINGS.set(settings)
-    try:
-        yield
-    finally:
-        _SETTINGS.reset(mark)
-
-
-def fetch(
-    repo_id: str,
-    filename: str,
-    revision: str,
-    *,
-    repo_type: str = "model",
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """A file of a repository at a full commit hash; from the cache without any request where it is there.
-
-    Raises:
-        HubError: not to be had, or `revision` is not a full commit hash.
-        IntegrityError: its content is not what the Hub announced.
-    """
-    if not _COMMIT.match(revision):
-        raise HubError(
-            f"{repo_id} is not pinned",
-            expected="a commit hash of 40 hex digits",
-            received=repr(revision),
-            remedy="resolve the branch or tag first; `rsrouter wrap` does",
-        )
-    told = _SETTINGS.get() or {}
-    hub = Hub(
-        token=told.get("token") if token is None else token,
-        repo_type=repo_type,
-        cache_dir=told.get("cache_dir") if cache_dir is None else cache_dir,
-        local_files_only=local_files_only or bool(told.get("local_files_only", False)),
-    )
-    return hub.fetch(Reference(repo_id, revision, revision, repo_type), filename)
 
 
 def snapshot(

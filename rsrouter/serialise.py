@@ -17,11 +17,11 @@ from torch import Tensor
 from rsrouter._version import __version__
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
 from rsrouter.experts.describe import describe_module
-from rsrouter.experts.expert import Expert, Provenance
-from rsrouter.experts.pool import ExpertPool
-from rsrouter.experts.spec import pool_from_dict, pool_to_dict
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.pool import ExpertPool, pool_from_dict, pool_to_dict
+from rsrouter.experts.provenance import Provenance
 from rsrouter.files import sha256_of, write_atomically
-from rsrouter.hub import Hub, Reference, hub_settings, is_hub_reference
+from rsrouter.hub import Hub, Reference, is_hub_reference
 from rsrouter.router import router_from_config
 from rsrouter.router.base import Routed, Router, single_tree
 from rsrouter.sampling.execution import Execution
@@ -94,25 +94,15 @@ def _written_down(expert: Expert, folder: Path) -> Expert:
         {k: v.detach().cpu().contiguous().clone() for k, v in expert.module.state_dict().items()}, target / "model.safetensors"
     )
     provenance = Provenance(
-        "local",
-        str(target),
-        None,
-        "model.safetensors",
-        sha256_of(target / "model.safetensors"),
-        "rsrouter",
-        "torch_layers",
-        {"description": describe_module(expert.module)},
+        source="local",
+        location=str(target),
+        filename="model.safetensors",
+        sha256=sha256_of(target / "model.safetensors"),
+        loader="rsrouter",
+        architecture="torch_layers",
+        kwargs={"description": describe_module(expert.module)},
     )
-    return Expert(
-        expert.module,
-        sigma=expert.sigma,
-        num_classes=expert.num_classes,
-        input_shape=expert.input_shape,
-        mean=expert.mean,
-        std=expert.std,
-        name=expert.name,
-        provenance=provenance,
-    )
+    return expert.with_settings(provenance=provenance)
 
 
 def save_routed(folder: Path, pool: ExpertPool, router: Router, execution: Execution, noise: str) -> Path:
@@ -205,7 +195,7 @@ def find_tables(folder: Path) -> list[Path]:
     return found
 
 
-def load_folder(folder: Path) -> Saved:
+def load_folder(folder: Path, *, hub: Hub | None = None, allow_local: bool = True) -> Saved:
     """Pool, router, execution and noise of a folder; every expert and the router verified against their digests.
 
     Raises:
@@ -213,7 +203,7 @@ def load_folder(folder: Path) -> Saved:
         CheckpointError, InputError: files that are missing or do not fit.
     """
     config = read_router_config(folder)
-    pool = pool_from_dict(config.pool, folder)
+    pool = pool_from_dict(config.pool, folder, hub=hub, allow_local=allow_local)
     router = router_from_config(config.router)
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -246,35 +236,9 @@ def load_folder(folder: Path) -> Saved:
     return Saved(pool, router, execution, config.noise)
 
 
-def check_fetched(pool: ExpertPool, where: str) -> None:
-    """Refuses a fetched router whose experts lie on this machine: a configuration from elsewhere names no local file.
-
-    Raises:
-        IntegrityError: an expert (or a member of one) that is neither pinned on the Hub nor bundled.
-    """
-    for expert in pool:
-        for origin in origins(expert):
-            if origin.source == "local":
-                raise IntegrityError(
-                    f"Expert {expert.name!r} of {where} is not pinned",
-                    expected="a Hub repository at a commit hash",
-                    received=f"a local file, {origin.location}",
-                    remedy="ask its publisher to publish it again with `rsrouter publish`",
-                )
-
-
 def origins(expert: Expert) -> list[Provenance]:
     """Where the weights of an expert come from: one provenance, or those of its members (composite experts)."""
-    if expert.provenance is None:
-        return []
-    found, todo = [], [expert.provenance]
-    while todo:
-        provenance = todo.pop()
-        members = [Provenance.from_dict(part["provenance"]) for part in provenance.parts]
-        todo.extend(members)
-        if not members:
-            found.append(provenance)
-    return found
+    return [] if expert.provenance is None else expert.provenance.files()
 
 
 def resolve_source(
@@ -328,8 +292,5 @@ def load_routed(name: str | Path, revision: str | None = None, **hub: Any) -> Sa
         hub: `token`, `cache_dir`, `local_files_only`; they hold for the pinned experts as well.
     """
     folder, reference = resolve_source(name, revision, **hub)
-    with torch.no_grad(), hub_settings(**hub):
-        loaded = load_folder(folder)
-    if reference is not None:
-        check_fetched(loaded.pool, reference.repo_id)
-    return loaded
+    with torch.no_grad():
+        return load_folder(folder, hub=Hub(**hub), allow_local=reference is None)

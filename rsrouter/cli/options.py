@@ -156,6 +156,9 @@ def _checkpoint(
         int | None, typer.Option("--num-classes", help="Width of the logits, where the file does not tell.")
     ] = None,
     input_shape: Annotated[str | None, typer.Option("--input-shape", help="C,H,W, such as 3,32,32.")] = None,
+    weights_key: Annotated[
+        str | None, typer.Option("--weights-key", help="Which weights are meant, where a file holds several (raw, averaged).")
+    ] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the weights, as their publisher states it.")] = None,
 ) -> dict[str, Any]:
     given: dict[str, Any] = {
@@ -164,6 +167,7 @@ def _checkpoint(
         "normalisation": normalisation,
         "num_classes": num_classes,
         "licence": licence,
+        "weights_key": weights_key,
         "mean": None if mean is None else parse_numbers(mean, "mean"),
         "std": None if std is None else parse_numbers(std, "std"),
         "input_shape": None if input_shape is None else _shape(input_shape),

@@ -1,13 +1,16 @@
 """Experts: any randomized-smoothing checkpoint as a pinned, verified base classifier."""
 
+from rsrouter.experts.config import NORMALISATIONS
 from rsrouter.experts.convert import convert, save_expert
 from rsrouter.experts.denoising import Denoiser, Diffusion, at_sigmas, denoised, load_denoiser
 from rsrouter.experts.ensembles import Ensemble, ensemble
-from rsrouter.experts.expert import Expert, Normalise, Provenance
-from rsrouter.experts.identity import module_digest
-from rsrouter.experts.loaders import LOADERS, NORMALISATIONS, load_expert
+from rsrouter.experts.expert import Expert, Normalise
+from rsrouter.experts.identity import ModuleIdentity, module_digest, module_identity, unique_digest
+from rsrouter.experts.loaders import LOADERS, Sources, load_expert
 from rsrouter.experts.noisy_accuracy import NoisyCheck, check_expert
 from rsrouter.experts.pool import ExpertPool
+from rsrouter.experts.probe import Probe
+from rsrouter.experts.provenance import Provenance
 from rsrouter.experts.registry import architectures, build_architecture, register_architecture
 from rsrouter.experts.select import Selection, select_experts
 from rsrouter.experts.wrap import Wrapped, wrap
@@ -20,10 +23,13 @@ __all__ = [
     "Ensemble",
     "Expert",
     "ExpertPool",
+    "ModuleIdentity",
     "NoisyCheck",
     "Normalise",
+    "Probe",
     "Provenance",
     "Selection",
+    "Sources",
     "Wrapped",
     "architectures",
     "at_sigmas",
@@ -35,8 +41,10 @@ __all__ = [
     "load_denoiser",
     "load_expert",
     "module_digest",
+    "module_identity",
     "register_architecture",
     "save_expert",
     "select_experts",
+    "unique_digest",
     "wrap",
 ]

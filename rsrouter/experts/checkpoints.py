@@ -1,14 +1,18 @@
 """Reading weights without running code: safetensors, and legacy pickles through torch's restricted unpickler.
 
-Every reader takes the file's bytes, so that what was hashed is what is parsed.
+Every reader takes the file's bytes, so that what was hashed is what is parsed, and looks at the content, not at the suffix.
 """
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
 import pickle
 import re
-from collections.abc import Mapping
+import stat
+import tarfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,85 +20,146 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from rsrouter.core.errors import CheckpointError, IntegrityError
-from rsrouter.experts.registry import architectures, build_architecture
 from rsrouter.files import sha256_of
 
-#: keys under which training scripts keep the state dict: Cohen and followers, MACER, and common others
-CONTAINERS = ("state_dict", "net", "model", "model_state_dict", "params")
-#: prefixes that wrappers leave on names: Sequential(normalise, net), DataParallel, both, Lightning
-PREFIXES = ("1.module.", "module.1.", "1.", "module.", "0.module.", "0.", "model.module.", "model.", "net.", "_orig_mod.")
 LEGACY_SUFFIXES = (".pt", ".pth", ".tar", ".ckpt", ".bin")
-_TIMM_CANDIDATES = ("resnet18", "resnet34", "resnet50", "resnet101")
+MOST_BYTES = 64 * 2**30
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class WeightFile:
     """What a weight file holds.
 
     Attributes:
-        state: name to tensor, as stored.
-        container: key the state dict stood under; "" for a bare one.
-        metadata: the other simple entries of the container (`epoch`, `arch`).
+        states: named tensors, by the entry of the file they stand under; "" for a file that is one state dict itself.
+        metadata: the other simple entries (`epoch`, `arch`).
     """
 
-    state: dict[str, Tensor]
-    container: str = ""
+    states: dict[str, dict[str, Tensor]]
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def read_verified(path: Path, sha256: str | None) -> bytes:
-    """The bytes of a file, after comparing their sha256 (None: not pinned yet).
+    """The bytes of a regular file, after comparing their sha256 (None: not pinned yet).
 
     Raises:
-        CheckpointError: missing or unreadable.
+        CheckpointError: missing, unreadable, no regular file, or too large.
         IntegrityError: other content than was pinned.
     """
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+            raise CheckpointError(
+                f"Cannot read {path.name}",
+                expected=f"a regular file of at most {MOST_BYTES >> 30} GiB",
+                received=f"{path}: {found.st_size} bytes" if stat.S_ISREG(found.st_mode) else f"{path}: a folder, pipe or device",
+                remedy="give the weight file itself",
+            )
         data = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"Cannot read {path.name}",
             expected="a readable weight file",
-            received=f"{path}: {error.strerror}",
+            received=f"{path}: {getattr(error, 'strerror', None) or error}",
             remedy="check the path; relative ones count from the folder of the pool or spec file",
         ) from error
-    if sha256 is not None and (found := sha256_of(data)) != sha256:
+    if sha256 is not None and (digest := sha256_of(data)) != sha256:
         raise IntegrityError(
             f"{path.name} is not the file that was pinned",
             expected=f"sha256 {sha256}",
-            received=f"sha256 {found} ({len(data)} bytes) in {path}",
+            received=f"sha256 {digest} ({len(data)} bytes) in {path}",
             remedy="fetch the file again (delete a cached copy), or wrap the pool anew if the change is meant",
         )
     return data
 
 
-def parse_checkpoint(data: bytes, filename: str) -> Checkpoint:
-    """The state dict in a weight file's bytes; safetensors by suffix, anything else by the restricted unpickler.
+def parse_weights(data: bytes, filename: str) -> WeightFile:
+    """The named tensors in a weight file's bytes: safetensors, or what the restricted unpickler gives.
 
     Raises:
-        CheckpointError: damaged, of no known layout, or a pickle that wants to import or run something.
+        CheckpointError: no weights (said by content), damaged, or a pickle that wants to import or run something.
     """
-    if filename.endswith(".safetensors"):
+    if not data:
+        raise CheckpointError(f"{filename} is empty", expected="a weight file", received="0 bytes", remedy="fetch it again")
+    _refuse_other_files(data, filename)
+    if _is_safetensors(data) or filename.endswith(".safetensors"):
         try:
-            return Checkpoint(parse_safetensors(data))
-        except (SafetensorError, ValueError, KeyError) as error:
+            return WeightFile({"": parse_safetensors(data)})
+        except (SafetensorError, ValueError, KeyError, OverflowError, AttributeError) as error:
             raise CheckpointError(
                 f"{filename} is not a readable safetensors file",
                 expected="a complete safetensors file",
                 received=f"{len(data)} bytes: {error}",
                 remedy="fetch or copy it again; it looks truncated",
             ) from error
-    return _unpack(_unpickle(data, filename), filename)
+    return _states_of(_unpickle(data, filename), filename)
+
+
+def _is_safetensors(data: bytes) -> bool:
+    size = int.from_bytes(data[:8], "little")
+    if not 2 <= size <= min(len(data) - 8, 100 * 2**20) or data[8:9] != b"{":
+        return False
+    try:
+        return isinstance(json.loads(data[8 : 8 + size]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _refuse_other_files(data: bytes, filename: str) -> None:
+    """Raises CheckpointError for files that are often found in the place of weights."""
+    start = data[:512].lstrip().lower()
+    found = None
+    if data.startswith(b"version https://git-lfs"):
+        found = "a Git LFS pointer, not the weights themselves", "run `git lfs pull` in that repository, or download the file"
+    elif start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        found = "a web page", "download it again: the address gives a page (a login, a warning, an error), not the file"
+    elif data[:2] == b"\x1f\x8b":
+        inner = _unzipped(data)
+        found = f"compressed with gzip{inner}", "unpack it first: gunzip, or tar -xzf"
+    elif data[:6] == b"\xfd7zXZ\x00" or data[:3] == b"BZh" or data[:4] == b"\x28\xb5\x2f\xfd":
+        found = "compressed (xz, bzip2 or zstandard)", "unpack it first"
+    elif data[257:262] == b"ustar" and not _is_old_torch_tar(data):
+        found = f"a tar archive of {_tar_names(data)}", "unpack it with tar -xf, and give the weight file inside"
+    elif start.startswith((b"{", b"[")) and start[:1] != b"\x80":
+        found = "JSON text", "give the weight file beside it; a sharded checkpoint is to be merged into one file first"
+    elif data[:8] == b"\x89HDF\r\n\x1a\n":
+        found = "an HDF5 file (Keras)", "convert it to PyTorch in the code base that made it"
+    elif data[:6] == b"\x93NUMPY":
+        found = "a NumPy array", "save a state dict of tensors"
+    if found is not None:
+        raise CheckpointError(
+            f"{filename} is not a weight file",
+            expected="safetensors, or a state dict saved by torch.save",
+            received=f"{found[0]} ({len(data)} bytes)",
+            remedy=found[1],
+        )
+
+
+def _unzipped(data: bytes) -> str:
+    try:
+        with gzip.open(io.BytesIO(data)) as file:
+            inner = file.read(512)
+    except (OSError, EOFError, ValueError):
+        return ""
+    return ", a tar archive inside" if inner[257:262] == b"ustar" else ""
+
+
+def _tar_names(data: bytes) -> str:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            return ", ".join(archive.getnames()[:4]) or "nothing"
+    except (tarfile.TarError, OSError, ValueError):
+        return "something unreadable"
+
+
+def _is_old_torch_tar(data: bytes) -> bool:
+    return "storages" in _tar_names(data)
 
 
 def _unpickle(data: bytes, filename: str) -> object:
-    if not data:
-        raise CheckpointError(
-            f"{filename} is empty", expected="a PyTorch checkpoint", received="0 bytes", remedy="fetch it again"
-        )
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -136,125 +201,49 @@ def _damaged(data: bytes, filename: str, error: Exception) -> CheckpointError:
     )
 
 
-def _is_state(value: object) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
-    )
+_QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 
-def _unpack(content: object, filename: str) -> Checkpoint:
-    if _is_state(content):
-        return Checkpoint(dict(content))  # type: ignore[call-overload]
-    if isinstance(content, Mapping):
-        found = [key for key in content if isinstance(key, str) and _is_state(content[key])]
-        known = [key for key in CONTAINERS if key in found]
-        if len(known) == 1 or len(found) == 1:
-            key = (known or found)[0]
-            rest = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, str | int | float)}
-            return Checkpoint(dict(content[key]), key, rest)
-        received = f"{len(found)} state dicts {found}" if found else f"keys {list(content)[:8]}"
-    else:
-        received = type(content).__name__
-    raise CheckpointError(
-        f"{filename} has no state dict that can be told apart",
-        expected=f"tensors by name, or one of {CONTAINERS}",
-        received=received,
-        remedy="save the state dict you mean on its own: torch.save(model.state_dict(), ...)",
-    )
-
-
-def strip_prefix(state: Mapping[str, Tensor], wanted: set[str]) -> tuple[dict[str, Tensor], str]:
-    """State with a wrapper's prefix removed, and the prefix: the one that matches most of the `wanted` names.
-
-    A prefix is taken off only where every name carries it.
-    """
-    best, best_prefix = dict(state), ""
-    hits = len(wanted & best.keys())
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            stripped = {name[len(prefix) :]: value for name, value in state.items()}
-            if (n := len(wanted & stripped.keys())) > hits:
-                best, best_prefix, hits = stripped, prefix, n
-    return best, best_prefix
-
-
-def head_width(state: Mapping[str, Tensor]) -> int | None:
-    """Width of the logits, from the one two-dimensional weight or the one called like a head; None if neither is clear."""
-    flat = {name: value for name, value in state.items() if name.endswith("weight") and value.ndim == 2}
-    heads = {k: v for k, v in flat.items() if k.split(".")[-2:-1] in (["fc"], ["head"], ["classifier"], ["linear"])} or flat
-    return int(next(iter(heads.values())).shape[0]) if len(heads) == 1 else None
-
-
-def fit_state(module: nn.Module, state: Mapping[str, Tensor], *, architecture: str, filename: str) -> nn.Module:
-    """Loads a checkpoint's state into `module`, strictly, after taking off a wrapper's prefix; eval mode, no gradients.
-
-    Only BatchNorm's `num_batches_tracked`, which old files lack and evaluation does not use, may be missing.
-
-    Raises:
-        CheckpointError: names or shapes that do not fit: which ones, and the nearest architecture.
-    """
-    own = module.state_dict()
-    stripped, _ = strip_prefix(state, set(own))
-    missing = [k for k in own if k not in stripped and not k.endswith("num_batches_tracked")]
-    extra = [k for k in stripped if k not in own]
-    misfit = [
-        f"{k} {tuple(stripped[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in own
-        if k in stripped and stripped[k].shape != own[k].shape
-    ]
-    if missing or extra or misfit:
-        parts = [
-            f"{len(names)} {word}: {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
-            for word, names in (("missing", missing), ("left over", extra), ("of another shape", misfit))
-            if names
-        ]
-        remedy = "check architecture, its kwargs and num_classes"
-        width = head_width(stripped)
-        only_head = not missing and not extra and all(stripped[k].shape[1:] == own[k].shape[1:] for k in own if k in stripped)
-        if only_head and width is not None and len(misfit) <= 2:
-            remedy = f"the file was trained for num_classes={width}"
-        elif (nearest := nearest_architecture(state)) is not None:
-            name, share, width = nearest
-            remedy = (
-                f"the nearest architecture is {name!r} with num_classes={width} ({share:.0%} of names and shapes fit)"
-                if share > 0.3
-                else "no known architecture is near; register_architecture(name, YourModule)"
-            )
+def check_tensor(name: str, tensor: Tensor, filename: str) -> None:
+    """Raises CheckpointError for a tensor that holds no plain numbers."""
+    kind = None
+    if tensor.is_meta:
+        kind = "on the meta device: it has a shape and no values"
+    elif tensor.is_quantized or tensor.dtype in _QUANTISED:
+        kind = f"quantised ({tensor.dtype})"
+    elif tensor.layout != torch.strided:
+        kind = f"sparse ({tensor.layout})"
+    if kind is not None:
         raise CheckpointError(
-            f"{filename} does not fit {architecture!r}",
-            expected=f"the {len(own)} tensors of {architecture!r}",
-            received="; ".join(parts),
-            remedy=remedy,
+            f"{filename} holds weights that cannot be used",
+            expected="dense tensors of floating-point numbers",
+            received=f"{name} is {kind}",
+            remedy="save the weights in float32 or bfloat16 (dequantised), from where the model was trained",
         )
-    not_finite = [k for k in own if k in stripped and not bool(torch.isfinite(stripped[k]).all())]
-    if not_finite:
+
+
+def _tensors(value: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+def _find_states(content: Mapping[Any, Any], path: str, depth: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    tensors = _tensors(content)
+    if tensors:
+        yield path, tensors
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Mapping) and depth < 3 and key not in ("optimizer", "optimizer_state_dict"):
+            yield from _find_states(value, f"{path}.{key}" if path else key, depth + 1)
+
+
+def _states_of(content: object, filename: str) -> WeightFile:
+    """Every set of named tensors in what was unpickled."""
+    found = dict(_find_states(content, "", 0)) if isinstance(content, Mapping) else {}
+    if not found:
         raise CheckpointError(
-            f"{filename} holds values that are not finite",
-            expected="finite weights",
-            received=f"NaN or Inf in {', '.join(not_finite[:4])}",
-            remedy="use an earlier checkpoint; training diverged",
+            f"{filename} has no state dict",
+            expected="tensors by name, or entries that hold them (state_dict, model, net, ...)",
+            received=f"keys {list(content)[:8]}" if isinstance(content, Mapping) else type(content).__name__,
+            remedy="save the state dict you mean on its own: torch.save(model.state_dict(), ...)",
         )
-    module.load_state_dict({k: stripped[k] for k in own if k in stripped}, strict=False)
-    return module.eval().requires_grad_(False)
-
-
-def nearest_architecture(state: Mapping[str, Tensor]) -> tuple[str, float, int | None] | None:
-    """`(name, share of names and shapes in common, num_classes)` of the registered or common timm architecture that
-    fits a state best; None if nothing can be compared."""
-    best: tuple[str, float, int | None] | None = None
-    width = head_width(state)
-    for name in (*architectures(), *_TIMM_CANDIDATES):
-        try:
-            with torch.device("meta"):
-                own = build_architecture(name, width or 10).state_dict()
-        except Exception:
-            continue  # a user's architecture that needs arguments or real tensors cannot be a suggestion
-        stripped, _ = strip_prefix(state, set(own))
-        left = {(k, tuple(v.shape)) for k, v in own.items() if not k.endswith("num_batches_tracked")}
-        right = {(k, tuple(v.shape)) for k, v in stripped.items() if not k.endswith("num_batches_tracked")}
-        share = len(left & right) / max(1, len(left | right))
-        if best is None or share > best[1]:
-            best = (name, share, width)
-    return best
+    simple = content.items() if isinstance(content, Mapping) else ()
+    return WeightFile(found, {k: v for k, v in simple if isinstance(k, str) and isinstance(v, str | int | float)})

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
+from rsrouter.experts.config import CONFIG, SCHEMA_VERSION
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.loaders import CONFIG, WEIGHTS, load_expert
+from rsrouter.experts.loaders import WEIGHTS, load_expert
 from rsrouter.experts.registry import find_architecture
+from rsrouter.files import sync_folder
 
 _CARD = """# {title}
 
@@ -61,7 +64,7 @@ def save_expert(expert: Expert, folder: str | os.PathLike[str], *, origin: dict[
             remedy="convert its parts; or register_architecture(name, YourModule), and make the module with "
             "build_architecture(name, ...)",
         )
-    target = Path(folder)
+    target = Path(os.path.abspath(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(
             "The output folder is not empty",
@@ -69,12 +72,10 @@ def save_expert(expert: Expert, folder: str | os.PathLike[str], *, origin: dict[
             received=str(target),
             remedy="choose another --out; nothing is overwritten",
         )
-    target.mkdir(parents=True, exist_ok=True)
     architecture, kwargs = made
     kwargs.pop("num_classes", None)
-    licence = expert.provenance.licence if expert.provenance else None
     config: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "library_name": "rsrouter",
         "architecture": architecture,
         "kwargs": kwargs,
@@ -83,25 +84,38 @@ def save_expert(expert: Expert, folder: str | os.PathLike[str], *, origin: dict[
         "input_shape": list(expert.input_shape),
         "mean": None if expert.mean is None else list(expert.mean),
         "std": None if expert.std is None else list(expert.std),
-        "licence": licence,
+        "labels": None if expert.labels is None else list(expert.labels),
+        "licence": expert.provenance.licence if expert.provenance else None,
     }
     if origin:
         config["converted_from"] = origin
-    save_file(
-        {k: v.detach().cpu().contiguous().clone() for k, v in expert.module.state_dict().items()},
-        target / WEIGHTS,
-        metadata={"format": "pt"},
-    )
-    (target / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (target / "README.md").write_text(card(expert, config), encoding="utf-8")
-    written = load_expert(target, name=expert.name)
-    if written.digest != expert.digest:
-        raise IntegrityError(
-            "The written expert is not the one that was read",
-            expected=f"digest {expert.digest}",
-            received=f"digest {written.digest}",
-            remedy="please report this; do not publish the folder",
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")  # renamed whole, or nothing; what a killed run left is made anew
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in expert.module.state_dict().items()},
+            part / WEIGHTS,
+            metadata={"format": "pt"},
         )
+        (part / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (part / "README.md").write_text(card(expert, config), encoding="utf-8")
+        written = load_expert(part, name=expert.name)
+        if written.digest != expert.digest:
+            raise IntegrityError(
+                "The written expert is not the one that was read",
+                expected=f"digest {expert.digest}",
+                received=f"digest {written.digest}",
+                remedy="please report this; nothing was written",
+            )
+        for file in part.iterdir():
+            with file.open("rb") as stored:
+                os.fsync(stored.fileno())
+        os.replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    sync_folder(target.parent)
     return target
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsrouter.core.errors import CheckpointError, InputError
 from rsrouter.experts.composite import composite, networks, part
-from rsrouter.experts.expert import Expert, Provenance, check_sigma
-from rsrouter.experts.loaders import LOADERS, build_module, open_checkpoint
+from rsrouter.experts.config import checked
+from rsrouter.experts.expert import Expert, check_sigma
+from rsrouter.experts.loaders import LOADERS, Sources, load_network, open_checkpoint
+from rsrouter.experts.provenance import Part, Provenance, Width
 from rsrouter.experts.registry import is_denoiser
+from rsrouter.experts.structure import tensors_digest
+from rsrouter.hub import Hub
+from rsrouter.stored import Stored, validated
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,34 @@ class Diffusion:
             )
         t = int((noise - 2 * sigma).abs().argmin())
         return t, float(abar[t])
+
+
+class _Diffusion(Stored):
+    schedule: str = "linear"
+    steps: Annotated[int, Field(ge=2, le=100_000)] = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    prediction: str = "epsilon"
+
+
+def make_diffusion(content: Any) -> Diffusion:
+    """`Diffusion` from a spec or a stored entry.
+
+    Raises:
+        InputError: unknown settings, or of another kind.
+
+    >>> make_diffusion({"schedule": "cosine"}).schedule
+    'cosine'
+    """
+    known = {f.name for f in fields(Diffusion)}
+    if not isinstance(content, Mapping) or not content.keys() <= known:
+        raise InputError(
+            "Unknown diffusion settings",
+            expected="schedule, steps, beta_start, beta_end, prediction",
+            received=repr(content)[:200],
+            remedy="take them from the repository the denoiser comes from",
+        )
+    return Diffusion(**validated(_Diffusion, content, "The diffusion settings").model_dump())
 
 
 def _prediction(output: Any, like: Tensor) -> Tensor:
@@ -173,18 +207,25 @@ def load_denoiser(
     Raises:
         CheckpointError: not a denoiser, or a file that does not fit. HubError, IntegrityError: as `load_expert`.
     """
-    if not is_denoiser(architecture):
+    if not isinstance(architecture, str) or not is_denoiser(architecture):
         raise CheckpointError(
             f"{architecture!r} is not a denoiser",
             expected="an architecture registered with denoiser=True",
-            received=architecture,
+            received=repr(architecture),
             remedy="register_architecture(name, YourDenoiser, denoiser=True)",
         )
+    told = checked({"kwargs": kwargs, "licence": licence}, "the denoiser")
     where, _, sha256, _ = open_checkpoint(source, filename=filename, revision=revision, **hub)
     provenance = Provenance(
-        **where, sha256=sha256, loader="checkpoint", architecture=architecture, kwargs=dict(kwargs or {}), licence=licence
+        **where,
+        sha256=sha256,
+        loader="checkpoint",
+        architecture=architecture,
+        kwargs=told["kwargs"] or {},
+        licence=told["licence"],
     )
-    return Denoiser(build_module(provenance, 2), provenance)
+    module = load_network(provenance, 2, Sources(hub=Hub(**hub)))
+    return Denoiser(module, provenance.model_copy(update={"tensors": tensors_digest(module)}))
 
 
 def denoised(
@@ -226,15 +267,17 @@ def denoised(
         )
     kwargs = {"sigma": sigma, "size": size, "diffusion": None if diffusion is None else asdict(diffusion)}
     module = _denoised_module(source.module, classifier.network(), kwargs)
-    provenance = composite(
-        "denoised",
-        kwargs,
-        [
-            part("denoiser", source.provenance, 2, None, None),
-            part("classifier", classifier.provenance, classifier.num_classes, classifier.mean, classifier.std),
-        ],
+    origin = source.provenance
+    first = None if origin is None else Part(role="denoiser", num_classes=2, mean=None, std=None, provenance=origin)
+    return Expert(
+        module,
+        sigma=sigma,
+        num_classes=classifier.num_classes,
+        input_shape=shape,
+        name=name,
+        labels=classifier.labels,
+        provenance=composite("denoised", kwargs, [first, part("classifier", classifier)]),
     )
-    return Expert(module, sigma=sigma, num_classes=classifier.num_classes, input_shape=shape, name=name, provenance=provenance)
 
 
 def at_sigmas(expert: Expert, sigmas: Sequence[float]) -> list[Expert]:
@@ -253,30 +296,29 @@ def at_sigmas(expert: Expert, sigmas: Sequence[float]) -> list[Expert]:
             received=f"a denoiser set to sigma {expert.sigma:g}",
             remedy="call denoised() once for each sigma",
         )
-    return [
-        Expert(
-            expert.module,
-            sigma=s,
-            num_classes=expert.num_classes,
-            input_shape=expert.input_shape,
-            mean=expert.mean,
-            std=expert.std,
-            name=f"sigma_{s:g}" if unnamed else f"{expert.name}_at_{s:g}",
-            provenance=expert.provenance,
-        )
-        for s in sigmas
-    ]
+    for s in sigmas:
+        check_sigma(s, "the expert")
+    return [expert.with_settings(sigma=s, name=f"sigma_{s:g}" if unnamed else f"{expert.name}_at_{s:g}") for s in sigmas]
 
 
 def _denoised_module(denoiser: nn.Module, classifier: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
     if kwargs["diffusion"] is None:
         return DirectDenoised(denoiser, classifier)
-    return DiffusionDenoised(denoiser, classifier, kwargs["sigma"], Diffusion(**kwargs["diffusion"]), kwargs["size"])
+    return DiffusionDenoised(denoiser, classifier, kwargs["sigma"], make_diffusion(kwargs["diffusion"]), kwargs["size"])
 
 
-def _load_denoised(provenance: Provenance, num_classes: int, folder: Path | None) -> nn.Module:
-    denoiser, classifier = networks(provenance, folder)
-    return _denoised_module(denoiser, classifier, provenance.kwargs)
+class _Kwargs(Stored):
+    """How a denoised expert is put together."""
+
+    sigma: float
+    size: Width | None
+    diffusion: dict[str, Any] | None
+
+
+def _load_denoised(provenance: Provenance, num_classes: int, sources: Sources) -> nn.Module:
+    read = validated(_Kwargs, provenance.kwargs, "A denoised expert's entry", remedy="wrap it anew")
+    denoiser, classifier = networks(provenance, sources)
+    return _denoised_module(denoiser, classifier, read.model_dump())
 
 
 LOADERS["denoised"] = _load_denoised

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
 from rsrouter.experts.composite import composite, networks, part
-from rsrouter.experts.expert import Expert, Provenance
-from rsrouter.experts.loaders import LOADERS
+from rsrouter.experts.expert import Expert, same_labels
+from rsrouter.experts.loaders import LOADERS, Sources
+from rsrouter.experts.provenance import Provenance
 
 
 class Ensemble(nn.Module):
@@ -20,6 +21,9 @@ class Ensemble(nn.Module):
 
     The answer of an image depends on that image alone: the remaining members run on chunks of one fixed size, so that
     how many other images of the batch went on does not change its logits.
+
+    >>> torch.equal(Ensemble([nn.Flatten(), nn.Flatten()])(torch.ones(1, 1, 2, 2)), torch.ones(1, 4))
+    True
 
     Args:
         members: networks from pixels `(B, C, H, W)` to logits `(B, num_classes)`.
@@ -102,11 +106,12 @@ def ensemble(
                 received=str(values),
                 remedy="leave out those that differ" + ("" if what != "sigma" else ", or give sigma="),
             )
+    labels = same_labels(members, "the members of an ensemble")
     module = Ensemble([m.network() for m in members], consensus, chunk)
     provenance = composite(
         "ensemble",
         {"consensus": consensus, "chunk": chunk},
-        [part("member", m.provenance, m.num_classes, m.mean, m.std) for m in members],
+        [part("member", member) for member in members],
     )
     return Expert(
         module,
@@ -114,12 +119,21 @@ def ensemble(
         num_classes=members[0].num_classes,
         input_shape=members[0].input_shape,
         name=name,
+        labels=labels,
         provenance=provenance,
     )
 
 
-def _load_ensemble(provenance: Provenance, num_classes: int, folder: Path | None) -> nn.Module:
-    return Ensemble(networks(provenance, folder), **provenance.kwargs)
+def _load_ensemble(provenance: Provenance, num_classes: int, sources: Sources) -> nn.Module:
+    return Ensemble(networks(provenance, sources), **_consensus(provenance.kwargs))
+
+
+def _consensus(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if unknown := sorted(kwargs.keys() - {"consensus", "chunk"}):
+        raise InputError(
+            "Unknown settings of an ensemble", expected="consensus, chunk", received=str(unknown), remedy="wrap it anew"
+        )
+    return kwargs
 
 
 LOADERS["ensemble"] = _load_ensemble

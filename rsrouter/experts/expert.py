@@ -1,11 +1,11 @@
-"""`Expert` and `ExpertPool`: frozen base classifiers with their noise level, normalisation and origin."""
+"""`Expert`: a frozen base classifier with its noise level, normalisation, class names and origin."""
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+import uuid
+from collections.abc import Callable, Sequence
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
@@ -15,56 +15,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rsrouter.core.errors import InputError, NetworkError
-from rsrouter.experts.identity import module_digest
+from rsrouter.experts.identity import module_record
+from rsrouter.experts.probe import Probe, check_probe
+from rsrouter.experts.provenance import Provenance
+from rsrouter.experts.structure import digest_of, structure_of, tensors_digest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where an expert came from, enough to fetch and verify it again.
-
-    Attributes:
-        source: `"hub"`, `"local"` or `"bundled"`.
-        location: repository id, or path as the user gave it.
-        revision: full commit hash for the Hub, else None.
-        filename: file inside the repository or folder.
-        sha256: digest of that file.
-        loader: name of the loader that reads it (`rsrouter.experts.LOADERS`).
-        architecture: name in the architecture registry, or a timm model name.
-        kwargs: keyword arguments of the architecture.
-        licence: licence of the weights, as stated by their publisher; None if nothing is stated.
-        parts: for composite experts (`source="composite"`), the settings of each member as JSON-ready dictionaries,
-            with its own `provenance`.
-    """
-
-    source: str
-    location: str
-    revision: str | None
-    filename: str
-    sha256: str
-    loader: str
-    architecture: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    licence: str | None = None
-    parts: tuple[dict[str, Any], ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready copy."""
-        content = asdict(self)
-        content["parts"] = list(content["parts"])
-        return content
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Provenance:
-        """Back from JSON; InputError where something is missing."""
-        from rsrouter.experts.spec import provenance_from_dict
-
-        return provenance_from_dict(content)
-
-
 class Normalise(nn.Module):
-    """`(x - mean) / std` per channel, the usual first layer of a classifier on [0,1] pixels."""
+    """`(x - mean) / std` per channel, the usual first layer of a classifier on [0,1] pixels.
+
+    >>> Normalise([0.5], [0.25])(torch.ones(1, 1, 1, 1)).item()
+    2.0
+    """
 
     mean: Tensor
     std: Tensor
@@ -79,8 +43,12 @@ class Normalise(nn.Module):
 
 
 def check_sigma(sigma: object, who: str) -> float:
-    """A usable sigma, or InputError; a value above 10 is taken for one in /255 units and refused."""
-    if isinstance(sigma, bool) or not isinstance(sigma, Real) or not isfinite(sigma) or float(sigma) <= 0:
+    """A usable sigma, or InputError; a value above 10 is taken for one in /255 units and refused.
+
+    >>> check_sigma(1, "the expert")
+    1.0
+    """
+    if isinstance(sigma, bool) or not isinstance(sigma, Real) or not 0 < float(sigma) < float("inf"):
         raise InputError(
             f"{who} has no usable sigma",
             expected="a finite standard deviation above 0",
@@ -110,6 +78,47 @@ def check_values(module: nn.Module, name: str) -> None:
         )
 
 
+def check_labels(labels: object, num_classes: int, who: str) -> tuple[str, ...] | None:
+    """Class names in the order of the logits, or InputError.
+
+    >>> check_labels(["cat", "dog"], 2, "the expert")
+    ('cat', 'dog')
+    """
+    if labels is None:
+        return None
+    names = tuple(labels) if isinstance(labels, list | tuple) else ()
+    fits = all(isinstance(n, str) and 0 < len(n) <= 500 and n.isprintable() for n in names)
+    if not fits or len(names) != num_classes or len(set(names)) != num_classes:
+        raise InputError(
+            f"The class names of {who} do not fit",
+            expected=f"{num_classes} different names, in the order of the logits",
+            received=repr(labels)[:200],
+            remedy="leave labels out where they are not known",
+        )
+    return names
+
+
+def same_labels(experts: Sequence[Expert], who: str) -> tuple[str, ...] | None:
+    """The class names that experts share; None where none of them says any.
+
+    Raises:
+        InputError: names or an order that differ.
+    """
+    told = [e for e in experts if e.labels is not None]
+    for other in told[1:]:
+        first, second = told[0].labels or (), other.labels or ()
+        if first != second:
+            at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+            order = " (the same names in another order)" if set(first) == set(second) else ""
+            raise InputError(
+                f"{who[0].upper()}{who[1:]} must agree on the names of the classes",
+                expected=f"one list of names in one order; class {at} of {told[0].name!r} is {first[at : at + 1]}",
+                received=f"class {at} of {other.name!r} is {second[at : at + 1]}{order}",
+                remedy="use experts trained with the same label order; where only the spelling differs, give labels=",
+            )
+    return told[0].labels if told else None
+
+
 class Expert:
     """A frozen base classifier trained for one noise level.
 
@@ -121,11 +130,17 @@ class Expert:
         input_shape: `(C, H, W)` of one image.
         mean, std: per-channel normalisation applied before the module; None for both: it normalises itself.
         name: unique in its pool; default `sigma_<sigma>`.
+        labels: class names in the order of the logits; None where they are not known.
         provenance: where the weights came from; None for a module made in memory, which cannot be published.
+        probe: logits that the network gave when it was wrapped; compared when `load` gives the module.
         load: called once for the module when `module` is None (weights are read when first needed).
 
     Raises:
-        InputError: a sigma, shape, class count, normalisation or name that cannot be used.
+        InputError: a sigma, shape, class count, normalisation, name or label that cannot be used.
+
+    >>> expert = Expert(nn.Flatten(), sigma=0.5, num_classes=4, input_shape=(1, 2, 2))
+    >>> expert, expert.opaque
+    (Expert('sigma_0.5', sigma=0.5, num_classes=4, input_shape=(1, 2, 2)), ())
     """
 
     def __init__(
@@ -138,7 +153,9 @@ class Expert:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         name: str | None = None,
+        labels: Sequence[str] | None = None,
         provenance: Provenance | None = None,
+        probe: Probe | None = None,
         load: Callable[[], nn.Module] | None = None,
     ) -> None:
         self.sigma = check_sigma(sigma, f"expert {name!r}" if name else "the expert")
@@ -174,7 +191,8 @@ class Expert:
                 received=repr(num_classes),
                 remedy="give the width of the logits",
             )
-        shape = tuple(int(s) if isinstance(s, Integral) else s for s in input_shape)
+        listed = isinstance(input_shape, Sequence) and not isinstance(input_shape, str)
+        shape = tuple(int(s) if isinstance(s, Integral) else s for s in input_shape) if listed else ()
         if len(shape) != 3 or not all(isinstance(s, int) and s > 0 for s in shape):
             raise InputError(
                 f"Expert {self.name!r} needs an input shape",
@@ -192,7 +210,7 @@ class Expert:
         for word, values in (("mean", mean), ("std", std)):
             if values is None:
                 continue
-            if len(values) != shape[0] or not all(isfinite(v) for v in values) or (word == "std" and min(values) <= 0):
+            if not _fits(values, shape[0], word == "std"):
                 raise InputError(
                     f"The {word} of expert {self.name!r} does not fit",
                     expected=f"{shape[0]} finite values" + (" above 0" if word == "std" else ""),
@@ -201,47 +219,145 @@ class Expert:
                 )
         if module is not None:
             check_values(module, self.name)
-        self._module, self._load = module, load
         self.num_classes, self.input_shape = num_classes, shape
         self.mean = None if mean is None else tuple(float(m) for m in mean)
         self.std = None if std is None else tuple(float(s) for s in std)
-        self.provenance = provenance
+        self.labels = check_labels(labels, num_classes, f"expert {self.name!r}")
+        if provenance is not None and provenance.source != "composite" and not provenance.tensors and module is not None:
+            provenance = provenance.model_copy(update={"tensors": tensors_digest(module)})
+        self.provenance, self.probe = provenance, probe
+        self._module, self._load = module, load
+        self._token = ""
+        self._known: str | None = None
+        self._opaque: tuple[str, ...] = ()
+        self._loaded = None if module is None or provenance is None else _mark(module)
 
     @property
     def module(self) -> nn.Module:
-        """The base module (without the normalisation), read on first use."""
+        """The base module (without the normalisation), read and verified on first use.
+
+        Raises:
+            IntegrityError: not what was pinned, or it gives other logits than when it was wrapped.
+            CheckpointError, HubError: the weights cannot be had.
+        """
         if self._module is None:
             assert self._load is not None
-            self._module = self._load()
+            module = self._load()
+            if self.probe is not None:
+                check_probe(self._normalised(module), self.input_shape, self.probe, f"expert {self.name!r}")
+            self._module, self._loaded = module, _mark(module)
         return self._module
+
+    def _normalised(self, module: nn.Module) -> nn.Module:
+        return module if self.mean is None or self.std is None else nn.Sequential(Normalise(self.mean, self.std), module)
 
     def network(self) -> nn.Module:
         """Pixels in [0,1] to logits: the normalisation, if any, and the module (shared, not copied)."""
-        if self.mean is None or self.std is None:
-            return self.module
-        return nn.Sequential(Normalise(self.mean, self.std), self.module)
+        return self._normalised(self.module)
 
-    @cached_property
+    @property
+    def pinned(self) -> bool:
+        """Whether its identity is that of the files it was read from."""
+        return self.provenance is not None and all(file.tensors for file in self.provenance.files())
+
+    @property
+    def network_digest(self) -> str:
+        """sha256 of what decides its votes at a given sigma: weights, structure, normalisation, shapes."""
+        return self._identity()[0]
+
+    @property
     def digest(self) -> str:
-        """sha256 of everything that decides a vote: weights, structure, sigma, normalisation."""
-        return self._fresh_digest()
+        """sha256 of everything the expert is: its network, its sigma, and the names of its classes.
+
+        For a pinned expert it follows from the pins, and nothing is read; for a module made in memory see
+        `rsrouter.experts.identity`. It is taken once.
+        """
+        if self._known is None:
+            self._known = self._fresh_digest()
+        return self._known
+
+    @property
+    def opaque(self) -> tuple[str, ...]:
+        """What of a module made in memory could not be read, one sentence each. Where there is any, the expert shares
+        votes, seeds and rows of tables with no other object."""
+        self.digest  # noqa: B018
+        return self._opaque
+
+    def _identity(self) -> tuple[str, tuple[str, ...]]:
+        if self.pinned and self.provenance is not None:
+            record: dict[str, Any] = self.provenance.network_record(self.num_classes)
+            opaque: tuple[str, ...] = ()
+        else:
+            record, opaque = module_record(self.module)
+        told: dict[str, Any] = {"network": record, "num_classes": self.num_classes, "input_shape": self.input_shape}
+        if self.mean is not None:
+            told |= {"mean": self.mean, "std": self.std}
+        if opaque:
+            self._token = self._token or uuid.uuid4().hex
+            told["token"] = self._token
+        return digest_of(told), opaque
 
     def _fresh_digest(self) -> str:
-        return module_digest(self.module, self.sigma, self.num_classes, self.input_shape, self.mean, self.std)
+        network, self._opaque = self._identity()
+        told: dict[str, Any] = {"network": network, "sigma": self.sigma}
+        if self.labels is not None:
+            told["labels"] = self.labels
+        return digest_of(told)
 
     def check_unchanged(self) -> None:
         """Raises NetworkError if weights or settings are no longer those that `digest` stands for (it is taken once)."""
-        if "digest" in self.__dict__ and self._fresh_digest() != self.digest:
-            raise NetworkError(
-                f"Expert {self.name!r} was changed after it was wrapped",
-                expected=f"what has digest {self.digest}",
-                received=f"digest {self._fresh_digest()}",
-                remedy="make a new Expert of the changed module; experts are frozen",
-            )
+        changed = self._known is not None and self._fresh_digest() != self._known
+        if not changed and (self._loaded is None or self._module is None or _mark(self._module) == self._loaded):
+            return
+        raise NetworkError(
+            f"Expert {self.name!r} was changed after it was wrapped",
+            expected=f"what has digest {self.digest}",
+            received="other settings" if changed and self.pinned else "other weights, settings, hooks or functions",
+            remedy="make a new Expert of the changed module; experts are frozen",
+        )
+
+    def with_settings(self, **changes: Any) -> Expert:
+        """The same network as another expert.
+
+        Args:
+            changes: `sigma`, `name`, `labels`, `provenance`.
+
+        >>> Expert(nn.Flatten(), sigma=0.5, num_classes=4, input_shape=(1, 2, 2)).with_settings(sigma=1.0, name=None)
+        Expert('sigma_1', sigma=1, num_classes=4, input_shape=(1, 2, 2))
+        """
+        kept = ("sigma", "num_classes", "input_shape", "mean", "std", "name", "labels", "provenance", "probe")
+        made = Expert(self.module, **{**{key: getattr(self, key) for key in kept}, **changes})
+        made._token = self._token
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes: the weights travel, the way to fetch them does not."""
+        """For worker processes: the weights travel, the way to fetch them does not; both sides name it alike."""
+        self.digest  # noqa: B018
         return {**self.__dict__, "_module": self.module, "_load": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Expert:
+        """Another object, which may be changed: what could not be read of it is its own."""
+        made = object.__new__(Expert)
+        made.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        made._token, made._known = "", None
+        return made
 
     def __repr__(self) -> str:
         return f"Expert({self.name!r}, sigma={self.sigma:g}, num_classes={self.num_classes}, input_shape={self.input_shape})"
+
+
+def _fits(values: object, channels: int, positive: bool) -> bool:
+    """Whether a mean or std is one finite number per channel."""
+    try:
+        numbers = [float(v) for v in values]  # type: ignore[attr-defined]
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return len(numbers) == channels and all(isfinite(v) and (v > 0 or not positive) for v in numbers)
+
+
+def _mark(module: nn.Module) -> tuple[str, str]:
+    """What a loaded module is, to notice a change."""
+    try:
+        return tensors_digest(module), structure_of(module).digest
+    except (TypeError, RuntimeError, ValueError):
+        return "", structure_of(module).digest

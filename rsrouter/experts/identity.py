@@ -1,70 +1,95 @@
-"""What decides a module's output, as a digest."""
+"""What a module is, by value: whatever decides its output and nothing else.
+
+A module that can be written down (a registered architecture as it was built, or a stack of torch.nn layers) is its
+description and its tensors, wherever its classes lie and whichever release of a library made it; so it is the same before it is
+saved and after. Any other module is what `rsrouter.experts.structure` reads of it. Where something cannot be read, the digest
+does not tell everything: `unique_digest` then differs for every object.
+
+Counters count: a module that keeps a number, a list or a tensor which its forward pass changes is another module after the
+pass (networks are run as private copies, so drawing votes changes nothing).
+"""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections.abc import Iterator, Mapping
+import uuid
+import weakref
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-#: packages whose modules say in their repr, parameters and buffers all that matters, where they have an `extra_repr`
-_DESCRIBED = {"torch", "torchvision", "timm", "rsrouter"}
-
-
-def _is_plain(value: object, setting: bool) -> bool:
-    """Whether an attribute is text or numbers; whole numbers and flags count only as settings, else they may be counters."""
-    if isinstance(value, tuple | list):
-        return all(_is_plain(v, setting) for v in value)
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _is_plain(v, setting) for k, v in value.items())
-    return isinstance(value, float | str | np.floating) or (setting and isinstance(value, bool | int | np.integer | np.bool_))
+from rsrouter.core.errors import CheckpointError
+from rsrouter.experts.describe import describe_module
+from rsrouter.experts.provenance import network_record
+from rsrouter.experts.structure import digest_of, structure_of, tensors_digest
 
 
-def _parameters_of(kind: type) -> set[str]:
-    """Names that the constructors of a class and its bases take."""
-    constructors = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
-    return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+@dataclass(frozen=True)
+class ModuleIdentity:
+    """What a module is.
+
+    Attributes:
+        digest: hex sha256; equal for equal values, also in another process.
+        opaque: what the digest does not tell, one sentence each; empty where it tells everything.
+    """
+
+    digest: str
+    opaque: tuple[str, ...] = ()
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, str, object]]:
-    """Attributes that may decide what `module` computes and stand neither in its repr nor among its tensors."""
-    for path, child in module.named_modules():
-        package = type(child).__module__.split(".")[0]
-        described = package in _DESCRIBED
-        if package == "rsrouter" or (described and type(child).extra_repr is not nn.Module.extra_repr):
-            continue
-        settings = _parameters_of(type(child)) - {"training"}
-        for key, value in sorted(vars(child).items()):
-            parts = value if isinstance(value, tuple | list) else [value]
-            if described and key not in settings:
-                continue
-            if parts and all(isinstance(part, Tensor | np.ndarray) for part in parts):
-                yield from ((path, key if value is part else f"{key}.{i}", part) for i, part in enumerate(parts))
-            elif not key.startswith("_") and _is_plain(value, key in settings):
-                yield path, key, value
+def module_record(module: nn.Module) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A module in memory as JSON-ready values, and what they do not tell."""
+    try:
+        tensors, unread = tensors_digest(module), ()
+    except (TypeError, RuntimeError, ValueError) as error:
+        return {"structure": structure_of(module).digest}, (f"the module holds {error}",)
+    try:
+        description = describe_module(module)
+    except CheckpointError:
+        structure = structure_of(module)
+        return {"structure": structure.digest, "tensors": tensors}, (*unread, *structure.opaque)
+    return network_record("torch_layers", {"description": description}, None, tensors), ()
 
 
-def module_digest(module: nn.Module, *extra: object) -> str:
-    """sha256 over what decides a module's output: class names, every parameter and buffer (name, dtype, shape, bytes),
-    and what classes keep as plain attributes, as many papers' normalisation layers do: tensors, arrays, floats, strings,
-    and where the constructor takes them (`num_heads`) also whole numbers and flags; tuples, lists and mappings of them."""
-    digest = hashlib.sha256()
-    # a script's own classes stand in `__mp_main__` in the processes it starts
-    home = {"__mp_main__": "__main__"}.get(type(module).__module__, type(module).__module__)
-    digest.update(repr((home, type(module).__qualname__, str(module), *extra)).encode())
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    for path, key, value in _attributes(module):
-        if isinstance(value, Tensor):
-            tensors.append((f"{path}.{key}", value))
-        elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-            tensors.append((f"{path}.{key}", torch.from_numpy(np.array(value))))
-        else:
-            digest.update(repr((path, key, value)).encode())
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def module_identity(module: nn.Module) -> ModuleIdentity:
+    """What a module is, with what could not be read.
+
+    >>> import torch
+    >>> class Scaled(nn.Module):
+    ...     def __init__(self, act): super().__init__(); self.act = act
+    ...     def forward(self, x): return self.act(x)
+    >>> module_identity(Scaled(torch.tanh)) == module_identity(Scaled(torch.tanh))
+    True
+    >>> module_identity(Scaled(torch.tanh)) == module_identity(Scaled(torch.relu))
+    False
+    """
+    record, opaque = module_record(module)
+    return ModuleIdentity(digest_of(record), opaque)
+
+
+def module_digest(module: nn.Module) -> str:
+    """The digest of `module_identity`: to see whether a module is still what it was. It does not tell two modules apart
+    whose difference cannot be read; `unique_digest` does."""
+    return module_identity(module).digest
+
+
+_TOKENS: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def unique_digest(module: nn.Module) -> str:
+    """`module_digest`, and for a module that cannot be read whole one that no other object shares.
+
+    >>> a, b = nn.Identity(), nn.Identity()
+    >>> unique_digest(a) == unique_digest(b)
+    True
+    >>> import torch
+    >>> a.generator = b.generator = torch.Generator()
+    >>> unique_digest(a) == unique_digest(b)
+    False
+    >>> unique_digest(a) == unique_digest(a)
+    True
+    """
+    identity = module_identity(module)
+    if not identity.opaque:
+        return identity.digest
+    return digest_of([identity.digest, _TOKENS.setdefault(module, uuid.uuid4().hex)])

@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import nn
 
-from rsrouter.core.errors import CheckpointError, InputError
-from rsrouter.experts.checkpoints import LEGACY_SUFFIXES, Checkpoint, fit_state, head_width, parse_checkpoint, read_verified
-from rsrouter.experts.expert import Expert, Provenance
-from rsrouter.experts.registry import build_architecture, input_shape_of, known_architecture
+from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
+from rsrouter.experts.checkpoints import LEGACY_SUFFIXES, WeightFile, parse_weights, read_verified
+from rsrouter.experts.config import CONFIG, NORMALISATIONS, checked, read_expert_config
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.fitting import build_fitted, file_width
+from rsrouter.experts.probe import Probe
+from rsrouter.experts.provenance import Provenance
+from rsrouter.experts.registry import canonical_name, input_shape_of, known_architecture
+from rsrouter.experts.structure import canonical, structure_of, tensors_digest
 from rsrouter.files import sha256_of
-from rsrouter.hub import Hub, fetch, is_hub_reference
+from rsrouter.hub import Hub, is_hub_reference
 from rsrouter.process import usual_settings
 
 #: folder of the weights that ship with the package (`source="bundled"`)
 ASSETS = Path(__file__).resolve().parent.parent / "demo" / "assets"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 WEIGHT_NAMES = (WEIGHTS, "pytorch_model.bin", "checkpoint.pth.tar")
 
-#: (mean, std) by name, for `normalisation="..."`; "none": the module takes pixels in [0,1] or normalises itself
-NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = {
-    "none": None,
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar10_centred": ((0.4914, 0.4822, 0.4465), (1.0, 1.0, 1.0)),
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "imagenet_centred": ((0.485, 0.456, 0.406), (1.0, 1.0, 1.0)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "half_gray": ((0.5,), (0.5,)),
-    "mnist": ((0.1307,), (0.3081,)),
-    "fashion_mnist": ((0.286,), (0.353,)),
-}
-
-_SETTINGS = ("name", "architecture", "kwargs", "sigma", "num_classes", "input_shape", "mean", "std", "normalisation", "licence")
-_CONFIG_KEYS = {*_SETTINGS, "training", "schema_version", "rsrouter_version", "library_name", "description", "converted_from"}
 #: one module per pinned content: entries at several sigmas, and pools loaded twice, hold the weights once
-_MODULES: weakref.WeakValueDictionary[tuple[object, ...], nn.Module] = weakref.WeakValueDictionary()
+_MODULES: weakref.WeakValueDictionary[bytes, nn.Module] = weakref.WeakValueDictionary()
 
 
 def check_relative(filename: str, who: str) -> str:
-    """A file name from somebody's config: relative, inside its folder; InputError otherwise."""
+    """A file name from somebody's config: relative, inside its folder; InputError otherwise.
+
+    >>> check_relative("weights/model.safetensors", "The provenance")
+    'weights/model.safetensors'
+    """
     path = PurePosixPath(filename)
-    if not filename or path.is_absolute() or ".." in path.parts or "\\" in filename or ":" in filename:
+    if not filename or path.is_absolute() or ".." in path.parts or "\\" in filename or ":" in filename or "\0" in filename:
         raise InputError(
             f"{who} names a file outside its folder",
             expected="a relative path without '..'",
@@ -58,58 +50,83 @@ def check_relative(filename: str, who: str) -> str:
     return filename
 
 
-def locate(provenance: Provenance, folder: Path | None = None) -> Path:
-    """The weight file of a provenance on this machine, fetched from the Hub where needed.
+@dataclass(frozen=True)
+class Sources:
+    """Where the files of pinned experts are looked for.
 
-    Args:
-        provenance: of a plain expert.
+    Attributes:
         folder: where relative local locations count from; None: the working directory.
+        hub: how the Hub is read: token, cache, offline.
+        allow_local: False where the pins come from elsewhere (a router from the Hub): they may then name the Hub and what
+            ships with this package, and no file of this machine is opened.
     """
-    filename = check_relative(provenance.filename, "The provenance")
-    if provenance.source == "hub":
-        if provenance.revision is None:
-            raise InputError(
-                f"{provenance.location} is not pinned",
-                expected="a commit hash",
-                received="revision None",
-                remedy="wrap the expert again; wrap resolves the revision",
-            )
-        return fetch(provenance.location, filename, provenance.revision)
-    if provenance.source == "bundled":
-        return ASSETS / check_relative(provenance.location, "The provenance") / filename
-    if provenance.source == "local":
-        return (folder or Path()) / provenance.location / filename
-    raise InputError(
-        "Unknown source of an expert",
-        expected="hub, local or bundled",
-        received=repr(provenance.source),
-        remedy="the pool may come from a newer rsrouter; upgrade it",
-    )
+
+    folder: Path | None = None
+    hub: Hub = field(default_factory=Hub)
+    allow_local: bool = True
+
+    def check(self, provenance: Provenance, who: str) -> None:
+        """Raises IntegrityError where a source is not allowed, before anything is opened."""
+        for file in provenance.files():
+            if file.source == "local" and not self.allow_local:
+                raise IntegrityError(
+                    f"{who} is not pinned",
+                    expected="a Hub repository at a commit hash",
+                    received=f"a local file, {file.location}",
+                    remedy="ask its publisher to publish it again with `rsrouter publish`",
+                )
+
+    def locate(self, provenance: Provenance) -> Path:
+        """The weight file of a plain provenance on this machine, fetched from the Hub where needed.
+
+        Raises:
+            InputError: no usable place. IntegrityError: a place that is not allowed.
+            HubError: not pinned to a commit, or not to be had.
+        """
+        self.check(provenance, "An expert")
+        filename = check_relative(provenance.filename, "The provenance")
+        if provenance.source == "hub":
+            return self.hub.fetch_pinned(provenance.location, filename, provenance.revision)
+        if provenance.source == "bundled":
+            return ASSETS / check_relative(provenance.location, "The provenance") / filename
+        return (self.folder or Path()) / provenance.location / filename
 
 
-def _plain(provenance: Provenance, num_classes: int, folder: Path | None) -> nn.Module:
-    path = locate(provenance, folder)
+def _plain(provenance: Provenance, num_classes: int, sources: Sources) -> nn.Module:
+    path = sources.locate(provenance)
     data = read_verified(path, provenance.sha256)  # also where the module is in memory: a damaged file must show
-    return _shared(provenance, num_classes, lambda: parse_checkpoint(data, path.name))
-
-
-def _shared(provenance: Provenance, num_classes: int, parse: Callable[[], Checkpoint]) -> nn.Module:
-    """The module of a verified file; equal content of equal architecture is one module."""
-    key = (provenance.sha256, provenance.architecture, num_classes, json.dumps(provenance.kwargs, sort_keys=True, default=str))
-    module = _MODULES.get(key)
-    if module is None:
-        module = build_architecture(provenance.architecture, num_classes, provenance.kwargs)
-        module = fit_state(module, parse().state, architecture=provenance.architecture, filename=provenance.filename)
-        _MODULES[key] = module
+    module = _shared(provenance, num_classes, lambda: parse_weights(data, path.name))
+    if provenance.tensors and (found := tensors_digest(module)) != provenance.tensors:
+        raise IntegrityError(
+            f"{path.name} does not hold the weights that were pinned",
+            expected=f"tensors with digest {provenance.tensors}",
+            received=f"digest {found}",
+            remedy="its entry was edited, or an architecture of that name now has other tensors: wrap it again",
+        )
     return module
 
 
+def _shared(provenance: Provenance, num_classes: int, parse: Callable[[], WeightFile]) -> nn.Module:
+    """The module of a verified file; equal content of equal architecture is one module, unless somebody changed it."""
+    told = (provenance.sha256, provenance.weights_key, provenance.architecture, num_classes, provenance.kwargs)
+    key = canonical(told)
+    module = _MODULES.get(key)
+    if module is None or _TAKEN.get(module) != (tensors_digest(module), structure_of(module).digest):
+        name = provenance.filename
+        module = build_fitted(provenance.architecture, num_classes, provenance.kwargs, parse(), name, provenance.weights_key)
+        _MODULES[key] = module
+        _TAKEN[module] = tensors_digest(module), structure_of(module).digest
+    return module
+
+
+_TAKEN: weakref.WeakKeyDictionary[nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
+
 #: how the module of a provenance is built, by `Provenance.loader`; "checkpoint" reads one weight file
-LOADERS: dict[str, Callable[[Provenance, int, Path | None], nn.Module]] = {"checkpoint": _plain, "rsrouter": _plain}
+LOADERS: dict[str, Callable[[Provenance, int, Sources], nn.Module]] = {"checkpoint": _plain, "rsrouter": _plain}
 
 
 @usual_settings()
-def build_module(provenance: Provenance, num_classes: int, folder: Path | None = None) -> nn.Module:
+def load_network(provenance: Provenance, num_classes: int, sources: Sources | None = None) -> nn.Module:
     """The verified module of a provenance, shared with every other expert of equal content.
 
     Raises:
@@ -124,50 +141,7 @@ def build_module(provenance: Provenance, num_classes: int, folder: Path | None =
             received=repr(provenance.loader),
             remedy="the pool may come from a newer rsrouter; upgrade it",
         )
-    return LOADERS[provenance.loader](provenance, num_classes, folder)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings in an expert's or a timm model's `config.json`; `{}` if there is none. Unknown keys only warn."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path.name} is not JSON", expected="a JSON object", received=str(error), remedy=f"repair {path}"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path.name} is not a JSON object",
-            expected="a JSON object",
-            received=type(content).__name__,
-            remedy=f"repair {path}",
-        )
-    if "pretrained_cfg" in content:
-        return _timm_settings(content)
-    if unknown := sorted(content.keys() - _CONFIG_KEYS):
-        warnings.warn(f"{path.name}: unknown keys {unknown} are ignored; they may need a newer rsrouter", stacklevel=3)
-    return {key: content[key] for key in _SETTINGS if key in content}
-
-
-def _timm_settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm's config.json says: architecture, width, input size, normalisation, licence. Not sigma."""
-    cfg = content["pretrained_cfg"]
-    settings: dict[str, Any] = {
-        "architecture": content.get("architecture") or cfg.get("architecture"),
-        "kwargs": dict(content.get("model_args") or {}),
-    }
-    for key, value in (
-        ("num_classes", content.get("num_classes", cfg.get("num_classes"))),
-        ("input_shape", cfg.get("input_size")),
-        ("mean", cfg.get("mean")),
-        ("std", cfg.get("std")),
-        ("licence", cfg.get("license")),
-    ):
-        if value is not None:
-            settings[key] = value
-    return settings
+    return LOADERS[provenance.loader](provenance, num_classes, sources or Sources())
 
 
 def _find_weights(folder: Path, filename: str | None) -> Path:
@@ -185,20 +159,15 @@ def _find_weights(folder: Path, filename: str | None) -> Path:
     )
 
 
-def _merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: Checkpoint, who: str) -> dict[str, Any]:
+def _merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: WeightFile, who: str) -> dict[str, Any]:
     """Settings of an expert: what the file says, what the user says (which wins), and no guesses."""
-    if unknown := sorted(overrides.keys() - set(_SETTINGS)):
-        raise InputError(
-            "Unknown settings of an expert",
-            expected=f"some of {list(_SETTINGS)}",
-            received=str(unknown),
-            remedy="check the spelling",
-        )
     merged = dict(settings)
     if {"mean", "std", "normalisation"} & overrides.keys():  # one statement about the normalisation replaces the whole of it
         for key in ("mean", "std", "normalisation"):
             merged.pop(key, None)
-    merged.update(overrides)
+    merged.update(checked(overrides, who))
+    # None is a statement about the normalisation and the class names; elsewhere it says nothing
+    merged = {key: value for key, value in merged.items() if value is not None or key in ("mean", "std", "labels")}
     arch = checkpoint.metadata.get("arch")
     if "architecture" not in merged and isinstance(arch, str) and known_architecture(arch):
         merged["architecture"] = arch  # the file's own statement
@@ -218,7 +187,7 @@ def _merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: C
                 remedy="leave one out",
             )
         merged["mean"], merged["std"] = NORMALISATIONS[preset] or (None, None)
-    if "num_classes" not in merged and (width := head_width(checkpoint.state)) is not None:
+    if "num_classes" not in merged and (width := file_width(checkpoint)) is not None:
         merged["num_classes"] = width  # told by the file; the strict fit confirms it
     if "input_shape" not in merged and (shape := input_shape_of(str(merged.get("architecture")))) is not None:
         merged["input_shape"] = shape
@@ -251,10 +220,8 @@ def open_checkpoint(
     *,
     filename: str | None = None,
     revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> tuple[dict[str, Any], dict[str, Any], str, Checkpoint]:
+    **hub_settings: Any,
+) -> tuple[dict[str, Any], dict[str, Any], str, WeightFile]:
     """Finds and reads a weight file; arguments and errors as in `load_expert`.
 
     Returns:
@@ -263,10 +230,10 @@ def open_checkpoint(
     """
     text = os.fspath(source)
     if is_hub_reference(text):
-        hub = Hub(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        hub = Hub(**hub_settings)
         reference = hub.reference(text, revision)
         config_path = hub.try_fetch(reference, CONFIG)
-        settings = read_config(config_path) if config_path else {}
+        settings = read_expert_config(config_path) if config_path else {}
         if filename is not None:
             path = hub.fetch(reference, check_relative(filename, "The argument"))
         else:
@@ -278,8 +245,8 @@ def open_checkpoint(
             "filename": filename or path.name,
         }
     else:
-        given = Path(text).expanduser()
-        if not given.exists():
+        given = expanded(text)
+        if not os.path.exists(given):
             raise CheckpointError(
                 "No such checkpoint",
                 expected="a folder, a weight file or hf-hub:org/name@revision",
@@ -287,14 +254,13 @@ def open_checkpoint(
                 remedy="check the path; Hub repositories are written hf-hub:org/name",
             )
         path = _find_weights(given, filename) if given.is_dir() else given
-        settings = read_config(path.parent / CONFIG)
+        settings = read_expert_config(path.parent / CONFIG)
         folder = Path(os.path.abspath(path.parent))
         where = {"source": "local", "location": str(folder), "revision": None, "filename": path.name}
         if folder.is_relative_to(ASSETS):
             where |= {"source": "bundled", "location": folder.relative_to(ASSETS).as_posix()}
     data = read_verified(path, None)
-    checkpoint = parse_checkpoint(data, path.name)
-    return where, settings, sha256_of(data), checkpoint
+    return where, settings, sha256_of(data), parse_weights(data, path.name)
 
 
 def load_expert(
@@ -316,7 +282,8 @@ def load_expert(
         token, cache_dir, local_files_only: passed to `huggingface_hub`.
         **overrides: what the files do not say, or say differently: `name`, `architecture`, `kwargs`, `sigma`,
             `num_classes`, `input_shape`, `mean` and `std` (None for both: it normalises itself), or `normalisation`,
-            a name in `NORMALISATIONS`; `licence`.
+            a name in `NORMALISATIONS`; `labels`, the class names in order; `licence`; `weights_key`, which of several sets
+            of weights in the file is meant.
 
     Returns:
         The expert, with its provenance; equal weights that are already in memory are shared.
@@ -335,41 +302,52 @@ def load_expert(
         **where,
         sha256=sha256,
         loader="checkpoint",
-        architecture=merged["architecture"],
+        architecture=canonical_name(merged["architecture"]),
         kwargs=dict(merged.get("kwargs") or {}),
         licence=merged.get("licence"),
+        weights_key=merged.get("weights_key"),
     )
-    expert = make_expert(provenance, merged)  # checks sigma, shapes and normalisation before any weight is placed
-    expert._module = _shared(provenance, expert.num_classes, lambda: checkpoint)
-    return expert
+    make_expert(provenance, merged)  # checks sigma, shapes and normalisation before any weight is placed
+    module = _shared(provenance, merged["num_classes"], lambda: checkpoint)
+    return make_expert(provenance, merged, module=module)
 
 
-def make_expert(provenance: Provenance, settings: Mapping[str, Any], folder: Path | None = None) -> Expert:
-    """An expert whose weights are read and verified when first needed.
+def make_expert(
+    provenance: Provenance,
+    settings: Mapping[str, Any],
+    sources: Sources | None = None,
+    *,
+    probe: Probe | None = None,
+    module: nn.Module | None = None,
+) -> Expert:
+    """A pinned expert.
 
     Args:
         provenance: where from.
-        settings: `sigma`, `num_classes`, `input_shape`, `mean`, `std` and optionally `name`.
-        folder: where relative local locations count from.
+        settings: `sigma`, `num_classes`, `input_shape`, `mean`, `std` and optionally `name` and `labels`.
+        sources: where files are looked for.
+        probe: logits it gave when it was wrapped.
+        module: its module; None: read and verified when first needed.
     """
     num_classes = settings["num_classes"]
-
-    def load() -> nn.Module:
-        return build_module(provenance, num_classes, folder)
-
-    shape = settings["input_shape"]
-    if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise InputError(
-            "An expert's input_shape is not usable", expected="(C, H, W)", received=repr(shape), remedy="for CIFAR: [3, 32, 32]"
-        )
     return Expert(
-        None,
+        module,
         sigma=settings["sigma"],
         num_classes=num_classes,
-        input_shape=shape,
+        input_shape=settings["input_shape"],
         mean=settings.get("mean"),
         std=settings.get("std"),
         name=settings.get("name"),
+        labels=settings.get("labels"),
         provenance=provenance,
-        load=load,
+        probe=probe,
+        load=None if module is not None else lambda: load_network(provenance, num_classes, sources),
     )
+
+
+def expanded(text: str) -> Path:
+    """A path with `~` as the home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~ of a user that does not exist
+        return Path(text)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
+from rsrouter.experts.config import NORMALISATIONS
 from rsrouter.experts.expert import Expert, Normalise
-from rsrouter.experts.loaders import NORMALISATIONS
 
 #: a better normalisation is reported from this many standard errors of the paired difference ...
 STANDARD_ERRORS = 3.0

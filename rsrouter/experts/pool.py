@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from rsrouter.core.errors import InputError
-from rsrouter.experts.expert import Expert
+from rsrouter.experts.entries import experts_from_dict, experts_to_dict
+from rsrouter.experts.expert import Expert, same_labels
+from rsrouter.experts.loaders import Sources
+from rsrouter.experts.provenance import REMEDY
+from rsrouter.experts.spec import SPEC_SUFFIXES, experts_of_spec
+from rsrouter.experts.structure import digest_of
+from rsrouter.files import write_atomically
+from rsrouter.hub import Hub
+from rsrouter.stored import read_json
 
 
 class ExpertPool(Sequence[Expert]):
@@ -18,7 +28,12 @@ class ExpertPool(Sequence[Expert]):
         experts: at least one, with different names; or the path of a saved pool or of a spec file.
 
     Raises:
-        InputError: no expert, a name twice, or class counts or input shapes that differ.
+        InputError: no expert, a name twice, or class counts, input shapes or class names that differ.
+
+    >>> from torch import nn
+    >>> pool = ExpertPool(Expert(nn.Flatten(), sigma=s, num_classes=4, input_shape=(1, 2, 2)) for s in (0.5, 0.25))
+    >>> pool.names, pool.sigmas
+    (('sigma_0.25', 'sigma_0.5'), (0.25, 0.5))
     """
 
     def __init__(self, experts: Iterable[Expert] | str | os.PathLike[str]) -> None:
@@ -44,33 +59,47 @@ class ExpertPool(Sequence[Expert]):
                     received=str(values),
                     remedy="leave out the experts that differ",
                 )
+        self.labels = same_labels(members, "experts of one pool")
         self.experts = tuple(members)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, lazy: bool = False) -> ExpertPool:
+    def load(cls, path: str | os.PathLike[str], *, lazy: bool = False, hub: Hub | None = None) -> ExpertPool:
         """The pool of a `pool.json`, a folder with one, or a spec file.
 
         Args:
             path: relative locations inside count from its folder.
             lazy: read and verify the weights when first needed instead of now.
+            hub: how the Hub is read (token, cache, offline).
 
         Raises:
             InputError: no pool there. IntegrityError: an expert that is not what was pinned.
             CheckpointError, HubError: an expert that cannot be read or fetched.
         """
-        from rsrouter.experts.spec import load_pool
+        given = Path(path).expanduser()
+        if given.suffix in SPEC_SUFFIXES:
+            return cls(experts_of_spec(given, hub=hub))
+        file = _pool_path(given)
+        if not file.exists():
+            raise InputError(
+                "No pool there",
+                expected="a pool.json, a folder with one, or a spec file",
+                received=str(file),
+                remedy="write it with `rsrouter wrap` or ExpertPool.save",
+            )
+        sources = Sources(Path(os.path.abspath(file.parent)), hub or Hub())
+        return cls(experts_from_dict(read_json(file, file.name, remedy=REMEDY), sources, lazy=lazy))
 
-        return load_pool(path, lazy=lazy)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `pool.json`: where each expert comes from, its sha256 and settings; not the weights.
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes `pool.json` whole or not at all: where each expert comes from, what pins it and its settings; not the weights.
 
         Raises:
             InputError: an expert without provenance.
         """
-        from rsrouter.experts.spec import save_pool
-
-        save_pool(self, path)
+        file = Path(os.path.abspath(_pool_path(Path(path).expanduser())))
+        text = json.dumps(pool_to_dict(self, file.parent), indent=2, allow_nan=False) + "\n"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text.encode())
+        return file
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,7 +124,7 @@ class ExpertPool(Sequence[Expert]):
     @cached_property
     def digest(self) -> str:
         """sha256 over the experts' names and digests, in order."""
-        return hashlib.sha256(repr([(e.name, e.digest) for e in self.experts]).encode()).hexdigest()
+        return digest_of([[e.name, e.digest] for e in self.experts])
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -113,3 +142,36 @@ class ExpertPool(Sequence[Expert]):
 
     def __repr__(self) -> str:
         return f"ExpertPool({list(self.experts)!r})"
+
+
+def _pool_path(file: Path) -> Path:
+    return file if file.suffix == ".json" else file / "pool.json"
+
+
+def pool_to_dict(pool: ExpertPool, folder: Path | None = None) -> dict[str, Any]:
+    """JSON-ready content of `pool.json`; local locations inside `folder` are relative to it."""
+    return experts_to_dict(pool, folder)
+
+
+def pool_from_dict(
+    content: Any,
+    folder: Path | None = None,
+    *,
+    lazy: bool = False,
+    hub: Hub | None = None,
+    allow_local: bool = True,
+) -> ExpertPool:
+    """The pool of `pool_to_dict`.
+
+    Args:
+        content: JSON.
+        folder: where relative local locations count from.
+        lazy: read and verify the weights when first needed instead of now.
+        hub: how the Hub is read (token, cache, offline).
+        allow_local: False for a configuration from elsewhere: it may name the Hub and what ships with this package, and no
+            file of this machine is opened.
+
+    Raises:
+        InputError: not a pool. IntegrityError: not what was pinned, or a source that is not allowed.
+    """
+    return ExpertPool(experts_from_dict(content, Sources(folder, hub or Hub(), allow_local), lazy=lazy))

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from rsrouter.core.errors import CheckpointError
 from rsrouter.experts.cifar_resnet import DEPTHS, CifarResNet
 from rsrouter.experts.denoisers import DnCNN, SmallUNet
+from rsrouter.experts.papers import DenseNet40, LeNet
 from rsrouter.experts.small_cnn import SmallCNN
 from rsrouter.experts.small_resnet import SmallResNet
+from rsrouter.experts.structure import ORIGIN, canonical, structure_of
 from rsrouter.process import usual_settings
 
 _ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
@@ -51,7 +55,8 @@ def register_architecture(
 
     Args:
         name: what configs and specs write as `architecture`.
-        build: a class or function that returns a module giving logits `(B, num_classes)`.
+        build: a class or function that returns a module giving logits `(B, num_classes)`; it is called with `num_classes`
+            where it takes it. The name stands for what it computes: give a changed class another name.
         input_shape: `(C, H, W)` if the architecture takes only one.
         denoiser: it maps images to images and is built without `num_classes`.
 
@@ -98,6 +103,29 @@ def _timm_model(name: str) -> str | None:
     return plain if timm.is_model(plain.split(".")[0]) else None
 
 
+def canonical_name(name: str) -> str:
+    """The one name of an architecture: `timm/resnet18.a1_in1k` is `resnet18`.
+
+    >>> canonical_name("timm/resnet18.a1_in1k"), canonical_name("small_resnet")
+    ('resnet18', 'small_resnet')
+    """
+    return name if name in _ARCHITECTURES else name.removeprefix("timm/").split(".")[0]
+
+
+def _takes_classes(name: str) -> bool:
+    """Whether the constructor is given `num_classes`; not a denoiser's, nor that of a class made for one task."""
+    if name in _DENOISERS:
+        return False
+    build = _ARCHITECTURES.get(name)
+    if build is None:
+        return True
+    try:
+        taken = inspect.signature(build).parameters
+    except (TypeError, ValueError):
+        return True
+    return "num_classes" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+
+
 def known_architecture(name: str) -> bool:
     """Whether `build_architecture` can build `name`: registered here, or a model of timm."""
     return name in _ARCHITECTURES or _timm_model(name) is not None
@@ -111,7 +139,7 @@ def _as_stored(value: Any) -> Any:
 
 
 @usual_settings()
-def build_architecture(name: str, num_classes: int, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+def build_architecture(name: str, num_classes: int | None, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """A freshly initialised module of a registered architecture or of timm.
 
     Args:
@@ -146,27 +174,73 @@ def build_architecture(name: str, num_classes: int, kwargs: Mapping[str, Any] | 
                 remedy="remove them; weights come only from the pinned file",
             )
         build = partial(timm.create_model, timm_name.split(".")[0], pretrained=False)
-    if name not in _DENOISERS:
+    if _takes_classes(name):
         arguments["num_classes"] = num_classes
     try:
         module = build(**arguments)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a constructor that gets what it was not made for may raise anything
         accepted = "" if isinstance(build, partial) else str(inspect.signature(build))
         raise CheckpointError(
             f"Architecture {name!r} does not take these arguments",
             expected=f"its constructor's arguments {accepted}".strip(),
             received=str(dict(kwargs or {})),
-            remedy=str(error),
+            remedy=f"{type(error).__name__}: {error}",
         ) from error
+    made = {"num_classes": num_classes, **_as_stored(dict(kwargs or {}))}
+    if any(p.is_meta for p in module.parameters()):  # only shapes are wanted
+        return module
+    if find_architecture(module) is not None:  # built by another name, and as that one left it
+        return module
     # how it was built travels with the module, so that a router can be written down and rebuilt
-    module._rsrouter_architecture = (name, {"num_classes": num_classes, **_as_stored(dict(kwargs or {}))})  # type: ignore[assignment]
+    setattr(module, ORIGIN, Origin(canonical_name(name), made, _structure(name, made, module)))
     return module
 
 
+@dataclass(frozen=True)
+class Origin:
+    """How a module was built: name and arguments, and its structure then (empty where two builds differ)."""
+
+    architecture: str
+    kwargs: dict[str, Any]
+    structure: str
+
+
+def _is_own(build: Callable[..., nn.Module]) -> bool:
+    made_by = build.func if isinstance(build, partial) else build
+    return str(getattr(made_by, "__module__", "")).split(".")[0] == "rsrouter"
+
+
+_STRUCTURES: dict[bytes, str] = {}
+
+
+def _structure(name: str, made: dict[str, Any], module: nn.Module) -> str:
+    """The structure that `name` with these arguments always has; "" where a user's constructor makes it anew each time
+    (a random mask that is no buffer), so that the name does not tell which one it is."""
+    structure = structure_of(module).digest
+    if name not in _ARCHITECTURES or _is_own(_ARCHITECTURES[name]):
+        return structure
+    key = canonical([name, made])
+    if key not in _STRUCTURES:
+        with torch.random.fork_rng(devices=[]):
+            again = _ARCHITECTURES[name](**{k: v for k, v in made.items() if k != "num_classes" or _takes_classes(name)})
+        _STRUCTURES[key] = structure if structure_of(again).digest == structure else ""
+    return structure if _STRUCTURES[key] == structure else ""
+
+
 def find_architecture(module: nn.Module) -> tuple[str, dict[str, Any]] | None:
-    """Name and arguments of a module made by `build_architecture`; None for any other."""
-    found: tuple[str, dict[str, Any]] | None = getattr(module, "_rsrouter_architecture", None)
-    return found
+    """Name and arguments of a module made by `build_architecture` whose structure is as it was built; None for any other.
+
+    >>> module = build_architecture("small_resnet", 3)
+    >>> find_architecture(module)
+    ('small_resnet', {'num_classes': 3})
+    >>> module.fc = nn.Identity()
+    >>> find_architecture(module) is None
+    True
+    """
+    origin = getattr(module, ORIGIN, None)
+    if not isinstance(origin, Origin) or not origin.structure or structure_of(module).digest != origin.structure:
+        return None
+    return origin.architecture, dict(origin.kwargs)
 
 
 def _register_own() -> None:
@@ -174,8 +248,11 @@ def _register_own() -> None:
     register_architecture("small_resnet", SmallResNet)
     for depth in DEPTHS:
         register_architecture(f"cifar_resnet{depth}", partial(CifarResNet, depth=depth), input_shape=(3, 32, 32))
+    register_architecture("lenet", LeNet, input_shape=(1, 28, 28))
+    register_architecture("densenet40", DenseNet40, input_shape=(3, 32, 32))
     register_architecture("dncnn", DnCNN, denoiser=True)
     register_architecture("small_unet", SmallUNet, denoiser=True)
+    register_architecture("openai_unet", OpenAIUNet, denoiser=True)
 
 
 _register_own()

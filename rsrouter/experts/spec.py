@@ -1,198 +1,254 @@
-"""`pool.json`: a pool as a file that names its pinned experts. The weights stay where they are."""
+"""The spec file: checkpoints to pin, in TOML or YAML.
+
+A spec has one `[[expert]]` per expert; what several share stands under `[defaults]`:
+
+    [defaults]
+    architecture = "cifar_resnet110"
+    normalisation = "cifar10"              # or mean = [...] and std = [...]; "none" for models that take raw pixels
+
+    [[expert]]
+    source = "models/noise_0.25/checkpoint.pth.tar"     # relative to the spec
+    sigma = 0.25
+
+    [[expert]]
+    source = "hf-hub:org/smoothed-resnet@v1"             # pinned to the commit the tag means now
+    sigma = [0.5, 1.0]                                   # one model, an expert at each
+
+    [[expert]]
+    kind = "ensemble"
+    consensus = 2
+    sigma = 0.5
+    members = [{ source = "a.pth" }, { source = "b.pth" }, { source = "c.pth" }]
+
+    [[expert]]
+    kind = "denoised"
+    sigma = 0.5
+    denoiser = { source = "unet.safetensors", architecture = "small_unet" }
+    classifier = { source = "clean.safetensors" }
+    diffusion = { schedule = "linear" }                  # leave out for a DnCNN-like denoiser
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
-from collections.abc import Mapping
-from dataclasses import fields, replace
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rsrouter.core.errors import InputError, IntegrityError
-from rsrouter.experts.expert import Expert, Provenance
-from rsrouter.experts.loaders import make_expert
-from rsrouter.experts.pool import ExpertPool
+from rsrouter.core.errors import InputError
+from rsrouter.experts.config import SETTINGS
+from rsrouter.experts.denoising import Denoiser, at_sigmas, denoised, load_denoiser, make_diffusion
+from rsrouter.experts.ensembles import ensemble
+from rsrouter.experts.expert import Expert, check_sigma
+from rsrouter.experts.loaders import expanded, load_expert
+from rsrouter.hub import Hub, is_hub_reference
+from rsrouter.stored import read_bytes
 
-SCHEMA_VERSION = 1
-_EXPERT_KEYS = ("name", "sigma", "mean", "std", "num_classes", "input_shape", "digest", "provenance")
+SPEC_SUFFIXES = (".toml", ".yaml", ".yml")
+KINDS = ("plain", "ensemble", "denoised")
+_FETCH = ("source", "filename", "revision", "cache_dir", "local_files_only")  # a token does not belong in a file
+_KEYS = {
+    "plain": {*_FETCH, *SETTINGS, "kind"},
+    "ensemble": {"kind", "name", "sigma", "consensus", "chunk", "members"},
+    "denoised": {"kind", "name", "sigma", "denoiser", "classifier", "diffusion", "input_shape"},
+}
 
-
-def expert_to_dict(expert: Expert, folder: Path | None = None) -> dict[str, Any]:
-    """JSON-ready entry of one expert.
-
-    Args:
-        expert: with a provenance.
-        folder: local locations inside it are written relative to it.
-
-    Raises:
-        InputError: the expert was made in memory and has no origin to point at.
-    """
-    if expert.provenance is None:
-        raise InputError(
-            f"Expert {expert.name!r} has no provenance",
-            expected="an expert from load_expert, wrap or a saved pool",
-            received="a module made in memory",
-            remedy="write it with rsrouter.experts.save_expert and load that folder",
-        )
-    return {
-        "name": expert.name,
-        "sigma": expert.sigma,
-        "mean": None if expert.mean is None else list(expert.mean),
-        "std": None if expert.std is None else list(expert.std),
-        "num_classes": expert.num_classes,
-        "input_shape": list(expert.input_shape),
-        "digest": expert.digest,
-        "provenance": _relative(expert.provenance, folder).to_dict(),
-    }
+Spec = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
-def _relative(provenance: Provenance, folder: Path | None) -> Provenance:
-    parts = tuple(
-        {**part, "provenance": _relative(Provenance.from_dict(part["provenance"]), folder).to_dict()} for part in provenance.parts
-    )
-    location = provenance.location
-    if provenance.source == "local" and folder is not None:
-        absolute = Path(os.path.abspath(location))
-        if absolute.is_relative_to(folder):
-            location = absolute.relative_to(folder).as_posix()
-    return replace(provenance, location=location, parts=parts)
-
-
-def _absolute(provenance: Provenance, folder: Path) -> Provenance:
-    parts = tuple(
-        {**part, "provenance": _absolute(Provenance.from_dict(part["provenance"]), folder).to_dict()} for part in provenance.parts
-    )
-    location = provenance.location
-    if provenance.source == "local":
-        location = os.path.abspath(folder / location)
-    return replace(provenance, location=location, parts=parts)
-
-
-def expert_from_dict(entry: Mapping[str, Any], folder: Path | None = None, *, lazy: bool = False) -> Expert:
-    """The expert of a `pool.json` entry.
-
-    Args:
-        entry: as `expert_to_dict` writes it.
-        folder: where relative local locations count from.
-        lazy: read and verify the weights when first needed instead of now.
+def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a TOML or YAML spec.
 
     Raises:
-        InputError: keys that are missing or of the wrong kind.
-        IntegrityError: the weight file, or the expert built from it, is not what was pinned.
+        InputError: missing, or not readable.
     """
-    if not isinstance(entry, Mapping) or (missing := [k for k in _EXPERT_KEYS if k not in entry and k != "digest"]):
-        raise InputError(
-            "An expert's entry is incomplete",
-            expected=f"an object with {list(_EXPERT_KEYS)}",
-            received=f"without {missing}" if isinstance(entry, Mapping) else type(entry).__name__,
-            remedy="write pools with `rsrouter wrap` or ExpertPool.save",
-        )
-    provenance = _absolute(Provenance.from_dict(entry["provenance"]), Path(os.path.abspath(folder or Path())))
-    expert = make_expert(provenance, entry)
-    if not lazy:
-        pinned = entry.get("digest")
-        if pinned is not None and expert.digest != pinned:
-            raise IntegrityError(
-                f"Expert {expert.name!r} is not the one that was saved",
-                expected=f"digest {pinned}",
-                received=f"digest {expert.digest}",
-                remedy="its entry was edited, or this version builds the architecture differently: wrap it anew",
-            )
-    return expert
-
-
-def pool_to_dict(pool: ExpertPool, folder: Path | None = None) -> dict[str, Any]:
-    """JSON-ready content of `pool.json`."""
-    return {"schema_version": SCHEMA_VERSION, "experts": [expert_to_dict(e, folder) for e in pool]}
-
-
-def pool_from_dict(content: Mapping[str, Any], folder: Path | None = None, *, lazy: bool = False) -> ExpertPool:
-    """The pool of a `pool.json`; arguments and errors as in `expert_from_dict`."""
-    if not isinstance(content, Mapping) or not isinstance(content.get("experts"), list):
-        raise InputError(
-            "This is not a pool",
-            expected="an object with schema_version and experts",
-            received=type(content).__name__,
-            remedy="write pools with `rsrouter wrap` or ExpertPool.save",
-        )
-    version = content.get("schema_version")
-    if version != SCHEMA_VERSION:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        raise InputError(
-            "The pool has another schema",
-            expected=f"schema_version {SCHEMA_VERSION}",
-            received=repr(version),
-            remedy="upgrade rsrouter" if newer else "wrap the pool anew",
-        )
-    if unknown := sorted(content.keys() - {"schema_version", "experts", "rsrouter_version", "description"}):
-        warnings.warn(f"pool: unknown keys {unknown} are ignored; they may need a newer rsrouter", stacklevel=3)
-    return ExpertPool(expert_from_dict(entry, folder, lazy=lazy) for entry in content["experts"])
-
-
-def pool_path(path: str | os.PathLike[str]) -> Path:
-    """`path` itself if it names a `.json` file, else `pool.json` in that folder."""
-    file = Path(path).expanduser()
-    return file if file.suffix == ".json" else file / "pool.json"
-
-
-def save_pool(pool: ExpertPool, path: str | os.PathLike[str]) -> Path:
-    """Writes `pool.json` in one step (a crash leaves the old file); returns its path."""
-    file = Path(os.path.abspath(pool_path(path)))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(pool_to_dict(pool, file.parent), indent=2, allow_nan=False) + "\n"
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
-    return file
-
-
-def load_pool(path: str | os.PathLike[str], *, lazy: bool = False) -> ExpertPool:
-    """The pool of a `pool.json` (or of the folder that holds one), or of a spec file (`.toml`, `.yaml`).
-
-    Raises:
-        InputError: no such file, or not a pool.
-        IntegrityError, CheckpointError, HubError: an expert that cannot be had as pinned.
-    """
-    given = Path(path).expanduser()
-    if given.suffix in {".toml", ".yaml", ".yml"}:
-        from rsrouter.experts.wrap import wrap
-
-        return wrap(given).pool
-    file = pool_path(given)
+    file = Path(path)
+    data = read_bytes(file, "The spec", remedy="check the path")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            "No pool there",
-            expected="a pool.json, a folder with one, or a spec file",
-            received=str(file),
-            remedy="write it with `rsrouter wrap` or ExpertPool.save",
-        ) from error
-    except ValueError as error:
-        raise InputError(
-            "The pool file is not JSON",
-            expected="a JSON object",
-            received=f"{file}: {error}",
-            remedy="write pools with `rsrouter wrap` or ExpertPool.save",
-        ) from error
-    return pool_from_dict(content, Path(os.path.abspath(file.parent)), lazy=lazy)
+        text = data.decode()
+        if file.suffix in {".yaml", ".yml"}:
+            import yaml  # type: ignore[import-untyped]  # comes with huggingface_hub
 
-
-def provenance_from_dict(content: Mapping[str, Any]) -> Provenance:
-    """`Provenance` from JSON; unknown keys warn, missing ones are an InputError."""
-    names = {f.name for f in fields(Provenance)}
-    if not isinstance(content, Mapping) or (
-        missing := sorted({"source", "location", "revision", "filename", "sha256", "loader", "architecture"} - content.keys())
-    ):
+            content = yaml.safe_load(text)
+        else:
+            content = tomllib.loads(text)
+    except Exception as error:  # YAML readers raise what they like
+        if isinstance(error, ImportError):
+            raise InputError(
+                "YAML is not readable here", expected="a .toml file", received=file.name, remedy="pip install pyyaml"
+            ) from error
         raise InputError(
-            "A provenance is incomplete",
-            expected=f"an object with {sorted(names)}",
-            received=f"without {missing}" if isinstance(content, Mapping) else type(content).__name__,
-            remedy="write pools with `rsrouter wrap` or ExpertPool.save",
+            f"{file.name} does not parse",
+            expected="TOML or YAML",
+            received=(str(error) or type(error).__name__).splitlines()[0],
+            remedy="see the example in rsrouter.experts.spec",
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{file.name} is not a spec",
+            expected="[[expert]] tables",
+            received=type(content).__name__,
+            remedy="see the example in rsrouter.experts.spec",
         )
-    if unknown := sorted(content.keys() - names):
-        warnings.warn(f"provenance: unknown keys {unknown} are ignored; they may need a newer rsrouter", stacklevel=4)
-    values = {k: v for k, v in content.items() if k in names}
-    return Provenance(**{**values, "parts": tuple(values.get("parts") or ())})
+    return content
+
+
+def experts_of_spec(spec: Spec, *, folder: str | os.PathLike[str] | None = None, hub: Hub | None = None) -> list[Expert]:
+    """The pinned experts of a spec; revisions become commit hashes, files are hashed, and nothing is guessed.
+
+    Args:
+        spec: path of a spec, its content, or the list of its experts.
+        folder: where relative paths count from; default the spec's folder, else the working directory.
+        hub: how the Hub is read (token, cache, offline).
+
+    Raises:
+        InputError: unknown keys, or something that decides the votes is missing.
+        CheckpointError, HubError, IntegrityError: as `load_expert`.
+    """
+    if isinstance(spec, str | os.PathLike):
+        base = Path(folder or Path(spec).parent)
+        content: Mapping[str, Any] = read_spec(spec)
+    else:
+        base = Path(folder or ".")
+        content = spec if isinstance(spec, Mapping) else {"expert": list(spec)}
+    if unknown := sorted(set(map(str, content)) - {"expert", "experts", "defaults"}):
+        raise InputError(
+            "Unknown tables in the spec", expected="expert, defaults", received=str(unknown), remedy="check the spelling"
+        )
+    entries = content.get("expert") or content.get("experts")
+    defaults = content.get("defaults") or {}
+    if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries) or not isinstance(defaults, Mapping):
+        raise InputError(
+            "The spec names no experts",
+            expected="one [[expert]] table for each",
+            received=str(sorted(content)),
+            remedy="see the example in rsrouter.experts.spec",
+        )
+    return [expert for entry in entries for expert in _experts(entry, defaults, base, hub or Hub())]
+
+
+def _experts(entry: Mapping[str, Any], defaults: Mapping[str, Any], base: Path, hub: Hub) -> list[Expert]:
+    kind = entry.get("kind", "plain")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(
+            "Unknown kind of expert", expected=f"one of {list(KINDS)}", received=repr(kind), remedy="check the spelling"
+        )
+    if unknown := sorted(set(map(str, entry)) - _KEYS[kind]):
+        raise InputError(
+            f"Unknown keys of a {kind} expert",
+            expected=f"some of {sorted(_KEYS[kind])}",
+            received=str(unknown),
+            remedy="check the spelling",
+        )
+    sigmas = entry.get("sigma", defaults.get("sigma") if kind == "plain" else None)
+    several = sigmas if isinstance(sigmas, list) else [sigmas]
+    if kind != "plain":
+        several = [check_sigma(s, f"a {kind} expert") for s in several if s is not None]
+    if not several:
+        raise InputError(
+            f"A {kind} expert needs its sigma",
+            expected="sigma = 0.5, or a list",
+            received=repr(sigmas),
+            remedy="give the noise level it is to be used at",
+        )
+    name = entry.get("name")
+    made: list[Expert] = []
+    if kind == "plain":
+        first = _load({**entry, **({} if several == [None] else {"sigma": several[0]})}, defaults, base, hub)
+        made = [first] if len(several) == 1 else at_sigmas(first, several)
+    elif kind == "ensemble":
+        members = [
+            _load({"sigma": several[0], **m, "name": f"member_{i}"}, defaults, base, hub)
+            for i, m in enumerate(_tables(entry, "members"))
+        ]
+        one = ensemble(
+            members,
+            consensus=entry.get("consensus"),
+            chunk=entry.get("chunk", 32),
+            sigma=several[0],
+            name=name or f"ensemble_{several[0]:g}",
+        )
+        made = [one] if len(several) == 1 else at_sigmas(one, several)
+    else:
+        parts = {key: dict(_tables(entry, key)[0]) for key in ("denoiser", "classifier")}
+        network = _denoiser(parts["denoiser"], base, hub)
+        classifier = _load({"sigma": several[0], **parts["classifier"], "name": "classifier"}, defaults, base, hub)
+        diffusion = make_diffusion(entry["diffusion"]) if "diffusion" in entry else None
+        made = [
+            denoised(
+                network,
+                classifier,
+                sigma=check_sigma(s, "a denoised expert"),
+                diffusion=diffusion,
+                input_shape=entry.get("input_shape"),
+                name=f"{name or 'denoised'}_{s:g}" if name is None or len(several) > 1 else name,
+            )
+            for s in several
+        ]
+    return made
+
+
+def _tables(entry: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    value = entry.get(key)
+    tables = [t for t in (value if isinstance(value, list) else [value]) if isinstance(t, Mapping)]
+    if not tables or (isinstance(value, list) and len(tables) != len(value)):
+        raise InputError(
+            f"A {entry.get('kind')} expert needs {key}",
+            expected=f"{key} = {{ source = ... }}",
+            received=repr(value),
+            remedy="see the example in rsrouter.experts.spec",
+        )
+    return tables
+
+
+def _source(entry: Mapping[str, Any], base: Path) -> str:
+    source = entry.get("source")
+    for key in ("filename", "revision", "cache_dir"):
+        if not isinstance(entry.get(key), str | None):
+            raise InputError(
+                f"An expert's {key} is not usable", expected="text", received=repr(entry[key]), remedy="write it in quotes"
+            )
+    if not isinstance(source, str) or not source:
+        raise InputError(
+            "An expert has no source",
+            expected="source = a path or hf-hub:org/name@revision",
+            received=repr(source),
+            remedy="say where its weights are",
+        )
+    return source if is_hub_reference(source) else str(base / expanded(source))
+
+
+def _load(entry: Mapping[str, Any], defaults: Mapping[str, Any], base: Path, hub: Hub) -> Expert:
+    settings = dict(defaults)
+    if {"mean", "std", "normalisation"} & entry.keys():
+        for key in ("mean", "std", "normalisation"):
+            settings.pop(key, None)
+    settings.update({k: v for k, v in entry.items() if k not in {"kind", "source"}})
+    if unknown := sorted(set(map(str, settings)) - _KEYS["plain"]):
+        raise InputError(
+            "Unknown keys of an expert",
+            expected=f"some of {sorted(_KEYS['plain'])}",
+            received=str(unknown),
+            remedy="check the spelling",
+        )
+    return load_expert(_source(entry, base), **_hub(hub, settings))
+
+
+def _denoiser(entry: dict[str, Any], base: Path, hub: Hub) -> Denoiser:
+    allowed = {*_FETCH, "architecture", "kwargs", "licence"}
+    if (unknown := sorted(set(map(str, entry)) - allowed)) or "architecture" not in entry:
+        raise InputError(
+            "The denoiser's table does not fit",
+            expected=f"architecture, and some of {sorted(allowed)}",
+            received=str(unknown or sorted(entry)),
+            remedy="architecture = 'dncnn', 'small_unet' or one you registered",
+        )
+    source = _source(entry, base)
+    return load_denoiser(source, **_hub(hub, {k: v for k, v in entry.items() if k != "source"}))
+
+
+def _hub(hub: Hub, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with how the Hub is read where they do not say it."""
+    told = {"token": hub.token, "cache_dir": hub.cache_dir, "local_files_only": hub.local_files_only}
+    return {**{key: value for key, value in told.items() if value}, **settings}

@@ -1,61 +1,18 @@
-"""From a small spec to a pinned pool: `rsrouter wrap`.
-
-A spec is TOML (or YAML) with one `[[expert]]` per expert; what several share stands under `[defaults]`:
-
-    [defaults]
-    architecture = "cifar_resnet110"
-    normalisation = "cifar10"              # or mean = [...] and std = [...]; "none" for models that take raw pixels
-
-    [[expert]]
-    source = "models/noise_0.25/checkpoint.pth.tar"     # relative to the spec
-    sigma = 0.25
-
-    [[expert]]
-    source = "hf-hub:org/smoothed-resnet@v1"             # pinned to the commit the tag means now
-    sigma = [0.5, 1.0]                                   # one model, an expert at each
-
-    [[expert]]
-    kind = "ensemble"
-    consensus = 2
-    sigma = 0.5
-    members = [{ source = "a.pth" }, { source = "b.pth" }, { source = "c.pth" }]
-
-    [[expert]]
-    kind = "denoised"
-    sigma = 0.5
-    denoiser = { source = "unet.safetensors", architecture = "small_unet" }
-    classifier = { source = "clean.safetensors" }
-    diffusion = { schedule = "linear" }                  # leave out for a DnCNN-like denoiser
-"""
+"""From checkpoints to a pinned pool: `rsrouter wrap`. Spec files are read by `rsrouter.experts.spec`."""
 
 from __future__ import annotations
 
 import os
-import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rsrouter.core.errors import InputError
-from rsrouter.experts.denoising import Diffusion, at_sigmas, denoised, load_denoiser
-from rsrouter.experts.ensembles import ensemble
-from rsrouter.experts.expert import Expert
-from rsrouter.experts.loaders import _SETTINGS, load_expert
 from rsrouter.experts.noisy_accuracy import NoisyCheck, check_expert
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.hub import is_hub_reference
-
-KINDS = ("plain", "ensemble", "denoised")
-_FETCH = ("source", "filename", "revision", "cache_dir", "local_files_only")  # a token does not belong in a file
-_KEYS = {
-    "plain": {*_FETCH, *_SETTINGS, "kind"},
-    "ensemble": {"kind", "name", "sigma", "consensus", "chunk", "members"},
-    "denoised": {"kind", "name", "sigma", "denoiser", "classifier", "diffusion", "input_shape"},
-}
+from rsrouter.experts.probe import take_probe
+from rsrouter.experts.spec import Spec, experts_of_spec
+from rsrouter.hub import Hub
 
 
 @dataclass(frozen=True)
@@ -76,54 +33,14 @@ class Wrapped:
         return tuple(c.warning for c in self.checks if c.warning)
 
 
-def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a TOML or YAML spec.
-
-    Raises:
-        InputError: missing, or not readable.
-    """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            "The spec cannot be read", expected="a .toml or .yaml file", received=str(file), remedy="check the path"
-        ) from error
-    try:
-        if file.suffix in {".yaml", ".yml"}:
-            import yaml  # type: ignore[import-untyped]  # comes with huggingface_hub
-
-            content = yaml.safe_load(text)
-        else:
-            content = tomllib.loads(text)
-    except Exception as error:
-        if isinstance(error, ImportError):
-            raise InputError(
-                "YAML is not readable here", expected="a .toml file", received=file.name, remedy="pip install pyyaml"
-            ) from error
-        raise InputError(
-            f"{file.name} does not parse",
-            expected="TOML or YAML",
-            received=str(error).splitlines()[0],
-            remedy="see the example in rsrouter.experts.wrap",
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{file.name} is not a spec",
-            expected="[[expert]] tables",
-            received=type(content).__name__,
-            remedy="see the example in rsrouter.experts.wrap",
-        )
-    return content
-
-
 def wrap(
-    spec: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    spec: Spec,
     *,
     images: Tensor | None = None,
     labels: Tensor | None = None,
     folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    hub: Hub | None = None,
 ) -> Wrapped:
     """A pinned pool from a spec; revisions become commit hashes, files are hashed, and nothing is guessed.
 
@@ -133,155 +50,15 @@ def wrap(
             them, and a wrong normalisation is reported.
         folder: where relative paths count from; default the spec's folder, else the working directory.
         seed: of the noise in that check.
+        hub: how the Hub is read (token, cache, offline).
 
     Raises:
         InputError: unknown keys, or something that decides the votes is missing.
         CheckpointError, HubError, IntegrityError: as `load_expert`.
     """
-    if isinstance(spec, str | os.PathLike):
-        base = Path(folder or Path(spec).parent)
-        content: Mapping[str, Any] = read_spec(spec)
-    else:
-        base = Path(folder or ".")
-        content = spec if isinstance(spec, Mapping) else {"expert": list(spec)}
-    if unknown := sorted(content.keys() - {"expert", "experts", "defaults"}):
-        raise InputError(
-            "Unknown tables in the spec", expected="expert, defaults", received=str(unknown), remedy="check the spelling"
-        )
-    entries = content.get("expert") or content.get("experts")
-    defaults = content.get("defaults") or {}
-    if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries) or not isinstance(defaults, Mapping):
-        raise InputError(
-            "The spec names no experts",
-            expected="one [[expert]] table for each",
-            received=str(sorted(content)),
-            remedy="see the example in rsrouter.experts.wrap",
-        )
-    experts = [expert for entry in entries for expert in _experts(entry, defaults, base)]
-    pool = ExpertPool(experts)
+    pool = ExpertPool(experts_of_spec(spec, folder=folder, hub=hub))
+    for expert in pool:
+        expert.probe = expert.probe or take_probe(expert.network(), expert.input_shape, f"expert {expert.name!r}")
     if images is None or labels is None:
         return Wrapped(pool)
     return Wrapped(pool, tuple(check_expert(e, images, torch.as_tensor(labels), seed=seed) for e in pool))
-
-
-def _experts(entry: Mapping[str, Any], defaults: Mapping[str, Any], base: Path) -> list[Expert]:
-    kind = entry.get("kind", "plain")
-    if kind not in KINDS:
-        raise InputError(
-            "Unknown kind of expert", expected=f"one of {list(KINDS)}", received=repr(kind), remedy="check the spelling"
-        )
-    if unknown := sorted(entry.keys() - _KEYS[kind]):
-        raise InputError(
-            f"Unknown keys of a {kind} expert",
-            expected=f"some of {sorted(_KEYS[kind])}",
-            received=str(unknown),
-            remedy="check the spelling",
-        )
-    sigmas = entry.get("sigma", defaults.get("sigma") if kind == "plain" else None)
-    several = sigmas if isinstance(sigmas, list) else [sigmas]
-    if not several or (several == [None] and kind != "plain"):
-        raise InputError(
-            f"A {kind} expert needs its sigma",
-            expected="sigma = 0.5, or a list",
-            received=repr(sigmas),
-            remedy="give the noise level it is to be used at",
-        )
-    name = entry.get("name")
-    made: list[Expert] = []
-    if kind == "plain":
-        first = _load({**entry, **({} if several == [None] else {"sigma": several[0]})}, defaults, base)
-        made = [first] if len(several) == 1 else at_sigmas(first, several)
-    elif kind == "ensemble":
-        members = [
-            _load({"sigma": several[0], **m, "name": f"member_{i}"}, defaults, base)
-            for i, m in enumerate(_tables(entry, "members"))
-        ]
-        one = ensemble(
-            members,
-            consensus=entry.get("consensus"),
-            chunk=entry.get("chunk", 32),
-            sigma=several[0],
-            name=name or f"ensemble_{several[0]:g}",
-        )
-        made = [one] if len(several) == 1 else at_sigmas(one, several)
-    else:
-        parts = {key: dict(_tables(entry, key)[0]) for key in ("denoiser", "classifier")}
-        network = _denoiser(parts["denoiser"], base)
-        classifier = _load({"sigma": several[0], **parts["classifier"], "name": "classifier"}, defaults, base)
-        diffusion = None
-        if "diffusion" in entry:
-            try:
-                diffusion = Diffusion(**entry["diffusion"])
-            except TypeError as error:
-                raise InputError(
-                    "Unknown diffusion settings",
-                    expected="schedule, steps, beta_start, beta_end, prediction",
-                    received=str(entry["diffusion"]),
-                    remedy=str(error),
-                ) from error
-        made = [
-            denoised(
-                network,
-                classifier,
-                sigma=s,
-                diffusion=diffusion,
-                input_shape=entry.get("input_shape"),
-                name=f"{name or 'denoised'}_{s:g}" if name is None or len(several) > 1 else name,
-            )
-            for s in several
-        ]
-    return made
-
-
-def _tables(entry: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    value = entry.get(key)
-    tables = [t for t in (value if isinstance(value, list) else [value]) if isinstance(t, Mapping)]
-    if not tables or (isinstance(value, list) and len(tables) != len(value)):
-        raise InputError(
-            f"A {entry.get('kind')} expert needs {key}",
-            expected=f"{key} = {{ source = ... }}",
-            received=repr(value),
-            remedy="see the example in rsrouter.experts.wrap",
-        )
-    return tables
-
-
-def _source(entry: Mapping[str, Any], base: Path) -> str:
-    source = entry.get("source")
-    if not isinstance(source, str) or not source:
-        raise InputError(
-            "An expert has no source",
-            expected="source = a path or hf-hub:org/name@revision",
-            received=repr(source),
-            remedy="say where its weights are",
-        )
-    return source if is_hub_reference(source) else str(base / Path(source).expanduser())
-
-
-def _load(entry: Mapping[str, Any], defaults: Mapping[str, Any], base: Path) -> Expert:
-    settings = dict(defaults)
-    if {"mean", "std", "normalisation"} & entry.keys():
-        for key in ("mean", "std", "normalisation"):
-            settings.pop(key, None)
-    settings.update({k: v for k, v in entry.items() if k not in {"kind", "source"}})
-    if unknown := sorted(settings.keys() - _KEYS["plain"]):
-        raise InputError(
-            "Unknown keys of an expert",
-            expected=f"some of {sorted(_KEYS['plain'])}",
-            received=str(unknown),
-            remedy="check the spelling",
-        )
-    return load_expert(_source(entry, base), **settings)
-
-
-def _denoiser(entry: dict[str, Any], base: Path) -> Any:
-    allowed = {*_FETCH, "architecture", "kwargs", "licence"}
-    if (unknown := sorted(entry.keys() - allowed)) or "architecture" not in entry:
-        raise InputError(
-            "The denoiser's table does not fit",
-            expected=f"architecture, and some of {sorted(allowed)}",
-            received=str(unknown or sorted(entry)),
-            remedy="architecture = 'dncnn', 'small_unet' or one you registered",
-        )
-    source = _source(entry, base)
-    return load_denoiser(source, **{k: v for k, v in entry.items() if k != "source"})

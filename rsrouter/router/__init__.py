@@ -2,10 +2,7 @@
 
 from typing import Any
 
-from torch import nn
-
 from rsrouter.core.errors import CheckpointError
-from rsrouter.experts.describe import build_module
 from rsrouter.experts.registry import register_architecture
 from rsrouter.router.base import Routed, Router, single_tree
 from rsrouter.router.cascade import CascadeRouter
@@ -14,15 +11,8 @@ from rsrouter.router.deferral import DeferralRouter
 from rsrouter.router.flat import FlatRouter
 from rsrouter.router.trunk import HeadedTrunk, MLPHead, ResidualHead, Trunk
 
-
-def _torch_layers(num_classes: int, description: dict[str, Any]) -> nn.Module:
-    """A stack of torch.nn layers written down by `describe_module`; its width is part of the description."""
-    return build_module(description)
-
-
 register_architecture("mlp_head", MLPHead)
 register_architecture("residual_head", ResidualHead)
-register_architecture("torch_layers", _torch_layers)
 
 ROUTERS: dict[str, type[FlatRouter] | type[CascadeRouter] | type[DeferralRouter]] = {
     r.kind: r for r in (FlatRouter, CascadeRouter, DeferralRouter)

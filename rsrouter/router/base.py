@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,8 +18,8 @@ from rsrouter.core.plans import AdaptivePlan, Plan
 from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Stage, Tree, expert_stage
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.identity import module_digest
 from rsrouter.experts.pool import ExpertPool
+from rsrouter.experts.structure import digest_of, tensors_digest
 from rsrouter.sampling.engine import VoteModel
 from rsrouter.sampling.execution import Execution
 
@@ -135,7 +136,7 @@ class Router(ABC):
     @property
     def digest(self) -> str:
         """sha256 of the configuration and the weights."""
-        return hashlib.sha256((repr(sorted(self.to_config().items())) + module_digest(self.modules)).encode()).hexdigest()
+        return digest_of([self.to_config(), tensors_digest(self.modules)])
 
 
 def stage_of(expert: Expert, network: str = "") -> Stage:
@@ -145,7 +146,14 @@ def stage_of(expert: Expert, network: str = "") -> Stage:
 
 def vote_model(expert: Expert) -> VoteModel:
     """The expert as a network of its own."""
-    return VoteModel(expert.name, expert.network(), expert.sigma, (expert.name,), (expert.num_classes,), expert.digest)
+    return VoteModel(
+        expert.name, expert.network(), expert.sigma, (expert.name,), (expert.num_classes,), vote_digest([expert], expert.sigma)
+    )
+
+
+def vote_digest(experts: Sequence[Expert], sigma: float, **more: Any) -> str:
+    """sha256 of what casts a vote: the experts that look at the image and what else decides, by value and not by name."""
+    return digest_of({"experts": [e.network_digest for e in experts], "sigma": float(sigma), **more})
 
 
 def single_tree(expert: Expert) -> Routed:

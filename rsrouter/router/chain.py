@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from rsrouter.core.errors import InputError
 from rsrouter.core.tree import Stage, cascade_tree, expert_stage
 from rsrouter.experts.expert import Expert, check_sigma
-from rsrouter.experts.identity import module_digest
+from rsrouter.experts.identity import unique_digest
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.router.base import Routed, vote_model
+from rsrouter.router.base import Routed, vote_digest, vote_model
 from rsrouter.router.trunk import HeadedTrunk
 from rsrouter.sampling.engine import VoteModel
 
@@ -172,18 +171,11 @@ def _network(
     if list(wanted) == [None] and sigma == expert.sigma:
         return vote_model(expert)
     used = list(dict.fromkeys(h for h in wanted if h is not None))
-    parts = [
-        expert.digest,
-        *(o.digest for o in others),
-        *(module_digest(heads[h], h) for h in used),
-        repr(sigma),
-        repr(list(wanted)),
-        *([] if grid == 1 else [f"grid {grid}"]),
-    ]
     if not used:
         module: nn.Module = _Votes(expert.network(), [0] * len(wanted), single=True)
     else:
         picks = [0 if h is None else 1 + used.index(h) for h in wanted]
         module = _Votes(HeadedTrunk(expert, [heads[h] for h in used], others=others, grid=grid), picks, single=False)
-    classes = expert.num_classes
-    return VoteModel(network, module, sigma, tuple(titles), (classes,) * len(titles), sha256("".join(parts).encode()).hexdigest())
+    told = {"heads": [unique_digest(heads[h]) for h in used], "picks": [-1 if h is None else used.index(h) for h in wanted]}
+    digest = vote_digest([expert, *others], sigma, grid=grid, **told)
+    return VoteModel(network, module, sigma, tuple(titles), (expert.num_classes,) * len(titles), digest)

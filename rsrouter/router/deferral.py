@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from rsrouter.core.errors import InputError
-from rsrouter.experts.describe import build_module, describe_module
+from rsrouter.experts.describe import build_described, describe_module
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.base import Routed, Router
 from rsrouter.router.chain import Voter, bind_chain, check_thresholds
@@ -72,4 +72,4 @@ class DeferralRouter(Router):
     def from_config(cls, config: dict[str, Any]) -> DeferralRouter:
         """The router `to_config` described, heads freshly initialised."""
         voters = [Voter(v["expert"], v["sigma"], v["head"], tuple(v["others"]), v.get("grid", 1)) for v in config["voters"]]
-        return cls(voters, config["thresholds"], {name: build_module(d) for name, d in config["heads"].items()})
+        return cls(voters, config["thresholds"], {name: build_described(d) for name, d in config["heads"].items()})

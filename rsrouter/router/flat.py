@@ -9,11 +9,11 @@ from torch import nn
 
 from rsrouter.core.errors import InputError
 from rsrouter.core.tree import flat_tree
-from rsrouter.experts.describe import build_module, describe_module
+from rsrouter.experts.describe import build_described, describe_module
 from rsrouter.experts.expert import check_sigma
-from rsrouter.experts.identity import module_digest
+from rsrouter.experts.identity import unique_digest
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.router.base import Routed, Router, check_stage_name, stage_of, vote_model
+from rsrouter.router.base import Routed, Router, check_stage_name, stage_of, vote_digest, vote_model
 from rsrouter.router.trunk import HeadedTrunk
 from rsrouter.sampling.engine import VoteModel
 
@@ -76,15 +76,18 @@ class FlatRouter(Router):
         shared = self.trunk is not None and pool[self.trunk].sigma == self.sigma and self.trunk in names
         stages = [stage_of(pool[n], STAGE if shared and n == self.trunk else "") for n in names]
         models = []
-        own = module_digest(self.module, self.sigma, names, self.trunk)
+        own = unique_digest(self.module)
         if self.trunk is None:
-            models.append(VoteModel(STAGE, self.module, self.sigma, (STAGE,), (len(names),), own))
+            models.append(
+                VoteModel(STAGE, self.module, self.sigma, (STAGE,), (len(names),), vote_digest([], self.sigma, head=own))
+            )
         else:
             trunk = pool[self.trunk]
             headed = HeadedTrunk(trunk, [self.module], with_expert=shared)
             voters = (self.trunk, STAGE) if shared else (STAGE,)
             widths = (pool.num_classes, len(names)) if shared else (len(names),)
-            models.append(VoteModel(STAGE, headed, self.sigma, voters, widths, trunk.digest + own))
+            digest = vote_digest([trunk], self.sigma, head=own, shared=shared)
+            models.append(VoteModel(STAGE, headed, self.sigma, voters, widths, digest))
         models += [vote_model(pool[n]) for n in names if not (shared and n == self.trunk)]
         return Routed(flat_tree(STAGE, self.sigma, stages), tuple(models))
 
@@ -100,4 +103,4 @@ class FlatRouter(Router):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FlatRouter:
         """The router `to_config` described, with fresh weights."""
-        return cls(build_module(config["module"]), sigma=config["sigma"], experts=config["experts"], trunk=config["trunk"])
+        return cls(build_described(config["module"]), sigma=config["sigma"], experts=config["experts"], trunk=config["trunk"])

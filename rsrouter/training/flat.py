@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
 from rsrouter.core.tree import expert_stage, flat_tree
-from rsrouter.experts.identity import module_digest
+from rsrouter.experts.identity import unique_digest
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.process import usual_settings
 from rsrouter.router.flat import STAGE, FlatRouter
@@ -321,7 +321,7 @@ def train_flat(
         else torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=steps * recipe.epochs)
     )
     history: list[dict[str, Any]] = []
-    name = unit_key("flat", module_digest(module), router.sigma, router.trunk, names, recipe, seed, tuple(radii))
+    name = unit_key("flat", unique_digest(module), router.sigma, router.trunk, names, recipe, seed, tuple(radii))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # what a module of one's own draws, such as dropout
         state = store.get(name)

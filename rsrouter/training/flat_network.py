@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rsrouter.core.errors import CheckpointError, InputError
-from rsrouter.experts.describe import build_module, describe_module
+from rsrouter.experts.describe import build_described, describe_module
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.experts.registry import build_architecture
 from rsrouter.router.flat import FlatRouter
@@ -56,7 +56,7 @@ def _whole_network(pool: ExpertPool) -> nn.Module:
         except CheckpointError:
             continue
         if described is not None:
-            return build_module(described)
+            return build_described(described)
     raise InputError(
         "No network can be made for the router",
         expected="an expert of a registered architecture",
@@ -84,7 +84,7 @@ def adapt_flat(old: FlatRouter, old_pool: ExpertPool, pool: ExpertPool, seed: in
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = build_module(description)
+        module = build_described(description)
     state, rows = old.module.state_dict(), [(after.index(n), before.index(n)) for n in after if n in before]
     fresh = module.state_dict()
     for name, new in fresh.items():

@@ -14,8 +14,8 @@ from torch import nn
 
 from rsrouter.core.errors import CheckpointError, InputError
 from rsrouter.experts import Expert, build_architecture, load_expert, register_architecture
-from rsrouter.experts.checkpoints import nearest_architecture
 from rsrouter.experts.denoisers import DnCNN
+from rsrouter.experts.fitting import nearest_architecture
 
 CIFAR = {"sigma": 0.25, "normalisation": "cifar10"}
 
@@ -232,7 +232,7 @@ def test_nearest_architecture_of_something_else() -> None:
     [
         ({"epoch": 3}, "no state dict"),
         ([1, 2], "no state dict"),
-        ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "told apart"),
+        ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "does not fit"),
         (torch.ones(3), "no state dict"),
         ({}, "no state dict"),
     ],
@@ -240,7 +240,7 @@ def test_nearest_architecture_of_something_else() -> None:
 def test_unknown_containers(tmp_path: Path, content: object, match: str) -> None:
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=match):
-        load_expert(tmp_path / "model.pt", architecture="cifar_resnet20", **CIFAR)
+        load_expert(tmp_path / "model.pt", architecture="cifar_resnet20", num_classes=10, **CIFAR)
 
 
 def test_weights_that_diverged(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_ensemble_pool_round_trip(members: list[Expert], x: Tensor, tmp_path: Pa
     assert [p["provenance"]["location"] for p in entry["provenance"]["parts"]] == ["."] * 4
     entry["provenance"]["parts"][1]["mean"] = [0.9]
     (tmp_path / "pool.json").write_text(json.dumps(content))
-    with pytest.raises(IntegrityError, match="composite"):
+    with pytest.raises(IntegrityError, match="digest"):
         ExpertPool.load(tmp_path)
 
 

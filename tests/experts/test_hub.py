@@ -14,7 +14,7 @@ from safetensors.torch import save
 from rsrouter.core.errors import CheckpointError, HubError, InputError, IntegrityError
 from rsrouter.experts import ExpertPool, load_expert
 from rsrouter.experts.cifar_resnet import CifarResNet
-from rsrouter.hub import Hub, fetch, parse_reference, snapshot
+from rsrouter.hub import Hub, parse_reference, snapshot
 
 SETTINGS = {
     "architecture": "cifar_resnet20",
@@ -212,7 +212,7 @@ def test_cache_damaged_afterwards(hub: HubServer, tmp_path: Path) -> None:
     expert = load_expert("hf-hub:org/expert")
     ExpertPool([expert]).save(tmp_path)
     assert expert.provenance is not None
-    path = fetch("org/expert", "model.safetensors", str(expert.provenance.revision))
+    path = Hub().fetch_pinned("org/expert", "model.safetensors", expert.provenance.revision)
     del expert
     blob = Path(os.path.realpath(path))
     data = bytearray(blob.read_bytes())
@@ -244,4 +244,4 @@ def test_snapshot_and_references(hub: HubServer) -> None:
     assert Hub().files(Hub().reference("org/expert@v1")) == ["config.json", "model.safetensors"]
     assert parse_reference("hf-hub:a/b@c") == ("a/b", "c")
     with pytest.raises(HubError, match="40 hex"):
-        fetch("org/expert", "config.json", "main")
+        Hub().fetch_pinned("org/expert", "config.json", "main")

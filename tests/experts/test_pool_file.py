@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
 from rsrouter.experts import Expert, ExpertPool, Provenance, load_expert
+from rsrouter.experts.entries import expert_to_dict
 from rsrouter.experts.loaders import ASSETS
+from rsrouter.experts.provenance import Part
 from rsrouter.experts.small_resnet import SmallResNet
-from rsrouter.experts.spec import expert_to_dict
 
 
 def write_expert(folder: Path, sigma: float, seed: int = 0, **config: object) -> Path:
@@ -60,7 +61,7 @@ def test_round_trip_and_moved_folder(folder: Path, tmp_path: Path) -> None:
         assert b.provenance is not None
         assert b.provenance.licence == "Apache-2.0"
     content = json.loads((moved / "pool.json").read_text())
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert [e["provenance"]["location"] for e in content["experts"]] == ["e0.25", "e0.5"]
     assert str(tmp_path) not in (moved / "pool.json").read_text()
     assert len(content["experts"][0]["provenance"]["sha256"]) == 64
@@ -98,24 +99,25 @@ def test_same_size_corruption(folder: Path, lazy: bool) -> None:
 @pytest.mark.parametrize(
     ("edit", "error", "match"),
     [
-        (lambda c: c.update(schema_version=2), InputError, "upgrade"),
+        (lambda c: c.update(schema_version=3), InputError, "upgrade"),
         (lambda c: c.pop("schema_version"), InputError, "schema"),
+        (lambda c: c.update(schema_version=1), InputError, "unreleased version"),
         (lambda c: c.update(experts=[]), InputError, "needs experts"),
-        (lambda c: c.update(experts=3), InputError, "not a pool"),
+        (lambda c: c.update(experts=3), InputError, "experts: "),
         (lambda c: c["experts"][0].pop("sigma"), InputError, "sigma"),
         (lambda c: c["experts"][0].update(sigma=64), InputError, "/255"),
         (lambda c: c["experts"][0].update(sigma=0.3), IntegrityError, "digest"),
         (lambda c: c["experts"][0].update(mean=None, std=None), IntegrityError, "digest"),
         (lambda c: c["experts"][0].update(name="e/../1"), InputError, "name"),
         (lambda c: c["experts"][1].update(name=c["experts"][0]["name"]), InputError, "different names"),
-        (lambda c: c["experts"][0].update(num_classes=9), CheckpointError, "num_classes=10"),
+        (lambda c: c["experts"][0].update(num_classes=9), IntegrityError, "digest"),
         (lambda c: c["experts"][0]["provenance"].pop("sha256"), InputError, "sha256"),
         (lambda c: c["experts"][0]["provenance"].update(sha256="0" * 64), IntegrityError, "pinned"),
         (lambda c: c["experts"][0]["provenance"].update(filename="../x.safetensors"), InputError, "outside"),
         (lambda c: c["experts"][0]["provenance"].update(filename="/etc/passwd"), InputError, "outside"),
-        (lambda c: c["experts"][0]["provenance"].update(source="ftp"), InputError, "Unknown source"),
+        (lambda c: c["experts"][0]["provenance"].update(source="ftp"), InputError, "source"),
         (lambda c: c["experts"][0]["provenance"].update(loader="pickle"), InputError, "Unknown loader"),
-        (lambda c: c["experts"][0]["provenance"].update(architecture="os.system"), CheckpointError, "Unknown architecture"),
+        (lambda c: c["experts"][0]["provenance"].update(architecture="os.system"), IntegrityError, "digest"),
         (lambda c: c["experts"][0]["provenance"].update(source="bundled", location="../../x"), InputError, "outside"),
         (lambda c: c["experts"][0]["provenance"].update(source="hub", location="o/n", revision="main"), Exception, "pinned"),
     ],
@@ -181,8 +183,20 @@ def test_bundled_experts_are_found_by_any_reader(tmp_path: Path) -> None:
 
 
 def test_provenance_json_round_trip() -> None:
-    inner = Provenance("local", "a", None, "m.pt", "0" * 64, "checkpoint", "small_resnet").to_dict()
-    outer = Provenance("composite", "", None, "", "1" * 64, "ensemble", "ensemble", {"k": [1]}, "mit", ({"provenance": inner},))
+    inner = Provenance(
+        source="local", location="a", filename="m.pt", sha256="0" * 64, loader="checkpoint", architecture="small_resnet"
+    )
+    part = Part(role="member", num_classes=10, mean=None, std=None, provenance=inner)
+    outer = Provenance(
+        source="composite",
+        location="",
+        filename="",
+        loader="ensemble",
+        architecture="ensemble",
+        kwargs={"k": [1]},
+        licence="mit",
+        parts=(part,),
+    )
     assert Provenance.from_dict(json.loads(json.dumps(outer.to_dict()))) == outer
 
 

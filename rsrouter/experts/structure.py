@@ -1,0 +1,521 @@
+"""Digests of values: the tensors of a module, and everything else that decides what it computes.
+
+`tensors_digest` is over parameters and persistent buffers, by name. `structure_of` is over the rest: the tree of modules,
+their classes, plain attributes, hidden tensors and arrays, hooks, and functions. A function or class of an installed library
+counts by its qualified name; one of a script, a notebook or a package under development by its bytecode, its defaults, the
+values it captured and the global names it reads, so that it may move between files. What cannot be read as a value (an object
+of a C extension, a list that a function shares with others) is named in `Structure.opaque`.
+"""
+
+from __future__ import annotations
+
+import dis
+import enum
+import functools
+import hashlib
+import json
+import logging
+import re
+import sys
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+#: where `build_architecture` keeps how a module was made; no part of what it computes
+ORIGIN = "_rsrouter_architecture"
+_SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...))
+_TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+#: attributes of every nn.Module that decide nothing in evaluation, or are walked on their own
+_INTERNAL = frozenset(vars(nn.Module())) | {ORIGIN}
+_GRAPH_MODULE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) | {"_graph", "_code", "_lineno_map", "meta"}
+_CLASS_NOISE = frozenset(
+    [
+        "__module__",
+        "__doc__",
+        "__dict__",
+        "__weakref__",
+        "__annotations__",
+        "__qualname__",
+        "__firstlineno__",
+        "__static_attributes__",
+        "__parameters__",
+        "__orig_bases__",
+        "__abstractmethods__",
+        "_abc_impl",
+        "__slots__",
+        "__match_args__",
+        "__dataclass_params__",
+        "__annotate_func__",
+        "__annotations_cache__",
+        "__slotnames__",
+        "__dataclass_fields__",
+        "__repr__",
+        "__str__",
+        "__del__",
+        "extra_repr",
+    ]
+)
+#: methods whose bytecode counts, but not the global names they read: they make an object and decide nothing after
+_MAKING = frozenset({"__init__", "__init_subclass__"})
+_DEEPEST = 200
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Everything of a module but its parameters and persistent buffers.
+
+    Attributes:
+        digest: sha256 over what was read.
+        opaque: what could not be read, one sentence each; empty where the digest tells everything.
+    """
+
+    digest: str
+    opaque: tuple[str, ...] = ()
+
+
+def canonical(content: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal values are equal bytes.
+
+    >>> canonical({"b": [1, 2.5], "a": None})
+    b'{"a":null,"b":[1,2.5]}'
+    """
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def digest_of(content: Any) -> str:
+    """Hex sha256 of `canonical` JSON.
+
+    >>> digest_of([1])[:8]
+    '080a9ed4'
+    """
+    return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The values of a dense tensor, row by row.
+
+    Raises:
+        TypeError: a tensor without such values (on the meta device, sparse, quantised, not initialised).
+    """
+    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+    if not plain or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+        kind = "meta" if tensor.is_meta else "quantised" if plain and tensor.is_quantized else type(tensor).__name__
+        raise TypeError(f"a tensor of a kind that cannot be read ({kind})")
+    value = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return value.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _put_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    data = tensor_bytes(tensor)
+    digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+    digest.update(data)
+
+
+def tensors_digest(module: nn.Module) -> str:
+    """sha256 over the parameters and persistent buffers of a module: name, dtype, shape and bytes, sorted by name.
+
+    BatchNorm's `num_batches_tracked`, which old files lack and evaluation does not use, is left out.
+
+    Raises:
+        TypeError: a tensor without readable values.
+
+    >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    >>> tensors_digest(a) == tensors_digest(b)
+    False
+    >>> _ = b.load_state_dict(a.state_dict())
+    >>> tensors_digest(a) == tensors_digest(b)
+    True
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_state(module), key=lambda item: item[0]):
+        _put_tensor(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, child in module.named_modules():
+        before = f"{path}." if path else ""
+        for key, parameter in child._parameters.items():
+            if parameter is not None:
+                yield before + key, parameter
+        for key, buffer in child._buffers.items():
+            if buffer is None or key in child._non_persistent_buffers_set:
+                continue
+            if not (key == "num_batches_tracked" and isinstance(child, _NormBase)):
+                yield before + key, buffer
+
+
+def structure_of(module: nn.Module) -> Structure:
+    """What decides a module's output beside its parameters and persistent buffers.
+
+    >>> structure_of(nn.LeakyReLU(0.1)) == structure_of(nn.LeakyReLU(0.2))
+    False
+    >>> scale = nn.Identity(); scale.generator = torch.Generator()
+    >>> structure_of(scale).opaque[0]
+    'generator is a Generator, which cannot be read as a value'
+    """
+    walk = _Walk(frozenset(map(id, module.modules())))
+    walk.visit(module, "")
+    return Structure(walk.hash.hexdigest(), tuple(dict.fromkeys(walk.opaque)))
+
+
+def is_amended(module: nn.Module) -> bool:
+    """Whether a module has attributes or hooks beyond those that every nn.Module has."""
+    return bool(vars(module).keys() - _INTERNAL) or any(getattr(module, table) for table in _HOOKS)
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    """Whether a module belongs to Python, to an installed distribution, or to this package."""
+    top = module.split(".")[0]
+    if top in sys.builtin_module_names or (top in sys.stdlib_module_names and top != "__main__"):
+        return True
+    if top == "rsrouter":
+        return True
+    file = getattr(sys.modules.get(top), "__file__", None) or getattr(sys.modules.get(module), "__file__", None)
+    return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts)
+
+
+def _lookup(module: str | None, qualname: str) -> object:
+    found: object = sys.modules.get(module or "")
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _library_name(value: Any) -> str | None:
+    """The qualified name under which an installed library gives exactly this object; None if there is none."""
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    if not isinstance(name, str):
+        return None
+    owner = getattr(value, "__objclass__", None)
+    homes = (getattr(value, "__module__", None), getattr(owner, "__module__", None), "torch", "torch.nn.functional", "numpy")
+    for home in homes:
+        for text in (name, name.rpartition(".")[2]):
+            if isinstance(home, str) and _is_installed(home) and _lookup(home, text) is value:
+                # files inside this package may move
+                return f"{'rsrouter' if home.split('.')[0] == 'rsrouter' else home}:{text}"
+    return None
+
+
+class _Walk:
+    """Feeds a hash with values and remembers what it could not read."""
+
+    def __init__(self, registered: frozenset[int]) -> None:
+        self.hash = hashlib.sha256()
+        self._registered = registered  # modules whose tensors have names, and are told by `tensors_digest`
+        self.opaque: list[str] = []
+        self._seen: dict[int, int] = {}
+        self._kept: list[object] = []  # alive, so that no id is used twice
+        self._open: set[int] = set()
+        self._depth = 0
+
+    def put(self, *parts: object) -> None:
+        data = repr(parts).encode()
+        self.hash.update(len(data).to_bytes(8, "little") + data)
+
+    def cannot(self, where: str, what: str) -> None:
+        self.put("opaque")
+        self.opaque.append(f"{where or 'the module'} {what}")
+
+    def _again(self, value: object) -> bool:
+        """Whether an object with an identity was met before; then only where."""
+        if id(value) in self._seen:
+            self.put("again", self._seen[id(value)])
+            return True
+        self._seen[id(value)] = len(self._seen)
+        self._kept.append(value)
+        return False
+
+    @contextmanager
+    def _inside(self, value: object) -> Iterator[bool]:
+        """False inside itself, or too deep."""
+        if id(value) in self._open or self._depth > _DEEPEST:
+            yield False
+            return
+        self._open.add(id(value))
+        self._depth += 1
+        try:
+            yield True
+        finally:
+            self._open.discard(id(value))
+            self._depth -= 1
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    def visit(self, value: Any, where: str) -> None:
+        kind = type(value)
+        if kind in _SCALARS:
+            self.put(kind.__name__, value)
+            return
+        if id(value) in self._seen:
+            self.put("again", self._seen[id(value)])
+            return
+        with self._inside(value) as fresh:
+            if not fresh:
+                self.cannot(where, "holds itself, or is nested too deep")
+            elif isinstance(value, nn.Module):
+                self._module(value, where)
+            elif isinstance(value, Tensor):
+                self._tensor(value, where)
+            elif isinstance(value, np.ndarray | np.generic):
+                self._array(value, where)
+            elif isinstance(value, _TORCH) or kind in (range, slice):
+                self.put(kind.__name__, str(value))
+            elif isinstance(value, enum.Enum):
+                self._class(kind, where)
+                self.put(value.name)
+            elif isinstance(value, type):
+                self._class(value, where)
+            elif isinstance(value, tuple | list | dict | set | frozenset | deque | Mapping) and not self._by_name(value):
+                self._container(value, where)
+            elif isinstance(value, str | int | float | complex | bytes):
+                self._class(kind, where)
+                base: Any = next(base for base in kind.__mro__ if base in _SCALARS)
+                self.put(repr(base(value)))
+            else:
+                self._object(value, where)
+
+    def _by_name(self, value: Any) -> bool:
+        """Settings of other libraries that are read-only views of something else."""
+        return isinstance(value, Mapping) and not isinstance(value, dict | types.MappingProxyType)
+
+    def _tensor(self, value: Tensor, where: str) -> None:
+        try:
+            _put_tensor(self.hash, "tensor", value)
+        except (TypeError, RuntimeError, NotImplementedError, ValueError) as error:
+            self.cannot(where, f"is {error}")
+
+    def _array(self, value: Any, where: str) -> None:
+        if value.dtype.kind not in "fiubcUSmM":
+            self.cannot(where, f"is an array of {value.dtype}, which cannot be read as a value")
+            return
+        self.put("array", value.dtype.str, value.shape)
+        self.hash.update(np.ascontiguousarray(value).tobytes())
+
+    def _container(self, value: Any, where: str) -> None:
+        kind = type(value)
+        if kind not in (tuple, list, dict, set, frozenset, deque, OrderedDict, defaultdict, torch.Size, types.MappingProxyType):
+            self._class(kind, where)
+            self._attributes(getattr(value, "__dict__", {}), where)
+        self.put("items", "dict" if isinstance(value, Mapping) else kind.__name__, len(value))
+        if isinstance(value, Mapping):
+            if isinstance(value, defaultdict):
+                self.visit(value.default_factory, where)
+            for key, item in value.items():
+                self.visit(key, where)
+                self.visit(item, f"{where}[{key!r}]")
+        elif isinstance(value, set | frozenset):
+            self.put(*sorted(self._apart(item, where) for item in value))
+        else:
+            for i, item in enumerate(value):
+                self.visit(item, f"{where}[{i}]")
+
+    def _apart(self, value: object, where: str) -> str:
+        walk = _Walk(self._registered)
+        walk.visit(value, where)
+        self.opaque += walk.opaque
+        return walk.hash.hexdigest()
+
+    def _attributes(self, attributes: Mapping[str, Any], where: str, skip: frozenset[str] = frozenset()) -> None:
+        """Attributes by name, in any order; plain ones at once."""
+        plain: list[tuple[str, str, object]] = []
+        rest = []
+        for key in sorted(attributes):
+            if key in skip:
+                continue
+            value = attributes[key]
+            kind = type(value)
+            if kind in _SCALARS or (kind is tuple and all(type(v) in _SCALARS for v in value)):
+                plain.append((key, kind.__name__, value))
+            else:
+                rest.append((key, value))
+        self.put("attributes", plain, len(rest))
+        for key, value in rest:
+            self.put(key)
+            self.visit(value, f"{where}.{key}" if where else key)
+
+    def _object(self, value: Any, where: str) -> None:
+        name = _library_name(value) if callable(value) else None
+        if name is not None:
+            self.put("named", name)
+        elif isinstance(value, types.FunctionType):
+            self._function(value, where)
+        elif isinstance(value, types.MethodType | types.BuiltinMethodType):
+            self.put("method", value.__name__)
+            self.visit(getattr(value, "__func__", None), where)
+            if not isinstance(value.__self__, types.ModuleType):
+                self.visit(value.__self__, where)
+        elif isinstance(value, functools.partial):
+            self.put("partial")
+            for part in (value.func, value.args, value.keywords):
+                self.visit(part, where)
+        elif isinstance(value, types.ModuleType):
+            self.put("library", value.__name__)
+            if not _is_installed(value.__name__):
+                self.cannot(where, f"is the module {value.__name__!r}, which is no installed library")
+        elif isinstance(value, property):
+            self.put("property")
+            self.visit(value.fget, where)
+        elif isinstance(value, classmethod | staticmethod):
+            self.put(type(value).__name__)
+            self.visit(value.__func__, where)
+        elif isinstance(value, PurePath | logging.Logger):
+            self.put(type(value).__name__, str(value))
+        elif isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and str(value).startswith("aten."):
+            self.put("operator", str(value))
+        elif isinstance(value, re.Pattern):
+            self.put("pattern", value.pattern, value.flags)
+        elif callable(getattr(value, "__wrapped__", None)):  # functools.lru_cache
+            self.put("wrapped")
+            self.visit(value.__wrapped__, where)
+        elif _is_all_attributes(type(value)):
+            if not self._again(value):
+                self._class(type(value), where)
+                slots = [s for base in type(value).__mro__ for s in _slots(base) if hasattr(value, s)]
+                self._attributes({**{s: getattr(value, s) for s in slots}, **getattr(value, "__dict__", {})}, where)
+        else:
+            self.cannot(where, f"is a {type(value).__name__}, which cannot be read as a value")
+
+    # -- modules -------------------------------------------------------------------------------------------------------
+
+    def _module(self, module: nn.Module, where: str) -> None:
+        if self._again(module):
+            return
+        if isinstance(module, torch.jit.ScriptModule):
+            self.cannot(where, "is TorchScript, whose code cannot be read as a value")
+            return
+        graph = isinstance(module, fx.GraphModule)
+        if graph:
+            self.put("graph", module.code)  # the class is made for this one object
+        else:
+            self._class(type(module), where)
+        before = f"{where}." if where else ""
+        hidden = id(module) not in self._registered  # held in a list or dict: its tensors have no names
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                self.put("tensor", key, tensor is None)
+                if tensor is not None and (hidden or key in module._non_persistent_buffers_set):
+                    self._tensor(tensor, before + key)
+        for hooks in _HOOKS:
+            for hook in getattr(module, hooks).values():
+                self.put(hooks)
+                self.visit(hook, f"{before}{hooks}")
+        self._attributes(module.__dict__, where, _INTERNAL | _GRAPH_MODULE if graph else _INTERNAL)
+        self.put("children", len(module._modules))
+        for key, child in module._modules.items():
+            self.put(key)
+            self.visit(child, before + key)
+
+    # -- code ----------------------------------------------------------------------------------------------------------
+
+    def _class(self, kind: type, where: str) -> None:
+        if self._again(kind):
+            return
+        name = _library_name(kind)
+        if name is not None:
+            self.put("class", name)
+            return
+        self.put("class", kind.__qualname__, len(kind.__bases__))
+        if not kind.__flags__ & 1 << 9:  # made in C (Py_TPFLAGS_HEAPTYPE)
+            self.cannot(where, f"is of class {kind.__qualname__}, which no installed library gives under that name")
+            return
+        for base in kind.__bases__:
+            if base is not object:
+                self._class(base, where)
+        content = {k: v for k, v in vars(kind).items() if k not in _CLASS_NOISE and not _is_slot(v)}
+        self._attributes(content, f"class {kind.__qualname__}")
+
+    def _function(self, function: types.FunctionType, where: str) -> None:
+        if self._again(function):
+            return
+        code = function.__code__
+        self.put("function")
+        self._code(code)
+        title = f"{where}: {code.co_name}" if where else code.co_name
+        for defaults in (function.__defaults__, function.__kwdefaults__):
+            self.visit(defaults, title)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                captured = cell.cell_contents
+            except ValueError:
+                self.put("empty")
+                continue
+            self._captured(captured, name, title)
+        if code.co_name not in _MAKING and not _is_installed(str(function.__globals__.get("__name__"))):
+            for name, found in _global_values(code, function.__globals__):
+                self.put("global", name)
+                self._captured(found, name, title)
+
+    def _captured(self, value: Any, name: str, where: str) -> None:
+        if isinstance(value, list | dict | set | deque | bytearray):
+            # not by value: it may change with every call, and others may hold it
+            self.cannot(where, f"reads {name!r}, a {type(value).__name__} that it shares with other code")
+        else:
+            self.visit(value, f"{where} reads {name!r}, which")
+
+    def _code(self, code: types.CodeType) -> None:
+        self.put(code.co_argcount, code.co_kwonlyargcount, code.co_posonlyargcount, code.co_flags, code.co_code)
+        self.put(code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_exceptiontable)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self._code(constant)
+            elif isinstance(constant, frozenset):
+                self.put("frozenset", sorted(map(repr, constant)))
+            else:
+                self.put(type(constant).__name__, constant)
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    hidden = {n: f"_{kind.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names}
+    return tuple(hidden[n] for n in names if n not in ("__dict__", "__weakref__"))
+
+
+def _is_all_attributes(kind: type) -> bool:
+    """Whether objects of a class hold nothing but their attributes: no room for anything that C code keeps in them."""
+    offsets = (kind.__dictoffset__, kind.__weakrefoffset__)
+    slots = sum(len(_slots(base)) for base in kind.__mro__)
+    room = object.__basicsize__ + 8 * (slots + sum(offset > 0 for offset in offsets))
+    return kind.__basicsize__ == room and kind.__itemsize__ == 0
+
+
+def _is_slot(value: object) -> bool:
+    return isinstance(value, types.MemberDescriptorType | types.GetSetDescriptorType)
+
+
+def _global_values(code: types.CodeType, known: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Global names that code reads, with their values; attributes of a module (`helpers.scale`) are followed into it."""
+    wanted: dict[str, object] = {}
+    pending = [code]
+    while pending:
+        current = pending.pop()
+        pending += [c for c in current.co_consts if isinstance(c, types.CodeType)]
+        path, value = "", None
+        for step in dis.get_instructions(current):
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in known:
+                path, value = str(step.argval), known[step.argval]
+            elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.ModuleType):
+                path, value = f"{path}.{step.argval}", getattr(value, str(step.argval), None)
+            else:
+                if path:
+                    wanted[path] = value
+                path, value = "", None
+                continue
+            if not isinstance(value, types.ModuleType) or _is_installed(value.__name__):
+                wanted[path] = value
+                path, value = "", None
+        if path:
+            wanted[path] = value
+    yield from sorted(wanted.items())
