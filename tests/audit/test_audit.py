@@ -62,18 +62,15 @@ def test_without_images_the_rest_is_checked_and_says_so(clean: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "options"),
-    [
-        (AdaptivePlan(1000, (0.1, 0.2, 0.3, 0.35), 50), {}),
-        (FixedPlan(50, 400), {"rule": "min", "sides": "one"}),
-    ],
+    "terms",
+    [Terms(AdaptivePlan(1000, (0.1, 0.2, 0.3, 0.35), 50)), Terms(FixedPlan(50, 400), rule="min", sides="one")],
 )
-def test_other_plans_and_experts_alone_pass_too(tmp_path: Path, data: ImageData, plan, options) -> None:
+def test_other_plans_and_experts_alone_pass_too(tmp_path: Path, data: ImageData, terms: Terms) -> None:
     pool = ExpertPool([small.expert(0.25), small.expert(0.5, tilt=0.01)])
     routed = small.routed(pool)
     routed.save_pretrained(tmp_path / "router")
-    certify_table(routed, data, tmp_path / "certificates.tsv", plan, **options)
-    certify_table(Smooth(pool[0]), data, tmp_path / "experts" / "sigma_0.25.tsv", plan)
+    certify_table(routed, data, tmp_path / "certificates.tsv", terms)
+    certify_table(Smooth(pool[0]), data, tmp_path / "experts" / "sigma_0.25.tsv", terms.plan)
     report = audit(tmp_path, data=data, rows=None, seed=2)
     assert report.ok, str(report)
     assert set(report.tables) == {"certificates", "sigma_0.25"}
@@ -82,9 +79,9 @@ def test_other_plans_and_experts_alone_pass_too(tmp_path: Path, data: ImageData,
 def test_ids_may_be_left_out(run: Path, data: ImageData) -> None:
     """Certificates made by `RoutedSmooth.certify` itself name their images by content alone."""
     routed = RoutedSmooth.from_pretrained(run / "router")
-    certificates = routed.certify(small.pixels(data), small.PLAN)
+    certificates, seed = routed.certify(small.pixels(data), small.PLAN), routed.routed.default_seed()
     lines = [
-        Row.from_certificate(c, idx=i, rule="tree", seed=routed.metadata["seed"]).to_line() for i, c in enumerate(certificates)
+        Row.from_certificate(c, idx=i, label=data[i][1], rule="tree", seed=seed).to_line() for i, c in enumerate(certificates)
     ]
     header = (run / "certificates.tsv").read_text().splitlines(keepends=True)[0]
     (run / "certificates.tsv").write_text("".join([header, *lines]))
@@ -136,8 +133,8 @@ def test_swapped_weights_with_every_digest_made_to_fit(run: Path, data: ImageDat
     assert "digests" in failed(audit(run))
     # ... and then edits the table's digest and seed as well
     routed = RoutedSmooth.from_pretrained(run / "router")
-    seed = routed.default_seed(small.PLAN, 1e-3, "tree", "two")
-    edit(run / "certificates.json", lambda m: m.update(digest=routed.digest, seed=seed))
+    seed = routed.routed.default_seed()
+    edit(run / "certificates.json", lambda m: m.update(digest=routed.digest, terms={**m["terms"], "seed": seed}))
     cells = cells_of(run)
     for row in cells[1:]:
         row[cells[0].index("seed")] = str(seed)
@@ -236,7 +233,7 @@ def test_attacked_points_stay_inside(data: ImageData) -> None:
     routed = small.routed(pool)
     for eight_bit in (False, True):
         found = attack(
-            routed.tree, routed._routed.models, x, torch.zeros(len(data), dtype=torch.int64), radius, steps=5, eight_bit=eight_bit
+            routed.tree, routed.routed.models, x, torch.zeros(len(data), dtype=torch.int64), radius, steps=5, eight_bit=eight_bit
         )
         distance = (found.double() - x.double()).flatten(1).norm(dim=1)
         assert torch.all(distance < radius)
@@ -430,7 +427,7 @@ def test_an_attack_leaves_the_users_modules_alone(data: ImageData) -> None:
     kept = Keeps(expert.module).train()
     smooth = Smooth(Expert(kept, sigma=0.25, num_classes=expert.num_classes, input_shape=expert.input_shape))
     x = small.pixels(data)[:2]
-    attack(smooth.tree, smooth._routed.models, x, torch.zeros(2, dtype=torch.int64), torch.ones(2), steps=2)
+    attack(smooth.tree, smooth.routed.models, x, torch.zeros(2, dtype=torch.int64), torch.ones(2), steps=2)
     assert kept.training
     assert not hasattr(kept, "last")
     smooth.predict(x, n=20)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsrouter import CascadeRouter, Execution, Expert, ExpertPool, FixedPlan, RoutedSmooth, Smooth, train_router
+from rsrouter import AdaptivePlan, CascadeRouter, Execution, Expert, ExpertPool, FixedPlan, RoutedSmooth, Smooth, train_router
 from rsrouter.core.errors import InputError, NetworkError, PlanError, ResultsError
 from rsrouter.core.terms import Terms
 from rsrouter.jobs import certify_table, label_table
@@ -45,17 +45,14 @@ class Images:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"rule": "mim"},
-        {"sides": "both"},
-        {"alpha": 2.0},
         {"batch_size": 0},
         {"block": 0},
         {"indices": [0, 1, 0]},
         {"indices": []},
         {"indices": [4]},
-        {"seed": 1.5},
-        {"seed": "x"},
-        {"plan": None},
+        {"terms": None},
+        {"terms": Terms(AdaptivePlan(50, (0.0, 9.0), 10))},
+        {"batch_size": True},
         {"shard": (2, 2)},
     ],
     ids=str,
@@ -98,7 +95,7 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             return super().__getitem__(index)
 
-    arguments: dict[str, Any] = {"plan": FixedPlan(10, 50), "seed": np.int64(3)}
+    arguments: dict[str, Any] = {"terms": Terms(FixedPlan(10, 50), seed=np.int64(3))}
     with pytest.raises(KeyboardInterrupt):
         certify_table(routed(), Broken(), tmp_path / "a.tsv", block=1, **arguments)
     again = certify_table(routed(), Images(), tmp_path / "a.tsv", **arguments)
@@ -109,7 +106,7 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_a_table_is_not_continued_over_other_images(tmp_path: Path) -> None:
     """A plain list knows no fingerprint; some of its images and labels do."""
-    job: dict[str, Any] = {"plan": FixedPlan(10, 50), "seed": 1}
+    job: dict[str, Any] = {"terms": Terms(FixedPlan(10, 50), seed=1)}
     same = [(torch.full(SHAPE, i / 40), i % 3) for i in range(40)]
     path = tmp_path / "t.tsv"
     certify_table(routed(), same[:40], path, **job)
