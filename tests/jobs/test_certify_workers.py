@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import small_router as small
 import torch
-from fake_work import FakeWork, run, untimed
+from fake_work import FakeWorker, run, untimed
 from hub_server import HubServer
 from typer.testing import CliRunner
 
@@ -320,7 +320,7 @@ def test_an_actor_killed_in_the_middle_of_an_image(tmp_path: Path, cluster: str)
 
     run(tmp_path / "whole.tsv")
     (tmp_path / "die-7").write_text("x")
-    run(tmp_path / "t.tsv", RayActors(cluster, 2, None, 1), FakeWork(str(tmp_path)))
+    run(tmp_path / "t.tsv", RayActors(cluster, 2, None, 1), FakeWorker(str(tmp_path)))
     assert (tmp_path / "die-7").read_text() == ""
     assert untimed(tmp_path / "t.tsv") == untimed(tmp_path / "whole.tsv")
 

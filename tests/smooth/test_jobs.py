@@ -146,7 +146,7 @@ def test_no_row_of_a_network_that_changed_on_the_way_reaches_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: float
 ) -> None:
     """Rows wait for a check after their votes; what is on disk after the error is what an honest network gives."""
-    monkeypatch.setattr("rsrouter.jobs.work.ROWS_WAIT", wait)
+    monkeypatch.setattr("rsrouter.jobs.certify.ROWS_WAIT", wait)
     images = [(torch.full(SHAPE, i / 60), i % 3) for i in range(60)]
 
     def certify(after: int, path: Path) -> Table:
