@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rsrouter.core.errors import InputError
 from rsrouter.core.requests import PREDICT, VoteRequest
+from rsrouter.inputs import check_count
 from rsrouter.sampling.engine import image_identity
 from rsrouter.smooth import RoutedSmooth, Smooth
 
@@ -49,10 +49,8 @@ def measure_speed(smoothed: Smooth | RoutedSmooth, *, device: str | None = None,
     Raises:
         InputError: an unusable device, or n below 1. NetworkError: a network that cannot be certified.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise InputError("Timing needs votes", expected="n >= 1", received=repr(n), remedy="leave it out")
-    shape = smoothed.pool.input_shape if isinstance(smoothed, RoutedSmooth) else smoothed.expert.input_shape
-    image = torch.full((1, *shape), 0.5)
+    check_count("n", n)
+    image = torch.full((1, *smoothed.shape), 0.5)
     networks = smoothed.tree.networks
 
     def once(count: int) -> float:

@@ -71,9 +71,9 @@ def of_the_command() -> dict[str, set[str]]:
 
         def run(out: str) -> None:
             words = ["certify", str(folder / "router"), "--data", str(folder / "one.npz"), "--out", str(folder / out)]
-            with patch.object(sys, "argv", ["rsrouter", *words, "--n", "1000", "--radii", "0,0.1"]):
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-                    main()
+            argv = patch.object(sys, "argv", ["rsrouter", *words, "--n", "1000", "--radii", "0,0.1"])
+            with argv, contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+                main()
             assert (folder / out).exists()
 
         run("first.tsv")  # imports and caches

@@ -241,6 +241,29 @@ class Tree:
 INVALID_TARGET: Target = ABSTAIN
 
 
+def descend(tree: Tree, name: str, counts: NDArray[np.int64]) -> int:
+    """Index into `leads_to` of the target that the votes `counts (L,)` choose; ties go to the lower index."""
+    stage = tree.stages[name]
+    top = int(counts.argmax())
+    if stage.tau is not None and not counts[top] >= stage.tau * counts.sum():
+        return len(stage.leads_to) - 1
+    return top
+
+
+def stages_by_network(tree: Tree) -> dict[str, tuple[Stage, ...]]:
+    """The stages that each network's votes serve; refuses different sigmas on one network."""
+    stages = {g: tuple(tree.stages[s] for s in tree.order if tree.stages[s].network == g) for g in tree.networks}
+    for network, members in stages.items():
+        if len({stage.sigma for stage in members}) != 1:
+            raise PlanError(
+                f"Stages on network {network!r} have different sigmas",
+                expected="one sigma per network",
+                received=str({stage.name: stage.sigma for stage in members}),
+                remedy="give them networks of their own",
+            )
+    return stages
+
+
 def expert_stage(name: str, sigma: float, num_classes: int, *, network: str = "", expert: str | None = None) -> Stage:
     """A plurality stage over `num_classes` classes and one invalid outcome."""
     return Stage(name, sigma, "plurality", None, (*range(num_classes), INVALID_TARGET), None, network, expert or name)

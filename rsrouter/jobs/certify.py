@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from rsrouter.core.errors import InputError
-from rsrouter.core.plans import Plan, check_whole
+from rsrouter.core.plans import Plan
 from rsrouter.core.terms import Terms
 from rsrouter.core.types import Certificate
+from rsrouter.inputs import check_count
 from rsrouter.jobs.driver import Images, Reader, Running, make_executor, run_job, stored_threads
 from rsrouter.jobs.workers import Done, Emit, Step, Task
 from rsrouter.results import ExpertRecord, Table, TableMetadata, TreeRecord, pack_ids
@@ -55,9 +56,9 @@ def check_order(images: Images, indices: Sequence[int] | None, block: int) -> li
     """The images of a job.
 
     Raises:
-        InputError: indices out of range, doubled or none. PlanError: a block that cannot be.
+        InputError: indices out of range, doubled or none; a block that cannot be.
     """
-    check_whole("block", block, 1)
+    check_count("block", block)
     order = list(range(len(images))) if indices is None else [int(i) for i in indices]
     if bad := [i for i in order if not 0 <= i < len(images)]:
         raise InputError(
@@ -275,7 +276,7 @@ def certify_table(
     """
     asked = smoothed.routed.resolve(terms, seed_from)
     if batch_size is not None:
-        check_whole("batch_size", batch_size, 1)
+        check_count("batch_size", batch_size, "it groups work; it never changes a vote")
     if ray is None:  # a cluster's devices are not this machine's
         smoothed.engine(int(asked.seed or 0), device)
     order = check_order(images, indices, block)

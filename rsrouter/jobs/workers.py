@@ -28,6 +28,7 @@ from torch import Tensor
 from rsrouter._version import __version__
 from rsrouter.core.errors import InputError, RSRouterError
 from rsrouter.core.types import Certificate
+from rsrouter.inputs import check_count
 from rsrouter.sampling.execution import instructions, resolve_device
 
 
@@ -260,9 +261,7 @@ def check_workers(workers: object) -> int | None:
 
 def check_threads(threads: object) -> int | None:
     """A number of torch threads, or None; InputError for anything else."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise InputError("threads must be a whole number", expected="threads >= 1", received=repr(threads), remedy="leave it out")
-    return threads
+    return None if threads is None else check_count("threads", threads)
 
 
 def local_resources(workers: int | str, device: str | None, threads: int | None) -> Resources:
