@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 
+from rsrouter.clock import seconds
 from rsrouter.core.requests import PREDICT, VoteRequest
 from rsrouter.inputs import check_count
 from rsrouter.sampling.engine import image_identity
@@ -54,10 +54,9 @@ def measure_speed(smoothed: Smooth | RoutedSmooth, *, device: str | None = None,
     networks = smoothed.tree.networks
 
     def once(count: int) -> float:
-        start = time.perf_counter()
-        engine = smoothed.engine(0, device)  # checks that no weight changed, as every query does
-        engine.run(image, [image_identity(image[0])], [VoteRequest(0, name, PREDICT, 0, count) for name in networks])
-        return time.perf_counter() - start
+        requests = [VoteRequest(0, name, PREDICT, 0, count) for name in networks]
+        # an engine each time: it checks that no weight changed, as every query does
+        return seconds(lambda: smoothed.engine(0, device).run(image, [image_identity(image[0])], requests))
 
     once(n)
     low, high = (sorted(once(count) for _ in range(repeats))[repeats // 2] for count in (n, 4 * n))

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from rsrouter.core.errors import CheckpointError
+from rsrouter.core.errors import ArchitectureError, CheckpointError
 from rsrouter.experts.cifar_resnet import DEPTHS, CifarResNet
 from rsrouter.experts.denoisers import DnCNN, SmallUNet
 from rsrouter.experts.small_resnet import SmallResNet
@@ -127,7 +127,7 @@ def build_architecture(name: str, num_classes: int, kwargs: Mapping[str, Any] | 
     if build is None:
         timm_name = _timm_model(name)
         if timm_name is None:
-            raise CheckpointError(
+            raise ArchitectureError(
                 f"Unknown architecture {name!r}",
                 expected=f"one of {list(architectures())} or a timm model",
                 received=repr(name),
@@ -149,7 +149,7 @@ def build_architecture(name: str, num_classes: int, kwargs: Mapping[str, Any] | 
         module = build(**arguments)
     except (TypeError, ValueError) as error:
         accepted = "" if isinstance(build, partial) else str(inspect.signature(build))
-        raise CheckpointError(
+        raise ArchitectureError(
             f"Architecture {name!r} does not take these arguments",
             expected=f"its constructor's arguments {accepted}".strip(),
             received=str(dict(kwargs or {})),
