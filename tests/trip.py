@@ -80,14 +80,10 @@ def of_the_command() -> dict[str, set[str]]:
         return entered(lambda: run("second.tsv"))
 
 
-def figures() -> tuple[int, tuple[int, int]]:
-    """Files of the command; files and functions of the method."""
-    method = of_the_method()
-    return len(of_the_command()), (len(method), sum(map(len, method.values())))
-
-
 if __name__ == "__main__":
-    for what, found in (("RoutedSmooth.certify", of_the_method()), ("rsrouter certify", of_the_command())):
+    method, command = of_the_method(), of_the_command()
+    for what, found in (("RoutedSmooth.certify", method), ("rsrouter certify", command)):
         for file, names in sorted(found.items()):
             print(f"{file:32} {len(names):>3}" + (f"  {', '.join(sorted(names))}" if "-v" in sys.argv else ""))
         print(f"{what}: {len(found)} files, {sum(map(len, found.values()))} functions\n")
+    sys.exit(len(method) > METHOD[0] or sum(map(len, method.values())) > METHOD[1] or len(command) > COMMAND)

@@ -96,7 +96,6 @@ class AuditReport:
         lines += [f"  {c.status:<8} {c.name:<10} {c.table + ': ' if c.table else ''}{c.summary}" for c in self.checks]
         lines += ["Findings:", *(f"  {f}" for f in self.findings)] if self.findings else ["No findings."]
         if not self.complete:
-            lines.append(
-                "The audit is incomplete: " + ", ".join(sorted({c.name for c in self.checks if c.status == SKIPPED})) + "."
-            )
+            left_out = dict.fromkeys(c.name for c in self.checks if c.status == SKIPPED)
+            lines.append(f"The audit is incomplete: {', '.join(left_out)} could not be checked.")
         return "\n".join(lines)

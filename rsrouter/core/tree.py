@@ -219,11 +219,10 @@ class Tree:
                 remedy="let fewer outcomes lead to stages that others lead to as well",
             )
 
-        def walk(name: str) -> list[tuple[str, ...]]:
-            below = [(name, *rest) for child in self.stages[name].children for rest in walk(child)]
-            return below or [(name,)]
-
-        return tuple(dict.fromkeys(walk(self.root)))
+        below: dict[str, list[tuple[str, ...]]] = {}
+        for name in self.order:
+            below[name] = [(name, *rest) for child in self.stages[name].children for rest in below[child]] or [(name,)]
+        return tuple(dict.fromkeys(below[self.root]))
 
     @cached_property
     def networks(self) -> tuple[str, ...]:

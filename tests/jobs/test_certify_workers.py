@@ -233,11 +233,11 @@ def test_the_command_line(tmp_path: Path, hub: HubServer) -> None:
     )
     assert result.exit_code == 0, result.output
     assert read_table(tmp_path / "t.tsv").idx.tolist() == list(range(12))
-    assert "say --threads" not in result.stderr
+    assert "set --threads" not in result.stderr
     told = CliRunner().invoke(
         app, [w for w in words if w not in ("--threads", "1")] + ["--out", str(tmp_path / "x.tsv"), "--shard", "0/12"]
     )
-    assert "say --threads" in told.stderr
+    assert "set --threads" in told.stderr
     for odd, message in ((["--workers", "0"], "workers"), (["--shard", "2/2"], "shard"), (["--stream"], "streamed")):
         result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "odd.tsv"), *odd])
         assert isinstance(result.exception, InputError)

@@ -15,6 +15,7 @@ from rsrouter.core.errors import InputError, NetworkError, PlanError, ResultsErr
 from rsrouter.core.terms import Terms
 from rsrouter.jobs import certify_table, label_table
 from rsrouter.results import Table, read_table
+from rsrouter.results.table import ARRAYS
 from rsrouter.training import label_votes
 
 SHAPE = (1, 4, 4)
@@ -79,6 +80,7 @@ def test_unknown_noise_writes_nothing(tmp_path: Path) -> None:
         {"image": torch.full(SHAPE, torch.nan)},
         {"label": None},
         {"label": -2},
+        {"label": 3},
         {"label": 0.5},
     ],
     ids=str,
@@ -102,6 +104,39 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     whole = certify_table(routed(), Images(), tmp_path / "b.tsv", **arguments)
     assert again.idx.tolist() == [0, 1, 2, 3]
     assert list(again.counts_text) == list(whole.counts_text)
+
+
+def test_an_image_is_decoded_once_and_the_table_in_memory_is_the_one_on_disk(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    class Counted(Images):
+        fingerprint = "0" * 64
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            read.append(index)
+            return super().__getitem__(index)
+
+    class Half(Exception):
+        pass
+
+    def stop(running: Any) -> None:
+        if running.finished == 2:
+            raise Half
+
+    job: dict[str, Any] = {"terms": Terms(FixedPlan(10, 50)), "block": 1}
+    with pytest.raises(Half):
+        certify_table(routed(), Counted(), tmp_path / "t.tsv", progress=stop, **job)
+    certify_table(routed(), Counted(), tmp_path / "whole.tsv", **job)
+    read.clear()
+    made = certify_table(routed(), Counted(), tmp_path / "another.tsv", **job)
+    assert sorted(read) == [0, 1, 2, 3]
+    resumed = certify_table(routed(), Counted(), tmp_path / "t.tsv", **job)
+    for table in (made, resumed):
+        stored = read_table(table.path)
+        assert (stored.name, stored.metadata) == (table.name, table.metadata)
+        for column in ARRAYS:
+            assert getattr(stored, column).dtype == getattr(table, column).dtype
+            assert getattr(stored, column).tolist() == getattr(table, column).tolist()
 
 
 def test_a_table_is_not_continued_over_other_images(tmp_path: Path) -> None:
