@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rsrouter._version import __version__
+from rsrouter.clock import seconds
 from rsrouter.core.errors import RSRouterError
 from rsrouter.experts import build_architecture
 from rsrouter.sampling.execution import Execution, default_batch, prepare, resolve_device
@@ -232,11 +233,7 @@ def _timed(works: Mapping[str, Callable[[], object]], where: torch.device, round
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds + 1):
         for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if where.type == "cuda":
-                torch.cuda.synchronize(where)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds(work, where))
     return {name: min(found[1:]) for name, found in times.items()}
 
 

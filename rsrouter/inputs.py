@@ -185,3 +185,14 @@ def check_seed(seed: object) -> int:
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise InputError("A seed must be a whole number", expected="an integer", received=repr(seed), remedy="leave it out")
     return int(seed)
+
+
+def check_count(name: str, value: object, remedy: str = "leave it out") -> int:
+    """A whole number of at least 1, or InputError.
+
+    >>> check_count("threads", 2)
+    2
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+        raise InputError(f"{name} must be a whole number", expected=f"{name} >= 1", received=repr(value), remedy=remedy)
+    return int(value)

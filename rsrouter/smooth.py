@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 from huggingface_hub import ModelHubMixin
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.certify import CertifyPolicy
@@ -32,7 +32,7 @@ from rsrouter.core.types import Certificate
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.identity import module_digest
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.inputs import check_ids, check_images, check_seed
+from rsrouter.inputs import check_count, check_ids, check_images, check_seed
 from rsrouter.publish import Publication, publish
 from rsrouter.router.base import Routed, Router, single_tree
 from rsrouter.sampling.engine import Engine, image_identity
@@ -110,15 +110,16 @@ class Smoothed:
         other.__dict__.update({**self.__dict__, "routed": replace(self.routed, execution=execution), "_kept": None})
         return other
 
-    def _now(self) -> Routed:
-        return self.routed
+    def _settings(self) -> dict[str, str]:
+        """What else may not change in place, as `{what: its state}`."""
+        return {}
 
     def _state(self) -> dict[str, str]:
         networks = {f"network {m.name!r}": module_digest(m.module) for m in self.routed.models}
         settings = {
             f"expert {e.name!r}": repr((e.name, e.sigma, e.num_classes, e.input_shape, e.mean, e.std)) for e in self.experts
         }
-        return {**networks, **settings, "the router": self._now().digest}
+        return {**networks, **settings, **self._settings()}
 
     def check_unchanged(self) -> None:
         """Refuses weights and settings that were changed in place since they were bound: digests, seeds and tables would
@@ -148,7 +149,8 @@ class Smoothed:
         self.check_unchanged()
         key = (str(device), self.routed)
         if self._kept is None or self._kept[0] != key:
-            made = Engine(self.routed.models, self.shape, seed=seed, device=device, execution=self.execution, noise=self.noise)
+            r = self.routed
+            made = Engine(r.models, self.shape, seed=seed, device=device, execution=r.execution, noise=r.noise)
             self._kept = (key, made)
         return self._kept[1].with_seed(seed)
 
@@ -191,15 +193,11 @@ class Smoothed:
         asked = self.routed.resolve(terms)
         x = check_images(images, self.shape)
         names = check_ids(ids, len(x))
-        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(
-                "batch_size must be a whole number",
-                expected="batch_size >= 1, or None",
-                received=repr(batch_size),
-                remedy="it groups work; it never changes a vote",
-            )
-        policy = CertifyPolicy(self.tree, asked.plan, self.routed.split(asked), len(x), rule=asked.rule, sides=str(asked.sides))
-        engine = engine or self.engine(check_seed(asked.seed), device)
+        if batch_size is not None:
+            check_count("batch_size", batch_size, "it groups work; it never changes a vote")
+        split, sides = self.routed.split(asked), str(asked.sides)
+        policy = CertifyPolicy(self.routed.tree, asked.plan, split, len(x), rule=asked.rule, sides=sides)
+        engine = engine or self.engine(int(asked.seed or 0), device)
         # enough images in flight that a round of the shortest requests still fills many batches
         window = -(-max(batch_size or 0, 16 * engine.forward_batch) // asked.plan.n0)
         done: list[Certificate | None] = [None] * len(x)
@@ -323,9 +321,12 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
         self.pool, self.router = pool, router
         super().__init__(router.bind(pool), pool.experts, pool.input_shape, execution, noise)
 
-    def _now(self) -> Routed:
-        # bound again: thresholds, voters and sigmas of now, whatever kind of router it is
-        return self.router.bind(self.pool)
+    def _settings(self) -> dict[str, str]:
+        own = {k: v for k, v in vars(self.router).items() if not hasattr(type(self.router), k)}
+        if not all(isinstance(v, nn.Module | str | int | float | tuple | None) for v in own.values()):
+            return {"the router": self.router.bind(self.pool).digest}
+        state = {k: module_digest(v) if isinstance(v, nn.Module) else repr(v) for k, v in own.items()}
+        return {"the router": repr(sorted(state.items()))}
 
     def save_pretrained(self, save_directory: str | Path) -> Path:  # type: ignore[override]
         """Writes `config.json` and `router.safetensors` (the router's tensors only; experts are pinned, not copied)."""

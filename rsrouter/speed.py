@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 
-from rsrouter.core.errors import InputError
+from rsrouter.clock import seconds
 from rsrouter.core.requests import PREDICT, VoteRequest
+from rsrouter.inputs import check_count
 from rsrouter.sampling.engine import image_identity
 from rsrouter.smooth import RoutedSmooth, Smooth
 
@@ -49,17 +49,14 @@ def measure_speed(smoothed: Smooth | RoutedSmooth, *, device: str | None = None,
     Raises:
         InputError: an unusable device, or n below 1. NetworkError: a network that cannot be certified.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise InputError("Timing needs votes", expected="n >= 1", received=repr(n), remedy="leave it out")
-    shape = smoothed.pool.input_shape if isinstance(smoothed, RoutedSmooth) else smoothed.expert.input_shape
-    image = torch.full((1, *shape), 0.5)
+    check_count("n", n)
+    image = torch.full((1, *smoothed.shape), 0.5)
     networks = smoothed.tree.networks
 
     def once(count: int) -> float:
-        start = time.perf_counter()
-        engine = smoothed.engine(0, device)  # checks that no weight changed, as every query does
-        engine.run(image, [image_identity(image[0])], [VoteRequest(0, name, PREDICT, 0, count) for name in networks])
-        return time.perf_counter() - start
+        requests = [VoteRequest(0, name, PREDICT, 0, count) for name in networks]
+        # an engine each time: it checks that no weight changed, as every query does
+        return seconds(lambda: smoothed.engine(0, device).run(image, [image_identity(image[0])], requests))
 
     once(n)
     low, high = (sorted(once(count) for _ in range(repeats))[repeats // 2] for count in (n, 4 * n))

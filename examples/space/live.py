@@ -91,7 +91,7 @@ def watch(routed: RoutedSmooth, image: Tensor, n_max: int) -> Iterator[Moment]:
 
 def _path(routed: RoutedSmooth, moment: Moment) -> list[str]:
     """The stages that an input like this walks, by the votes so far."""
-    from rsrouter.core.requests import descend
+    from rsrouter.core.tree import descend
 
     path, at = [], routed.tree.root
     while at in moment.counts:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
+from rsrouter.audit.claims import check_labels, check_rows, check_seed, find_subject
 from rsrouter.audit.report import AuditReport
 from rsrouter.audit.rows import audit_rows
-from rsrouter.audit.state import Progress, Settings, State, environment
-from rsrouter.audit.votes import repeated_rows
-from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
+from rsrouter.audit.state import Settings, State, environment
+from rsrouter.core.errors import ArchitectureError, CheckpointError, InputError, IntegrityError
 from rsrouter.data import ImageData, from_arrays, load_data
+from rsrouter.files import sha256_of
 from rsrouter.results import Table, read_table
-from rsrouter.results.verify import verify_rows
-from rsrouter.sampling.execution import Execution
 from rsrouter.serialise import find_tables, resolve_source, router_folder
-from rsrouter.smooth import RoutedSmooth, Smooth
+from rsrouter.smooth import RoutedSmooth
 
 
 def audit(
@@ -38,18 +37,19 @@ def audit(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> AuditReport:
     """Checks a router and its published certificates.
 
-    What is checked: the digests of the router, of every pinned expert and of the tables' metadata; the radius and
-    every other cell of *every* row against the votes stored in it; that no two rows share their votes; that the seed
-    derives from the digests. Given the images, for `rows` rows drawn at random: the votes, drawn again from the
-    published seed; fresh votes, against which counts and radii are tested; and an attack inside the certified ball.
+    For every table: the digests of the router and of every pinned expert, what the table's JSON says about them, and the
+    execution; that the seed derives from the classifier; every cell of *every* row against the votes stored in it; that no row
+    is missing or repeated. Given the images: every label, and for `rows` rows drawn at random the votes (earlier looks
+    included), drawn again from the published seed; fresh votes, against which counts and radii are tested; and an attack inside
+    the certified ball.
 
-    A table that passes is what this code makes of these weights, this plan and these images, as far as the audited
-    rows show. Each statistical check errs with probability `level`; an honest certificate fails the attack with
-    probability at most its alpha plus that of two independent predictions.
+    A table that passes is what this code makes of these weights, this plan and these images, as far as the audited rows show;
+    `caveats` say what weakens that. Each statistical check errs with probability `level`; an honest certificate fails the
+    attack with probability at most its alpha plus that of two independent predictions.
 
     Args:
         name: folder of a router or of a whole run, or `org/name` on the Hub.
@@ -68,7 +68,7 @@ def audit(
         progress: called with what is being done, how far, and of how many.
 
     Returns:
-        An `AuditReport`; `report.exit_status` is 0 where nothing was found.
+        An `AuditReport`; `report.exit_status` is 0 where every check was made and nothing was found.
 
     Raises:
         InputError: no router, no tables, or data that do not fit.
@@ -111,15 +111,19 @@ def audit(
             experts={e.name: e.digest for e in routed.pool},
             router=routed.router.digest,
         )
-    except (IntegrityError, CheckpointError) as error:
+    except (ArchitectureError, ImportError) as error:
+        state.skip("weights", "", f"could not be audited on this machine: {error}")
+        state.warn("", "the router could not be loaded here, which says nothing about it: its architectures must be registered")
+    except IntegrityError as error:
         state.add("weights", "", [(None, str(error))], "the router or one of its experts is not the one that was saved")
+    except CheckpointError as error:
+        state.add("weights", "", [(None, str(error))], "the router or one of its experts cannot be read")
     images = None if data is None else _images(data)
     digests = {}
     for path in paths:
-        digests[path.stem] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        digests[path.stem] = sha256_of(path) if path.is_file() else ""
         table = read_table(path, name=path.stem)
-        if routed is not None:
-            _audit_table(state, table, routed, images)
+        _audit_table(state, table, routed, images)
     return AuditReport(
         subject=str(name),
         revision=None if reference is None else reference.revision,
@@ -127,6 +131,7 @@ def audit(
         tables=digests,
         checks=tuple(state.checks),
         findings=tuple(state.findings),
+        caveats=tuple(state.caveats),
         settings={
             "rows": rows,
             "fresh_votes": fresh_votes,
@@ -147,63 +152,30 @@ def _images(data: ImageData | Tensor | str | Path) -> ImageData:
     return load_data(data)
 
 
-def _audit_table(state: State, table: Table, routed: RoutedSmooth, images: ImageData | None) -> None:
-    run, name = table.described(), table.name
-    execution = Execution(**{k: v for k, v in run.execution.items() if k in Execution.__dataclass_fields__})
-    whole = RoutedSmooth(routed.pool, routed.router, execution=execution, noise=run.noise)
-    subjects: list[Smooth | RoutedSmooth] = [whole, *(Smooth(e, execution=execution, noise=run.noise) for e in routed.pool)]
-    subject = next((s for s in subjects if s.digest == run.digest), None)
-    wrong = []
-    if subject is None:
-        wrong.append((None, f"the table is about weights with digest {run.digest}, the router's is {routed.digest}"))
-        alone = [x for x in subjects if isinstance(x, Smooth) and x.expert.name == name]
-        subject = alone[0] if run.role == "expert" and alone else whole
-    if run.noise != routed.noise:
-        wrong.append((None, f"the table was drawn with {run.noise} noise, the router is published with {routed.noise}"))
-    told = {s.name: s.sigma for s in run.tree.stages}
-    wrong += [
-        (None, f"stage {s.name}: sigma {told[s.name]} in the table, {s.sigma} in the router")
-        for s in subject.tree.stages.values()
-        if s.name in told and told[s.name] != s.sigma
-    ]
-    state.add("digests", name, wrong, "the table is about these weights" if not wrong else "the table is about other weights")
-    derived = subject.routed.default_seed(run.seed_from)
-    state.add(
-        "seed",
-        name,
-        []
-        if run.seed == derived
-        else [(None, f"seed {run.seed} was chosen by hand; the digests give {derived}. Seeds can be shopped for")],
-        "the seed derives from the digests" if run.seed == derived else "the seed does not derive from the digests",
-    )
-    cells = verify_rows(table, subject.tree)
-    state.add(
-        "radii",
-        name,
-        [(m.idx, str(m).partition(": ")[2]) for m in cells],
-        f"{len({m.idx for m in cells})} of {len(table)} rows do not follow from their votes"
-        if cells
-        else f"all {len(table)} rows follow from their votes",
-        rows=len(table),
-    )
-    votes = [(int(table.idx[i]), table.counts(i)) for i in range(len(table))]
-    groups = repeated_rows(votes)
-    state.add(
-        "repeats",
-        name,
-        [(g[0], f"images {', '.join(map(str, g))} have equal votes, which chance does not explain") for g in groups],
-        "no two images share their votes" if not groups else f"{len(groups)} groups of images share their votes",
-    )
+def _audit_table(state: State, table: Table, routed: RoutedSmooth | None, images: ImageData | None) -> None:
+    run, subject = table.described(), None
+    if routed is None:
+        for check in ("digests", "execution", "seed"):
+            state.skip(check, table.name, "the router could not be loaded")
+    else:
+        subject = find_subject(state, table, run, routed)
+        check_seed(state, table, run, subject)
+    check_rows(state, table, run, subject)
     if images is None:
-        for check in ("votes", "fresh", "attack"):
-            state.skip(check, name, "no images were given (--data)")
+        for check in ("labels", "votes", "fresh", "attack"):
+            state.skip(check, table.name, "no images were given (--data)")
         return
-    beyond = [int(i) for i in table.idx if not 0 <= i < len(images)]
-    if beyond or tuple(images.image(0).shape) != tuple(routed.pool.input_shape):
+    shape = tuple(images.image(0).shape)
+    if bool(np.any((table.idx < 0) | (table.idx >= len(images)))) or (routed is not None and shape != tuple(routed.shape)):
         raise InputError(
             "The data are not the certified images",
-            expected=f"image ids up to {int(table.idx.max())}, {routed.pool.input_shape}",
-            received=f"{len(images)} images of shape {tuple(images.image(0).shape)}",
+            expected=f"image ids up to {int(table.idx.max())}" + ("" if routed is None else f", {tuple(routed.shape)}"),
+            received=f"{len(images)} images of shape {shape}",
             remedy="give the data set of the table's JSON",
         )
+    check_labels(state, table, run, images)
+    if subject is None:
+        for check in ("votes", "fresh", "attack"):
+            state.skip(check, table.name, "the router could not be loaded")
+        return
     audit_rows(state, table, run, subject, images)

@@ -52,6 +52,7 @@ class AuditReport:
         tables: table name to sha256 of its file.
         checks: in the order in which they were made.
         findings: everything that does not hold; empty for a clean audit.
+        caveats: what makes this audit weaker than it could be, or is a publisher's choice, to be read first.
         settings: rows, votes, level, seed and what else repeats this audit.
         environment: device and versions it ran on.
     """
@@ -62,6 +63,7 @@ class AuditReport:
     tables: dict[str, str]
     checks: tuple[Check, ...]
     findings: tuple[Finding, ...]
+    caveats: tuple[str, ...]
     settings: dict[str, Any]
     environment: dict[str, Any]
 
@@ -72,17 +74,17 @@ class AuditReport:
 
     @property
     def complete(self) -> bool:
-        """No check was skipped."""
+        """No check had to be left out."""
         return all(check.status != SKIPPED for check in self.checks)
 
     @property
     def exit_status(self) -> int:
-        """0 where nothing was found, else 1."""
-        return 0 if self.ok else 1
+        """0: every check was made and nothing was found; 1: findings; 2: nothing was found, but checks could not be made."""
+        return 1 if self.findings else 0 if self.complete else 2
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready content."""
-        return {"kind": "rsrouter-audit", "schema_version": 1, "ok": self.ok, "complete": self.complete, **asdict(self)}
+        return {"kind": "rsrouter-audit", "schema_version": 2, "ok": self.ok, "complete": self.complete, **asdict(self)}
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -90,6 +92,10 @@ class AuditReport:
 
     def __str__(self) -> str:
         lines = [f"Audit of {self.subject}" + (f" at {self.revision}" if self.revision else "")]
+        lines += [f"  note: {c}" for c in self.caveats]
         lines += [f"  {c.status:<8} {c.name:<10} {c.table + ': ' if c.table else ''}{c.summary}" for c in self.checks]
         lines += ["Findings:", *(f"  {f}" for f in self.findings)] if self.findings else ["No findings."]
+        if not self.complete:
+            left_out = dict.fromkeys(c.name for c in self.checks if c.status == SKIPPED)
+            lines.append(f"The audit is incomplete: {', '.join(left_out)} could not be checked.")
         return "\n".join(lines)

@@ -16,12 +16,17 @@ from rsrouter.audit.votes import (
     STAGE_TESTS,
     FreshRow,
     fresh_row,
+    hidden_inflation,
+    lean,
+    lean_p_value,
     moved_votes,
     pooled_p_value,
     rederive,
     same_environment,
+    seen_with_probability,
     smallest_inflation,
     smallest_inflation_seen,
+    smallest_lean_seen,
 )
 from rsrouter.core.errors import PlanError
 from rsrouter.core.recompute import StoredVotes, read_votes
@@ -38,6 +43,13 @@ def audit_rows(state: State, table: Table, run: TableMetadata, subject: Smooth |
     rng = np.random.default_rng([settings.seed, int.from_bytes(hashlib.sha256(table.name.encode()).digest()[:4], "little")])
     count = len(table) if settings.rows is None else min(settings.rows, len(table))
     chosen = np.sort(rng.choice(len(table), count, replace=False))
+    chance = [seen_with_probability(len(table), count, edited) for edited in (1, 5)]
+    if count < len(table):
+        state.warn(
+            table.name,
+            f"votes of {count} of {len(table)} rows are looked at: one edited row would be among them with probability "
+            f"{chance[0]:.2f}, one of five with {chance[1]:.2f}. Audit all rows (--rows all) before a publication",
+        )
     rows: list[tuple[int, StoredVotes]] = []
     for i in chosen.tolist():
         try:
@@ -52,10 +64,6 @@ def audit_rows(state: State, table: Table, run: TableMetadata, subject: Smooth |
     _votes(state, table, run, subject, rows, pixels)
     _fresh(state, table, run, subject, rows, pixels)
     _attack(state, table, run, subject, rows, pixels)
-
-
-def _engine(subject: Smooth | RoutedSmooth, seed: int, device: str | None) -> Engine:
-    return subject.engine(seed, device)
 
 
 def _votes(
@@ -75,52 +83,73 @@ def _votes(
         "threads": run.threads,
         "instructions": run.instructions,
     }
-    differs, share = same_environment(recorded, here), ROUNDING_SHARE.get(str(run.execution.get("dtype")), 0.005)
+    differs, share = same_environment(recorded, here), ROUNDING_SHARE[subject.execution.dtype]
+    unlike = None
     if (run.device == "cpu") != (here["device"] == "cpu"):
-        state.skip(
-            "votes",
-            table.name,
-            f"drawn on {run.device}; this is {here['device']}, whose noise is another: audit there to compare",
-        )
+        unlike = f"the table says it was drawn on {run.device}, whose noise {here['device']} cannot draw: audit it there"
+    elif run.stream != {"chunk": CHUNK}:
+        unlike = f"the table says its noise streams are {run.stream}, this version's are {{'chunk': {CHUNK}}}: use its version"
+    if unlike is not None:
+        state.warn(table.name, f"{unlike}; until then its votes are only compared with fresh ones")
+        state.skip("votes", table.name, unlike)
         return
-    stream = table.metadata.get("stream") or {"chunk": CHUNK}
-    if stream != {"chunk": CHUNK}:
-        state.skip(
-            "votes",
-            table.name,
-            f"its noise streams are {stream}, this version's are {{'chunk': {CHUNK}}}: use the version that drew it",
-        )
-        return
-    engine = _engine(subject, run.seed, state.settings.device)
-    found: list[tuple[int | None, str]] = []
-    named = True
-    total, most = 0, 0.0
-    for at, (i, _) in enumerate(rows):
+    engine = subject.engine(run.seed, state.settings.device)
+    named, results = True, list[tuple[int, int, int]]()
+    for at, (i, row) in enumerate(rows):
         state.tell("votes", at, len(rows))
         idx, stored = int(table.idx[i]), table.counts(i)
-        moved, drawn = moved_votes(stored, rederive(subject.tree, engine, [pixels[i]], [idx if named else None], [stored])[0])
+        again = rederive(subject.tree, engine, pixels[i], idx if named else None, stored)
+        moved, drawn = moved_votes(stored, again)
         if at == 0 and moved > ROUNDING_VOTES:
             # certify without ids names an image by its content alone
-            other, _ = moved_votes(stored, rederive(subject.tree, engine, [pixels[i]], [None], [stored])[0])
-            if other < moved:
-                named, moved = False, other
-        total, most = total + drawn, max(most, moved / max(1, drawn))
-        allowed = max(ROUNDING_VOTES, int(share * drawn)) if differs else 0
-        if moved > allowed:
-            found.append((idx, f"{moved} of {drawn} votes are not those that seed {run.seed} gives for this image"))
-    how = "bit for bit"
-    if differs:
+            other = rederive(subject.tree, engine, pixels[i], None, stored)
+            if moved_votes(stored, other)[0] < moved:
+                named, again = False, other
+                moved, drawn = moved_votes(stored, again)
+        results.append((moved, drawn, lean(row, again)))
+    total, most = sum(d for _, d, _ in results), max(m / max(1, d) for m, d, _ in results)
+    exact = not differs or not any(moved for moved, _, _ in results)
+    found: list[tuple[int | None, str]] = []
+    for (i, _), (moved, drawn, _) in zip(rows, results, strict=True):
+        if moved > (0 if exact else max(ROUNDING_VOTES, int(share * drawn))):
+            found.append((int(table.idx[i]), f"{moved} of {drawn} votes are not those that seed {run.seed} gives for this image"))
+    how, part = "bit for bit", 0.0
+    if not exact:
+        part, leans = smallest_lean_seen(len(rows), state.settings.level), [favour for _, _, favour in results]
+        if (p := lean_p_value(leans)) < state.settings.level:
+            up, of = sum(v > 0 for v in leans), sum(v != 0 for v in leans)
+            found.append((None, f"{up} of {of} rows lean towards their certificates, which rounding does not do (p = {p:.1g})"))
+        hidden = [hidden_inflation(s, share) for s in _shares(table, rows)]
+        worth = f"{100 * float(np.median(hidden)):.1f}% of radius" if hidden else "an unknown part of radius"
+        where = "any number of them (too few to show a direction)" if not np.isfinite(part) else f"less than {part:.0%} of them"
+        state.warn(
+            table.name,
+            f"its JSON names another machine ({'; '.join(differs)}), so votes are compared to rounding: up to {share:.1%} of "
+            f"a row's votes, worth {worth} (median), could have been added in {where}. Audit on a machine of that kind",
+        )
         how = f"to rounding, up to {share:.1%} of a row's votes, of which {most:.2%} moved at most ({'; '.join(differs)})"
     state.add(
         "votes",
         table.name,
         found,
         f"{total:,} votes of {len(rows)} rows drawn again from their seed, compared {how}",
-        exact=not differs,
+        exact=exact,
         differs=differs,
         votes=total,
         moved_share=most,
+        rows_seen_from=None if exact or not np.isfinite(part) else part,
     )
+
+
+def _shares(table: Table, rows: list[tuple[int, StoredVotes]]) -> list[float]:
+    """Vote share of the outcome that limits the radius, of every certified row."""
+    shares = []
+    for i, row in rows:
+        stage = str(table.bound_by[i])
+        if int(table.predict[i]) != ABSTAIN and stage in row.looks and row.reference.get(stage, -1) >= 0:
+            counts = row.looks[stage][-1][1]
+            shares.append(float(counts[row.reference[stage]] / counts.sum()))
+    return shares
 
 
 def _fresh(
@@ -218,7 +247,7 @@ def _attack(
         return
     certified = [i for i, _ in rows if int(table.predict[i]) != ABSTAIN]
     if not certified:
-        state.skip("attack", table.name, "every audited row abstains")
+        state.add("attack", table.name, [], "every audited row abstains: there is no ball to search", searched=0, undecided=0)
         return
     x = torch.stack([pixels[i] for i in certified])
     c = torch.from_numpy(table.predict[certified].astype(np.int64))

@@ -13,12 +13,11 @@ from rsrouter._version import __version__
 from rsrouter.audit.report import FAILED, PASSED, SKIPPED, Check, Finding
 from rsrouter.sampling.execution import instructions, resolve_device
 
-#: called with (what is being done, how far, of how many)
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
 class Settings:
+    """Arguments of `rsrouter.audit.audit`, with its seed drawn."""
+
     rows: int | None
     fresh_votes: int
     attack_steps: int
@@ -31,10 +30,11 @@ class Settings:
 class State:
     """Checks and findings under construction."""
 
-    def __init__(self, settings: Settings, progress: Progress | None) -> None:
+    def __init__(self, settings: Settings, progress: Callable[[str, int, int], None] | None) -> None:
         self.settings, self.progress = settings, progress
         self.checks: list[Check] = []
         self.findings: list[Finding] = []
+        self.caveats: list[str] = []
 
     def add(self, name: str, table: str, found: Sequence[tuple[int | None, str]], summary: str, **details: Any) -> None:
         """One finished check; it failed where something was found."""
@@ -42,14 +42,20 @@ class State:
         self.findings += [Finding(name, table, idx, text) for idx, text in found]
 
     def skip(self, name: str, table: str, why: str) -> None:
+        """A check that could not be made."""
         self.checks.append(Check(name, table, SKIPPED, why))
 
     def tell(self, what: str, at: int, of: int) -> None:
         if self.progress is not None:
             self.progress(what, at, of)
 
+    def warn(self, table: str, text: str) -> None:
+        """What a reader must know before everything else."""
+        self.caveats.append(f"{table}: {text}" if table else text)
+
 
 def environment(device: str | None) -> dict[str, Any]:
+    """What decides bits where the audit runs."""
     where = resolve_device(device)
     return {
         "device": "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where),

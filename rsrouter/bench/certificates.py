@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsrouter.bench.timing import Figure, figure, seconds
+from rsrouter.bench.timing import Figure, figure
 from rsrouter.bench.votes import reference_loop
+from rsrouter.clock import seconds
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.plans import AdaptivePlan, FixedPlan
 from rsrouter.core.terms import Terms

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsrouter.bench.timing import peak_growth, seconds
+from rsrouter.bench.timing import peak_growth
+from rsrouter.clock import seconds
 from rsrouter.core.plans import FixedPlan
 from rsrouter.experts import Expert
 from rsrouter.smooth import Smooth

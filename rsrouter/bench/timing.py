@@ -7,11 +7,12 @@ slows down slows both.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from rsrouter.clock import seconds
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,6 @@ def figure(
 ) -> Figure:
     """The median, smallest and largest of some runs."""
     return Figure(name, statistics.median(values), min(values), max(values), unit, least, most)
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call, the device waited for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def in_turn(works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:

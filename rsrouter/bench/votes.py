@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rsrouter.bench.timing import Figure, figure, in_turn, ratios, seconds
+from rsrouter.bench.timing import Figure, figure, in_turn, ratios
+from rsrouter.clock import seconds
 from rsrouter.core.certify import VoteRequest
 from rsrouter.experts import Expert
 from rsrouter.process import fixed_kernels

@@ -26,7 +26,7 @@ app = typer.Typer(
     epilog="With --format json, stdout holds one JSON value (a result, or an object with the key error) and stderr what people "
     "read.\n\n"
     "Exit codes: 0 done; 1 done, and something was found (audit, doctor); 2 refused: wrong usage or input, nothing there, no "
-    "access; 70 a bug in rsrouter; 130 interrupted.\n\n"
+    "access, or an audit that could not check everything; 70 a bug in rsrouter; 130 interrupted.\n\n"
     "Shell completion: rsrouter --install-completion",
 )
 

@@ -19,7 +19,7 @@ def bench(
         str | None, typer.Option("--router", help="A router's folder; default: the demo's pool and a cascade.")
     ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Images for it; default: the demo's test slice.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A minute: few votes, once; figures mean little.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One minute: few votes, timed once; for a first look only.")] = False,
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Timed rounds of each pair; default 5.")] = None,
     n_max: Annotated[
         int | None, typer.Option("--n-max", min=1, help="Votes of the fixed plan, and the adaptive plan's most; default 100,000.")
@@ -33,9 +33,9 @@ def bench(
     *,
     reading: dict[str, Any],
 ) -> None:
-    """Speed as ratios measured in one run: against pure forward passes, and against the papers' own loop.
+    """Measure speed as ratios within one run: to pure forward passes, and to the papers' own loop.
 
-    Ten minutes on two cores that do nothing else.
+    Takes ten minutes on two otherwise idle cores.
 
     Example: rsrouter bench --device cuda
     """

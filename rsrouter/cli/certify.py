@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import closing
+from copy import copy
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -42,8 +46,46 @@ Source = Annotated[
     str, typer.Argument(metavar="NAME_OR_DIR", help="A router's folder or Hub repository, or a pool.json with --expert.")
 ]
 Data = Annotated[str, typer.Option("--data", help="npz, parquet, image folder, or hf-hub:org/name@revision.")]
-ExpertName = Annotated[str | None, typer.Option("--expert", help="Certify this expert alone instead of the routed classifier.")]
+ExpertName = Annotated[str | None, typer.Option("--expert", help="Certify this expert alone, without the router.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
+
+
+#: Which options of `certify` stand together in its help.
+CERTIFY_PANELS = {
+    "Votes": ("plan", "n", "n0", "radii", "alpha", "rule", "sides", "seed", "seed_from"),
+    "Images": (
+        *("data", "start", "count", "every"),
+        *("split", "config", "image", "label", "classes", "size", "channels", "stream", "skip_unreadable"),
+    ),
+    "Workers": ("workers", "threads", "device", "ray", "ray_address", "shard", "estimate"),
+    "Execution": ("execution", "dtype", "execution_batch", "batch_size", "expert", "revision"),
+    "Output": ("out", "name", "format"),
+}
+
+
+def in_panels(command: Callable[..., None], panels: dict[str, tuple[str, ...]]) -> Callable[..., None]:
+    """The command with its options shown in panels: panel to parameter names, in their order."""
+    place = {name: (at, panel) for at, (panel, names) in enumerate(panels.items()) for name in names}
+    signature = inspect.signature(command, eval_str=True)
+
+    @wraps(command)
+    def verb(**arguments: Any) -> None:
+        command(**arguments)
+
+    parameters = []
+    for p in signature.parameters.values():
+        annotation = p.annotation
+        if p.name in place:
+            kind, option = get_args(annotation)[:2]
+            option = copy(option)
+            option.rich_help_panel = place[p.name][1]
+            annotation = Annotated[kind, option]
+        parameters.append(p.replace(annotation=annotation, kind=inspect.Parameter.KEYWORD_ONLY))
+    # panels appear in the order of their first option
+    parameters.sort(key=lambda p: place.get(p.name, (-1, ""))[0])
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {p.name: p.annotation for p in parameters}
+    return verb
 
 
 def load_smoothed(source: str, expert: str | None, revision: str | None) -> Any:
@@ -68,13 +110,13 @@ def certify(
     source: Source,
     data: Data,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The table; its JSON stands beside it. An unfinished one is gone on with.")
+        Path | None, typer.Option("--out", help="The table, with its JSON beside it; an unfinished table is resumed.")
     ] = None,
     plan: Annotated[
         str,
         typer.Option(
             "--plan",
-            help="adaptive (stops when the radius is settled) or fixed (Cohen's CERTIFY).",
+            help="adaptive (stops once the radius is settled) or fixed (Cohen's CERTIFY).",
         ),
     ] = "adaptive",
     n: Annotated[int, typer.Option("--n", help="Votes per stage: the most (adaptive) or exactly (fixed).")] = DEFAULT_VOTES,
@@ -82,13 +124,17 @@ def certify(
     radii: Radii = DEFAULT_RADII,
     alpha: Alpha = 1e-3,
     rule: Annotated[str, typer.Option("--rule", help="tree, or min (Dual RS).")] = "tree",
-    sides: Annotated[str | None, typer.Option("--sides", help="two or one; default two for a router, one for an expert.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Default: derived from the digests of models and plan.")] = None,
+    sides: Annotated[str | None, typer.Option("--sides", help="one or two; default two, and one for an expert.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise; default: derived from the classifier.")] = None,
+    seed_from: Annotated[
+        str,
+        typer.Option("--seed-from", metavar="TEXT", help="Public text to derive the seed from as well: a later date, a commit."),
+    ] = "",
     device: Device = "cpu",
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Votes per round; never changes a vote.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Votes per round; changes no vote.")] = None,
     start: Annotated[int, typer.Option("--start", min=0, help="First image.")] = 0,
     count: Annotated[int | None, typer.Option("--count", help="How many images; default all.")] = None,
-    every: Annotated[int, typer.Option("--every", min=1, help="Take every k-th image, as the field's --skip.")] = 1,
+    every: Annotated[int, typer.Option("--every", min=1, help="Take every k-th image, as --skip does elsewhere.")] = 1,
     shard: Shard = None,
     workers: Workers = None,
     ray: UseRay = False,
@@ -105,7 +151,7 @@ def certify(
     *,
     reading: dict[str, Any],
 ) -> None:
-    """Certify a data set into a results table (TSV and JSON); started again, it goes on where it stopped.
+    """Certify a data set into a results table (TSV and JSON); run it again to resume an unfinished table.
 
     Example: rsrouter certify demo/router --data test.npz --out run/certificates.tsv --n 10000 --count 200
     """
@@ -118,7 +164,8 @@ def certify(
 
     smoothed = load_smoothed(source, expert, revision)
     images = read_data(data, reading)
-    smoothed = smoothed.with_execution(choose_execution(smoothed.execution, execution, dtype, execution_batch))
+    if execution or dtype or execution_batch:
+        smoothed = smoothed.with_execution(choose_execution(smoothed.execution, execution, dtype, execution_batch))
     last = len(images) if count is None else min(len(images), start + count)
     terms = Terms(make_plan(plan, n, n0, radii), alpha, rule, sides, seed)
     job: dict[str, Any] = {
@@ -134,13 +181,24 @@ def certify(
         say_estimate(estimate_table(smoothed, images, terms, grid=parse_radii(radii), **job), format)
         return
     if out is None:
-        raise InputError("Certificates need a place", expected="--out", received="none", remedy="--out run/certificates.tsv")
+        raise InputError(
+            "There is no output file", expected="--out FILE.tsv", received="no --out", remedy="--out run/certificates.tsv"
+        )
     if shard is not None and threads is None and workers is None and job["ray"] is None and on_cpu(device):
-        typer.echo("note: shards merge if their number of threads is the same; say --threads where machines differ", err=True)
+        typer.echo("note: shards merge only with equal numbers of threads; set --threads where machines differ", err=True)
     shown = tuple(r for r in parse_radii(radii) if r in (0.0, 0.5, 1.0)) or (0.0,)
     with closing(Display("certify", shown)) as display:
         table = certify_table(
-            smoothed, images, out, terms, name=name, data={"name": images.name}, radii=shown, progress=display, **job
+            smoothed,
+            images,
+            out,
+            terms,
+            seed_from=seed_from,
+            name=name,
+            data={"name": images.name},
+            radii=shown,
+            progress=display,
+            **job,
         )
     summary = summarise(table, radii=parse_radii(radii))
     if format is Format.json:
@@ -156,7 +214,7 @@ def predict(
     data: Data,
     n: Annotated[int, typer.Option("--n", help="Votes per stage that is asked.")] = 1000,
     alpha: Alpha = 1e-3,
-    seed: Annotated[int | None, typer.Option("--seed", help="Default: fresh entropy, as the guarantee needs.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise. Default: fresh, which the guarantee needs.")] = None,
     device: Device = "cpu",
     start: Annotated[int, typer.Option("--start", min=0, help="First image.")] = 0,
     count: Annotated[int | None, typer.Option("--count", help="How many images; default all.")] = None,
@@ -169,7 +227,7 @@ def predict(
     *,
     reading: dict[str, Any],
 ) -> None:
-    """Answers of the smoothed classifier, -1 where the votes do not decide.
+    """Print the smoothed classifier's answer for each image, -1 where it abstains.
 
     Example: rsrouter predict demo/router --data test.npz --count 5
     """
@@ -190,5 +248,5 @@ def predict(
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs."""
-    app.command()(certify)
+    app.command()(in_panels(certify, CERTIFY_PANELS))
     app.command()(predict)

@@ -14,10 +14,10 @@ from rsrouter.cli.options import Device, Format, OutputFormat, echo_json
 def doctor(
     device: Device = "cpu",
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time votes and bf16 for a few seconds.")] = True,
-    network: Annotated[bool, typer.Option("--network/--no-network", help="Ask the Hub whether it is there.")] = True,
+    network: Annotated[bool, typer.Option("--network/--no-network", help="Check that the Hub can be reached.")] = True,
     format: OutputFormat = Format.text,
 ) -> None:
-    """Tell about device, versions, caches, the Hub, and what would be slow here. Exit status 1: something is broken.
+    """Check device, versions, caches and the Hub, and say what would be slow here. Exit status 1: something is broken.
 
     Example: rsrouter doctor --device cuda
     """

@@ -13,11 +13,12 @@ from rsrouter.core.errors import InputError
 
 ExecutionFile = Annotated[
     Path | None,
-    typer.Option("--execution", help="How networks run: a file of `rsrouter calibrate`, or a table's JSON to do as it did."),
+    typer.Option("--execution", help="How networks run: a file from `rsrouter calibrate`, or a table's JSON to run as it did."),
 ]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16, in the place of the router's own.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 instead of the router's own.")]
 ExecutionBatch = Annotated[
-    int | None, typer.Option("--execution-batch", min=1, help="Rows per forward pass; with the dtype it decides bits.")
+    int | None,
+    typer.Option("--execution-batch", min=1, help="Rows per forward pass; like --dtype it may change votes."),
 ]
 #: `--dtype` of calibrate that measures all candidates
 FASTEST = "fastest"
@@ -39,7 +40,7 @@ def choose_execution(base: Any, file: Path | None, dtype: str | None, batch: int
 def calibrate(
     source: Annotated[str, typer.Argument(metavar="DIR_OR_POOL", help="A router's folder or Hub repository, or a pool.json.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where to write the execution; default: print it.")] = None,
-    save: Annotated[bool, typer.Option("--save", help="Store it in the router's config.json: every verb then runs it.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Store it in the router's config.json, for every verb to use.")] = False,
     dtype: Annotated[
         str, typer.Option("--dtype", help=f"float32, bfloat16, float16, or {FASTEST} of the first two.")
     ] = "float32",
@@ -47,7 +48,7 @@ def calibrate(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds of each candidate.")] = 3,
     format: OutputFormat = Format.text,
 ) -> None:
-    """Measure which batch (and dtype) this machine runs fastest, and store it: it decides bits, so it is recorded.
+    """Measure which batch size (and dtype) is fastest on this machine, and store it; tables record what they used.
 
     Example: rsrouter calibrate demo-run/router --dtype fastest --out execution.json
     """

@@ -13,18 +13,19 @@ from rsrouter.cli.options import Format, echo_json
 from rsrouter.core.errors import InputError
 
 Workers = Annotated[
-    str | None, typer.Option("--workers", help="Processes, one per GPU, or so many sharing the CPU; auto takes them all.")
+    str | None, typer.Option("--workers", help="Number of processes: one per GPU, or sharing the CPU's cores; auto uses all.")
 ]
-UseRay = Annotated[bool, typer.Option("--ray", help="Workers are actors of a Ray cluster: this machine's, else a new one.")]
+UseRay = Annotated[bool, typer.Option("--ray", help="Run workers on a Ray cluster: this machine's, or a new one.")]
 RayAddress = Annotated[
-    str | None, typer.Option("--ray-address", metavar="ADDRESS", help="host:port, ray://host:port or local; implies --ray.")
+    str | None,
+    typer.Option("--ray-address", metavar="ADDRESS", help="host:port, ray://host:port or local; implies --ray."),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads of each worker; a table keeps those it was begun with.")
+    int | None, typer.Option("--threads", min=1, help="CPU threads of each worker; a resumed table keeps its number.")
 ]
-Shard = Annotated[str | None, typer.Option("--shard", help="i/N: only this part (i from 0); `rsrouter merge` joins them.")]
+Shard = Annotated[str | None, typer.Option("--shard", help="i/N: only part i of N (i from 0); `rsrouter merge` joins them.")]
 Estimate = Annotated[
-    bool, typer.Option("--estimate", help="Write nothing: measure some votes and say what the whole job will take.")
+    bool, typer.Option("--estimate", help="Write nothing; measure a few votes and print how long the job will take.")
 ]
 
 

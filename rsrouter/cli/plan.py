@@ -16,11 +16,11 @@ def plan(
         list[int] | None, typer.Option("--n", help="Votes; may be repeated. Default 100, 1,000, 10,000, 100,000.")
     ] = None,
     alpha: Alpha = 1e-3,
-    radii: Annotated[str | None, typer.Option("--radii", help="Wanted radii: the votes each one needs.")] = None,
+    radii: Annotated[str | None, typer.Option("--radii", help="Also show the votes that each of these radii needs.")] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Also simulate the mean votes of adaptive plans.")] = False,
     format: OutputFormat = Format.text,
 ) -> None:
-    """The largest radius a budget can certify, what fewer votes cost in mean radius, and the votes a radius needs.
+    """Show the largest radius each number of votes can certify, what fewer votes cost, and the votes a radius needs.
 
     Example: rsrouter plan --sigma 0.5 --n 1000 --n 100000 --radii 0.5,1.5
     """

@@ -103,7 +103,7 @@ def audit(
     data: Annotated[
         str | None, typer.Option("--data", help="The certified images: npz, parquet, folder, hf-hub:org/name@revision, or demo.")
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", help="Rows per table to draw again, test and attack; 0: all.")] = 20,
+    rows: Annotated[str, typer.Option("--rows", help="Rows per table to draw again, test and attack: a number, or all.")] = "20",
     table: Annotated[list[Path] | None, typer.Option("--table", help="Results table (repeatable); default: those found.")] = None,
     fresh_votes: Annotated[int, typer.Option("--fresh-votes", help="Fresh votes per network and row.")] = 2000,
     attack_steps: Annotated[int, typer.Option("--attack-steps", help="Gradient steps per row; 0: no attack.")] = 20,
@@ -116,11 +116,12 @@ def audit(
     *,
     reading: dict[str, Any],
 ) -> None:
-    """Check a router and its certificates. Exit status 0: nothing found; 1: findings; 2: the audit could not be made.
+    """Check a router and its certificates. Exit status 0: all checked, nothing found; 1: findings; 2: checks could not be made.
 
     Example: rsrouter audit org/router --data test.npz --rows 20
     """
     from rsrouter.audit import audit as check
+    from rsrouter.inputs import check_count
 
     check_out(out)
     images: Any = data
@@ -133,7 +134,7 @@ def audit(
     report = check(
         source,
         data=images,
-        rows=rows or None,
+        rows=None if rows == "all" else check_count("--rows", int(rows) if rows.isdecimal() else rows, "a number, or all"),
         tables=table,
         revision=revision,
         fresh_votes=fresh_votes,

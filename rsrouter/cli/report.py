@@ -121,7 +121,7 @@ def merge(
     Example: rsrouter merge run/shard-*.tsv --out run/certificates.tsv
     """
     from rsrouter.jobs import merge_labels
-    from rsrouter.jobs.label_shards import is_labels
+    from rsrouter.jobs.label import is_labels
     from rsrouter.results import merge_tables, read_table
 
     if all(map(is_labels, tables)):

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from rsrouter.core.bounds import AlphaSplit, Array
 from rsrouter.core.certificates import entry_radii, group_entries, no_entries, recursion
 from rsrouter.core.errors import PlanError
-from rsrouter.core.estimates import StageBounds, check_sides
+from rsrouter.core.estimates import StageBounds, check_sides, check_split, group_votes
 from rsrouter.core.plans import Plan
-from rsrouter.core.requests import ESTIMATE, SELECT, VoteRequest, check_split, descend, group_votes, stages_by_network
-from rsrouter.core.tree import Stage, Tree
+from rsrouter.core.requests import ESTIMATE, SELECT, VoteRequest
+from rsrouter.core.tree import Stage, Tree, descend, stages_by_network
 from rsrouter.core.types import ABSTAIN, RULES, Certificate
 
 
@@ -404,4 +404,4 @@ class CertifyPolicy:
         return float(r_router), r_expert
 
 
-__all__ = ["ESTIMATE", "SELECT", "CertifyPolicy", "VoteRequest", "descend"]
+__all__ = ["ESTIMATE", "SELECT", "CertifyPolicy", "VoteRequest"]

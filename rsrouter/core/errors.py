@@ -46,6 +46,10 @@ class CheckpointError(RSRouterError):
     """A checkpoint that cannot be read, does not fit, or would run code."""
 
 
+class ArchitectureError(CheckpointError):
+    """An architecture that is not registered here, or that the installed libraries build differently: nobody's fault."""
+
+
 class IntegrityError(RSRouterError):
     """Content that is not what was pinned or recorded: digests, table rows, metadata."""
 

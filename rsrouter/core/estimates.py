@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
-from rsrouter.core.bounds import Array, binom_lower, binom_upper, sequence_lower, sequence_upper
+from rsrouter.core.bounds import AlphaSplit, Array, binom_lower, binom_upper, sequence_lower, sequence_upper
 from rsrouter.core.errors import PlanError
-from rsrouter.core.tree import STAGE_TARGET, Stage
+from rsrouter.core.requests import VoteRequest
+from rsrouter.core.tree import STAGE_TARGET, Stage, Tree
 from rsrouter.core.types import ABSTAIN, SIDES
 
 Counts = NDArray[np.int64]
@@ -63,11 +64,6 @@ def check_rows(stage: Stage, counts: Counts, n: NDArray[np.int64]) -> None:
         )
 
 
-def needs_upper(stage: Stage, sides: str) -> bool:
-    """Whether outcomes are bounded from above by their own votes (a threshold stage has no other bound)."""
-    return sides == "two" or stage.kind == "threshold"
-
-
 def stage_bounds(
     stage: Stage,
     counts: Counts,
@@ -93,7 +89,8 @@ def stage_bounds(
     lower_of, upper_of = bounders
     rows = np.arange(len(n))
     plurality = stage.kind == "plurality"
-    both = needs_upper(stage, sides)
+    # a threshold stage's outcomes are bounded from above by their own votes whatever the sides: it has no other bound
+    both = sides == "two" or stage.kind == "threshold"
     lower_level = level * lower_share if plurality and both else level
     upper_level = level * (1.0 - lower_share) if plurality else level
     chosen, known = np.maximum(reference, 0), reference >= 0
@@ -160,3 +157,61 @@ def hoped_counts(
         future[:, column] = predicted(seen[:, column], -1.0)
     future[rows, chosen] = predicted(seen[rows, chosen], 1.0)
     return np.asarray(np.clip(future, 0, total))
+
+
+def group_votes(
+    requests: Sequence[VoteRequest], counts: Sequence[Mapping[str, NDArray[np.int64]]], stages: Mapping[str, Sequence[Stage]]
+) -> dict[tuple[str, str], tuple[list[VoteRequest], dict[str, NDArray[np.int64]]]]:
+    """Requests by (purpose, network), with `(R, L)` votes of every stage on it, checked.
+
+    Raises:
+        PlanError: a request without votes, one answered twice, a stage missing, or votes that do not sum to the request.
+    """
+    if len(requests) != len(counts):
+        raise PlanError(
+            "Requests and votes do not pair up",
+            expected=f"{len(requests)} answers",
+            received=str(len(counts)),
+            remedy="answer every request once",
+        )
+    members: dict[tuple[str, str], list[int]] = {}
+    for position, request in enumerate(requests):
+        members.setdefault((request.purpose, request.network), []).append(position)
+    grouped = {}
+    for (purpose, network), positions in members.items():
+        asked = [requests[p] for p in positions]
+        if network not in stages or len({request.image for request in asked}) != len(asked):
+            raise PlanError(
+                f"Votes of network {network!r} answer no open request",
+                expected=f"one of {sorted(stages)}, once an image",
+                received=f"{len(asked)} answers",
+                remedy="answer every request once",
+            )
+        totals = np.array([request.count for request in asked])
+        votes = {}
+        for stage in stages[network]:
+            try:
+                matrix = np.array([counts[p][stage.name] for p in positions])
+            except (KeyError, ValueError) as error:
+                raise PlanError(
+                    f"Votes of stage {stage.name!r} are missing or ragged",
+                    expected=f"{stage.num_outcomes} counts each",
+                    received=str(error),
+                    remedy="answer every stage on the request's network",
+                ) from error
+            check_rows(stage, matrix, totals)
+            votes[stage.name] = matrix.astype(np.int64)
+        grouped[purpose, network] = asked, votes
+    return grouped
+
+
+def check_split(tree: Tree, split: AlphaSplit) -> None:
+    """Raises PlanError unless `split` was made for `tree` and stays within its total on every path."""
+    if set(tree.stages) - set(split.stages) or set(split.paths) != set(tree.paths):
+        raise PlanError(
+            "The alpha split belongs to another tree",
+            expected=f"paths {tree.paths}",
+            received=f"paths {split.paths}",
+            remedy="AlphaSplit.even(alpha, tree.paths)",
+        )
+    split.__post_init__()  # a mapping can be changed after it was checked

@@ -55,10 +55,10 @@ from scipy import special
 
 from rsrouter.core.bounds import AlphaSplit, binom_upper, check_alpha
 from rsrouter.core.errors import PlanError
-from rsrouter.core.estimates import check_rows
+from rsrouter.core.estimates import check_rows, check_split, group_votes
 from rsrouter.core.plans import check_whole
-from rsrouter.core.requests import PREDICT, VoteRequest, check_split, group_votes, stages_by_network
-from rsrouter.core.tree import Stage, Tree
+from rsrouter.core.requests import PREDICT, VoteRequest
+from rsrouter.core.tree import Stage, Tree, stages_by_network
 from rsrouter.core.types import ABSTAIN
 
 #: Tests are done at alpha times one minus this, for the rounding of scipy's binomial tails.

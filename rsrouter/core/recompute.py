@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from rsrouter.core.bounds import MOST_VOTES, AlphaSplit, Array
 from rsrouter.core.certificates import entry_radii, fixed_reference, group_entries, no_entries, recursion
 from rsrouter.core.errors import PlanError
-from rsrouter.core.estimates import check_sides
+from rsrouter.core.estimates import check_sides, check_split
 from rsrouter.core.plans import Plan
-from rsrouter.core.requests import check_split, stages_by_network
-from rsrouter.core.tree import Stage, Tree
+from rsrouter.core.tree import Stage, Tree, stages_by_network
 from rsrouter.core.types import ABSTAIN, RULES, Certificate
 
 #: Votes of one image: purpose ("select", "estimate", "earlier") to stage to counts, as a results table stores them.

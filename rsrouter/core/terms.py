@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,6 @@ class Terms:
                     remedy="leave it out: it is then derived from the classifier",
                 )
             object.__setattr__(self, "seed", int(self.seed))
-
-    def resolved(self, *, sides: str, seed: int) -> Terms:
-        """The same terms with nothing left open."""
-        return replace(self, sides=self.sides or sides, seed=seed if self.seed is None else self.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description; `from_dict` reads it back."""

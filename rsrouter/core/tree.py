@@ -219,11 +219,10 @@ class Tree:
                 remedy="let fewer outcomes lead to stages that others lead to as well",
             )
 
-        def walk(name: str) -> list[tuple[str, ...]]:
-            below = [(name, *rest) for child in self.stages[name].children for rest in walk(child)]
-            return below or [(name,)]
-
-        return tuple(dict.fromkeys(walk(self.root)))
+        below: dict[str, list[tuple[str, ...]]] = {}
+        for name in self.order:
+            below[name] = [(name, *rest) for child in self.stages[name].children for rest in below[child]] or [(name,)]
+        return tuple(dict.fromkeys(below[self.root]))
 
     @cached_property
     def networks(self) -> tuple[str, ...]:
@@ -239,6 +238,29 @@ class Tree:
 
 #: The number of an invalid vote's target: it answers nothing.
 INVALID_TARGET: Target = ABSTAIN
+
+
+def descend(tree: Tree, name: str, counts: NDArray[np.int64]) -> int:
+    """Index into `leads_to` of the target that the votes `counts (L,)` choose; ties go to the lower index."""
+    stage = tree.stages[name]
+    top = int(counts.argmax())
+    if stage.tau is not None and not counts[top] >= stage.tau * counts.sum():
+        return len(stage.leads_to) - 1
+    return top
+
+
+def stages_by_network(tree: Tree) -> dict[str, tuple[Stage, ...]]:
+    """The stages that each network's votes serve; refuses different sigmas on one network."""
+    stages = {g: tuple(tree.stages[s] for s in tree.order if tree.stages[s].network == g) for g in tree.networks}
+    for network, members in stages.items():
+        if len({stage.sigma for stage in members}) != 1:
+            raise PlanError(
+                f"Stages on network {network!r} have different sigmas",
+                expected="one sigma per network",
+                received=str({stage.name: stage.sigma for stage in members}),
+                remedy="give them networks of their own",
+            )
+    return stages
 
 
 def expert_stage(name: str, sigma: float, num_classes: int, *, network: str = "", expert: str | None = None) -> Stage:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rsrouter.core.errors import CheckpointError
+from rsrouter.core.errors import ArchitectureError, CheckpointError
 from rsrouter.experts.cifar_resnet import DEPTHS, CifarResNet
 from rsrouter.experts.denoisers import DnCNN, SmallUNet
 from rsrouter.experts.papers import DenseNet40, LeNet
@@ -158,7 +158,7 @@ def build_architecture(name: str, num_classes: int | None, kwargs: Mapping[str, 
     if build is None:
         timm_name = _timm_model(name)
         if timm_name is None:
-            raise CheckpointError(
+            raise ArchitectureError(
                 f"Unknown architecture {name!r}",
                 expected=f"one of {list(architectures())} or a timm model",
                 received=repr(name),
@@ -180,7 +180,7 @@ def build_architecture(name: str, num_classes: int | None, kwargs: Mapping[str, 
         module = build(**arguments)
     except Exception as error:  # a constructor that gets what it was not made for may raise anything
         accepted = "" if isinstance(build, partial) else str(inspect.signature(build))
-        raise CheckpointError(
+        raise ArchitectureError(
             f"Architecture {name!r} does not take these arguments",
             expected=f"its constructor's arguments {accepted}".strip(),
             received=str(dict(kwargs or {})),

@@ -3,7 +3,6 @@
 from rsrouter.jobs.certify import certify_table
 from rsrouter.jobs.driver import Images, Running
 from rsrouter.jobs.estimate import Estimate, PlanCost, estimate_table
-from rsrouter.jobs.label import label_table
-from rsrouter.jobs.label_shards import merge_labels
+from rsrouter.jobs.label import label_table, merge_labels
 
 __all__ = ["Estimate", "Images", "PlanCost", "Running", "certify_table", "estimate_table", "label_table", "merge_labels"]

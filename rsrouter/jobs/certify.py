@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +16,35 @@ import torch
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import Plan
 from rsrouter.core.terms import Terms
-from rsrouter.inputs import check_images
-from rsrouter.jobs.driver import Images, Running, load_task, make_executor, run_job, stored_threads
-from rsrouter.jobs.work import CertifyWork
+from rsrouter.core.types import Certificate
+from rsrouter.inputs import check_count
+from rsrouter.jobs.driver import Images, Reader, Running, make_executor, run_job, stored_threads
+from rsrouter.jobs.workers import Done, Emit, Step, Task
 from rsrouter.results import ExpertRecord, Table, TableMetadata, TreeRecord, pack_ids
+from rsrouter.sampling.engine import Engine
 from rsrouter.sampling.execution import KERNELS, default_batch
 from rsrouter.sampling.noise import CHUNK
-from rsrouter.smooth import RoutedSmooth, Smooth
+from rsrouter.smooth import Drawn, RoutedSmooth, Smooth
 
 #: Images that stand for a data set that knows no fingerprint.
 SAMPLED = 8
 
 
-def describe_data(images: Images, data: dict[str, Any] | None, order: Sequence[int]) -> dict[str, Any]:
+def describe_data(reader: Reader, data: dict[str, Any] | None, order: Sequence[int]) -> dict[str, Any]:
     """The data set for the metadata: what the caller says, its size, fingerprint and preprocessing where it knows them.
 
     A plain list or a torch data set knows no fingerprint; a few of the job's images, spread over it, stand for all, so that
-    a table is not continued over others.
+    a table is not resumed over others.
     """
+    images = reader.images
     described: dict[str, Any] = {**(data or {}), "images": len(images)}
     if not getattr(images, "fingerprint", None):
         few = tuple(dict.fromkeys(order[at] for at in np.linspace(0, len(order) - 1, SAMPLED).round().astype(int)))
         digest = hashlib.sha256(repr(few).encode())
         for i in few:
-            task, labels = load_task(images, (i,))
-            digest.update(repr((i, labels, str(task.images.dtype), tuple(task.images.shape))).encode())
-            digest.update(task.images.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            image, label = reader.look(i)
+            digest.update(repr((i, [label], str(image.dtype), (1, *image.shape))).encode())
+            digest.update(image.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         described["sample"] = digest.hexdigest()
     for key in ("fingerprint", "preprocessing"):
         if key not in described and getattr(images, key, None):
@@ -48,7 +53,12 @@ def describe_data(images: Images, data: dict[str, Any] | None, order: Sequence[i
 
 
 def check_order(images: Images, indices: Sequence[int] | None, block: int) -> list[int]:
-    """The images of a job; InputError for indices out of range, doubled or none, and for blocks that cannot be."""
+    """The images of a job.
+
+    Raises:
+        InputError: indices out of range, doubled or none; a block that cannot be.
+    """
+    check_count("block", block)
     order = list(range(len(images))) if indices is None else [int(i) for i in indices]
     if bad := [i for i in order if not 0 <= i < len(images)]:
         raise InputError(
@@ -64,8 +74,6 @@ def check_order(images: Images, indices: Sequence[int] | None, block: int) -> li
             received=f"{len(order)} indices, {len(set(order))} of them different",
             remedy="check indices, --start and --count",
         )
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise InputError("block must be a whole number", expected="block >= 1", received=repr(block), remedy="leave it out")
     return order
 
 
@@ -90,6 +98,74 @@ def take_shard(order: list[int], shard: tuple[int, int] | None) -> list[int]:
             remedy="cut the job into fewer shards; merging does not ask for empty ones",
         )
     return order[index::count]
+
+
+#: Seconds that finished rows wait for the next check of their networks.
+ROWS_WAIT = 2.0
+
+
+@dataclass
+class CertifyWorker:
+    """Certificates of a smoothed classifier. Arguments as `RoutedSmooth.certify`, all of them resolved.
+
+    `execution_batch` is the one that the job's metadata record.
+    """
+
+    smoothed: Smooth | RoutedSmooth
+    terms: Terms
+    batch_size: int | None
+    execution_batch: int
+    device: str | None = None
+    engine: Engine | None = field(default=None, init=False, repr=False)
+
+    def open(self, device: str | None) -> None:
+        self.device = device
+        self.smoothed = with_batch(self.smoothed, self.execution_batch)
+        self.engine = self.smoothed.engine(int(self.terms.seed or 0), device)
+
+    def run(self, task: Task, emit: Emit) -> None:
+        """Certificates wait until every network that voted for them has given the bits it was checked with once more: those
+        of a network that changed on the way belong to no fixed classifier, and no table gets them."""
+        waiting: list[Done] = []
+        votes, flushed, cost = 0, time.monotonic(), 0.0
+
+        def keep(position: int, certificate: Certificate, seconds: float) -> None:
+            waiting.append(Done(task.ids[position], certificate, seconds))
+
+        def flush() -> None:
+            nonlocal flushed, cost
+            start = time.monotonic()
+            if self.engine is not None:
+                self.engine.check_again()
+            flushed = time.monotonic()
+            cost = flushed - start
+            emit(Step(0, tuple(waiting)))
+            waiting.clear()
+
+        def step(progress: Drawn) -> None:
+            nonlocal votes
+            emit(Step(progress.votes - votes))
+            votes = progress.votes
+            # a crash loses these seconds; checks take a fiftieth of the time at most
+            if waiting and time.monotonic() - flushed >= max(ROWS_WAIT, 50.0 * cost):
+                flush()
+
+        self.smoothed.certify(
+            task.images,
+            self.terms,
+            ids=task.ids,
+            batch_size=self.batch_size,
+            device=self.device,
+            on_certificate=keep,
+            progress=step,
+            engine=self.engine,
+        )
+        flush()
+
+
+def with_batch(smoothed: Smooth | RoutedSmooth, batch: int) -> Smooth | RoutedSmooth:
+    """`smoothed` with an execution batch that is settled; the caller's own, which may go on to another device, keeps its own."""
+    return smoothed.with_execution(replace(smoothed.execution, batch=batch))
 
 
 def settled_batch(smoothed: Smooth | RoutedSmooth, device: str | None) -> int:
@@ -163,7 +239,7 @@ def certify_table(
     ray: str | None = None,
     threads: int | None = None,
 ) -> Table:
-    """Certifies images into `out` (a TSV with its JSON beside it); goes on where an earlier run stopped.
+    """Certifies images into `out` (a TSV with its JSON beside it), and resumes an unfinished table.
 
     The finished table stands in the order of `indices`, and holds the same bytes (the time column apart) whatever was
     interrupted and however many workers there were, because an image's votes depend on nothing but the image, the
@@ -171,7 +247,8 @@ def certify_table(
 
     Args:
         smoothed: what to certify.
-        images: data set; read in this process, `block` images at a time. Workers get pixels, and no labels.
+        images: data set; read in this process, `block` images at a time. Workers get pixels, and no labels. A label is a
+            class of the experts, or -1 where it is unknown.
         out: the table.
         terms, device, batch_size: as in `RoutedSmooth.certify`.
         seed_from: a public text that the derived seed depends on as well, such as a date or a commit after the router's.
@@ -198,11 +275,14 @@ def certify_table(
         InputError, PlanError, NetworkError: as in `certify`; workers or threads that cannot be.
     """
     asked = smoothed.routed.resolve(terms, seed_from)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, "it groups work; it never changes a vote")
+    if ray is None:  # a cluster's devices are not this machine's
+        smoothed.engine(int(asked.seed or 0), device)
     order = check_order(images, indices, block)
-    # certifying no image checks every argument before anything is written; a cluster's devices are not this machine's
-    smoothed.certify(torch.zeros((0, *smoothed.shape)), asked, batch_size=batch_size, device=device if ray is None else None)
     mine = take_shard(order, shard)
-    check_images(load_task(images, (mine[0],))[0].images, smoothed.shape)  # of another size: no table is begun
+    reader = Reader(images, smoothed.shape, smoothed.experts[0].num_classes)
+    reader.look(mine[0])  # of another size: no table is begun
     path = Path(out)
     with make_executor(workers, ray, device, stored_threads(path, device, threads)) as executor:
         facts = executor.facts()
@@ -212,12 +292,24 @@ def certify_table(
             seed_from=seed_from,
             device=device,
             name=name or (smoothed.expert.name if isinstance(smoothed, Smooth) else "routed"),
-            data=describe_data(images, data, order),
+            data=describe_data(reader, data, order),
             order=order,
             facts=facts,
             threads=executor.threads,
         )
         if shard is not None:
             metadata["shard"] = {"index": shard[0], "count": shard[1]}
-        work = CertifyWork(smoothed, asked, batch_size, metadata["execution"]["batch"])
-        return run_job(executor, work, images, mine, path, metadata, facts=facts, block=block, radii=radii, progress=progress)
+        return run_job(
+            executor,
+            CertifyWorker(smoothed, asked, batch_size, metadata["execution"]["batch"]),
+            reader,
+            mine,
+            path,
+            metadata,
+            facts=facts,
+            block=block,
+            rule=asked.rule if isinstance(smoothed, RoutedSmooth) else "",
+            seed=asked.seed,
+            radii=radii,
+            progress=progress,
+        )

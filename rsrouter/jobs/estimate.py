@@ -22,10 +22,9 @@ from rsrouter.core.certify import VoteRequest
 from rsrouter.core.errors import PlanError
 from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
 from rsrouter.core.terms import Terms
-from rsrouter.jobs.certify import check_order, settled_batch, take_shard
-from rsrouter.jobs.driver import Images, load_task, make_executor
-from rsrouter.jobs.executor import check_threads
-from rsrouter.jobs.work import with_batch
+from rsrouter.jobs.certify import check_order, settled_batch, take_shard, with_batch
+from rsrouter.jobs.driver import Images, Reader, make_executor
+from rsrouter.jobs.workers import check_threads
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.smooth import RoutedSmooth, Smooth
 
@@ -183,7 +182,7 @@ def estimate_table(
     with make_executor(None, None, device if slots == 1 or device is None else device.split(":")[0], share):
         chosen = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, min(sample, len(order))).astype(int))]
         start = time.perf_counter()
-        task, _ = load_task(images, tuple(chosen))
+        task, _ = Reader(images, smoothed.shape, smoothed.experts[0].num_classes).task(chosen)
         reading = (time.perf_counter() - start) / len(chosen)
         start = time.perf_counter()
         engine = smoothed.engine(0, device)

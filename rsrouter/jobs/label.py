@@ -1,49 +1,60 @@
-"""Labelling a data set: every expert's votes on every image, on one worker or many, gone on with after a crash."""
+"""Labelling a data set: every expert's votes on every image, on one worker or many; resumed after a crash, merged from shards."""
 
 from __future__ import annotations
 
+import json
+import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from rsrouter.core.errors import InputError
+from rsrouter.core.errors import ResultsError
 from rsrouter.core.plans import check_whole
+from rsrouter.core.types import ABSTAIN, Certificate
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.inputs import check_images, check_seed
+from rsrouter.inputs import check_seed
 from rsrouter.jobs.certify import check_order, describe_data, take_shard
-from rsrouter.jobs.driver import Images, Running, load_task, make_executor, run_job, stored_threads
-from rsrouter.jobs.work import LabelWork
+from rsrouter.jobs.driver import Images, Reader, Running, make_executor, run_job, stored_threads
+from rsrouter.jobs.workers import Done, Emit, Step, Task
 from rsrouter.results import pack_ids
-from rsrouter.results.metadata import metadata_path, normalise
+from rsrouter.results.metadata import describe, differences, metadata_path, normalise
+from rsrouter.sampling.engine import Engine
 from rsrouter.sampling.execution import Execution, default_batch
 from rsrouter.training.label_files import has_votes, save_votes
-from rsrouter.training.labels import LABEL
+from rsrouter.training.labels import LABEL, label_engine, label_votes
+
+#: Images that are labelled between two steps.
+LABEL_BLOCK = 64
 
 
-class _Labelled:
-    """Images that must have a class, as they are read."""
+@dataclass
+class LabelWorker:
+    """Every expert's votes, as certificates that answer nothing: votes stand under the experts' names."""
 
-    def __init__(self, images: Images, classes: int) -> None:
-        self._images, self._classes = images, classes
+    pool: ExpertPool
+    n: int
+    seed: int
+    execution: Execution
+    engine: Engine | None = field(default=None, init=False, repr=False)
 
-    def __len__(self) -> int:
-        return len(self._images)
+    def open(self, device: str | None) -> None:
+        self.engine = label_engine(self.pool, seed=self.seed, device=device, execution=self.execution)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self._images[index]
-        if not 0 <= int(label) < self._classes:
-            raise InputError(
-                "Labelling needs the true classes",
-                expected=f"a class from 0 to {self._classes - 1} for every image",
-                received=f"{label} at image {index}",
-                remedy="use a labelled data set in the experts' label order",
-            )
-        return image, label
+    def run(self, task: Task, emit: Emit) -> None:
+        for start in range(0, len(task.ids), LABEL_BLOCK):
+            part = task.ids[start : start + LABEL_BLOCK]
+            images = task.images[start : start + len(part)]
+            votes = label_votes(self.pool, images, n=self.n, seed=self.seed, engine=self.engine)
+            done = []
+            for idx, drawn in zip(part, votes.tolist(), strict=True):
+                counts = dict(zip(self.pool.names, map(tuple, drawn), strict=True))
+                done.append(Done(idx, Certificate(ABSTAIN, 0.0, None, self.n * len(self.pool), counts, "", {})))
+            emit(Step(int(votes.sum()), tuple(done)))
 
 
 def label_table(
@@ -65,7 +76,7 @@ def label_table(
     ray: str | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Draws every expert's votes on every image into the npz file `out`; started again, it goes on where it stopped.
+    """Draws every expert's votes on every image into the npz file `out`, and resumes an unfinished one.
 
     Until all are drawn, they stand in a table `OUT.part.tsv` beside it, which a crash cannot damage.
 
@@ -98,7 +109,8 @@ def label_table(
         expert.check_unchanged()
     order = check_order(images, indices, block)
     mine = take_shard(order, shard)
-    check_images(load_task(images, (mine[0],))[0].images, pool.input_shape)
+    reader = Reader(images, pool.input_shape, pool.num_classes, labelled=True)
+    reader.look(mine[0])
     path = Path(out)
     part = path.with_name(f"{path.name}.part.tsv")
     chosen = execution or Execution()
@@ -120,7 +132,7 @@ def label_table(
                 "source": source,
                 "images": len(mine),
                 "indices": pack_ids(order),
-                "data": describe_data(images, None, order),
+                "data": describe_data(reader, None, order),
                 "device": facts["device"],
                 "versions": facts["versions"],
                 **({} if shard is None else {"shard": {"index": shard[0], "count": shard[1], "images": len(order)}}),
@@ -129,17 +141,17 @@ def label_table(
         if has_votes(path, metadata):
             _tidy(part)
             return metadata
-        work = LabelWork(pool, n, seed, chosen)
         info = {"info": {"threads": executor.threads or torch.get_num_threads(), "instructions": facts["instructions"]}}
         table = run_job(
             executor,
-            work,
-            _Labelled(images, pool.num_classes),
+            LabelWorker(pool, n, seed, chosen),
+            reader,
             mine,
             part,
             {**metadata, **info},
             facts=facts,
             block=block,
+            seed=seed,
             progress=progress,
         )
     votes = np.zeros((len(mine), len(pool), pool.num_classes + 1), dtype=np.int64)
@@ -155,3 +167,89 @@ def _tidy(part: Path) -> None:
     """Removes the table of an unfinished job whose file is there; a kill in between left it."""
     for leftover in (part, metadata_path(part)):
         leftover.unlink(missing_ok=True)
+
+
+def is_labels(path: Path) -> bool:
+    """Whether a file is an archive, as `rsrouter label` writes them, and no table."""
+    return path.is_file() and zipfile.is_zipfile(path)
+
+
+def merge_labels(paths: Sequence[str | Path], out: str | Path) -> Path:
+    """Merges what `label_table` wrote for the shards of one job into the file that it writes for the whole, byte for byte.
+
+    Args:
+        paths: the shards' files, in any order; one that is named twice does no harm.
+        out: where to write. Refused if it exists, unless it is the same result.
+
+    Raises:
+        ResultsError: no shards, files that are none, shards of different jobs (with what differs), shards that disagree,
+            a missing shard, or `out` is taken.
+    """
+    out = Path(out)
+    if not paths:
+        raise ResultsError(
+            "There is nothing to merge",
+            expected="at least one shard of labels",
+            received="none",
+            remedy="name the files that `rsrouter label --shard` wrote",
+        )
+    parts: dict[int, tuple[Path, NDArray[np.int64], NDArray[np.int64]]] = {}
+    job: dict[str, Any] = {}
+    for path in map(Path, paths):
+        metadata, votes, labels = _read_shard(path)
+        index = metadata["shard"].pop("index")
+        job = job or metadata
+        # the number of its own images follows from the shard's index
+        if found := differences(job, {**metadata, "images": job["images"]}):
+            raise ResultsError(
+                f"{path} belongs to another job than {paths[0]}",
+                expected="shards of one job",
+                received=describe(found),
+                remedy="merge only shards of the same label command",
+            )
+        if index not in parts:
+            parts[index] = path, votes, labels
+        elif not (np.array_equal(parts[index][1], votes) and np.array_equal(parts[index][2], labels)):
+            raise ResultsError(
+                f"Two files hold shard {index} and disagree",
+                expected=f"the votes of {parts[index][0]}",
+                received=f"others in {path}",
+                remedy="label this shard again; one of the files is damaged",
+            )
+    shard = job.pop("shard")
+    missing = sorted(set(range(min(shard["count"], shard["images"]))) - set(parts))
+    if missing:
+        raise ResultsError(
+            "Shards are missing",
+            expected=f"all {shard['count']} shards",
+            received=f"no shard {', '.join(map(str, missing[:20]))}",
+            remedy="label them",
+        )
+    metadata = {**job, "images": shard["images"]}
+    if has_votes(out, metadata):
+        return out
+    first = parts[0][1]
+    votes, labels = np.zeros((shard["images"], *first.shape[1:]), dtype=np.int64), np.zeros(shard["images"], dtype=np.int64)
+    for index, (_, drawn, classes) in parts.items():
+        votes[index :: shard["count"]], labels[index :: shard["count"]] = drawn, classes
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_votes(out, votes, labels, metadata)
+    return out
+
+
+def _read_shard(path: Path) -> tuple[dict[str, Any], NDArray[np.int64], NDArray[np.int64]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            metadata, votes, labels = json.loads(str(file["metadata"])), file["votes"], file["labels"]
+        shard = {key: int(metadata["shard"][key]) for key in ("index", "count", "images")}
+        size = len(range(shard["index"], shard["images"], shard["count"]))
+        if not 0 <= shard["index"] < shard["count"] or len(votes) != size or len(labels) != size:
+            raise ValueError(f"{len(votes)} images in shard {shard}")
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ResultsError(
+            f"{path} is not a shard of labels",
+            expected="an npz that `rsrouter label --shard` wrote",
+            received=f"{type(error).__name__}: {error}",
+            remedy="label this shard again, into a new file",
+        ) from error
+    return metadata, votes, labels

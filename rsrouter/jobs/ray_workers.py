@@ -12,8 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rsrouter.core.errors import InputError, RSRouterError, WorkerError
-from rsrouter.jobs.executor import Sink, check_workers
-from rsrouter.jobs.work import Event, Lost, Task, Work, machine_facts, serve
+from rsrouter.jobs.workers import Event, Lost, Sink, Task, Worker, check_workers, machine_facts, serve
 
 #: Seconds that an actor holds a question for news, so that the driver need not ask often.
 _PATIENCE = 1.0
@@ -24,10 +23,10 @@ _KNOCKING = 20.0
 class _Actor:
     """A worker in an actor: it works in a thread of its own, and answers for it meanwhile."""
 
-    def __init__(self, work: Work, device: str | None, threads: int | None) -> None:
+    def __init__(self, worker: Worker, device: str | None, threads: int | None) -> None:
         self._tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        arguments = (lambda: work, device, threads, self._tasks.get, self._events.put)
+        arguments = (lambda: worker, device, threads, self._tasks.get, self._events.put)
         threading.Thread(target=serve, args=arguments, daemon=True).start()
 
     def submit(self, task: Task) -> None:
@@ -136,15 +135,15 @@ class RayActors:
             ) from error
         return facts
 
-    def open(self, work: Work) -> RayActors:
-        self._work = self._ray.put(work)
+    def open(self, worker: Worker) -> RayActors:
+        self._worker = self._ray.put(worker)
         return self
 
     def start(self, slot: int) -> None:
         self._end(slot)
         # news is asked for and tasks are handed in side by side
         cls = self._ray.remote(max_concurrency=2, max_restarts=0, **self._options)(_Actor)
-        self._actors[slot] = cls.remote(self._work, self._device, self.threads)
+        self._actors[slot] = cls.remote(self._worker, self._device, self.threads)
         self._ask(slot)
 
     def _ask(self, slot: int) -> None:

@@ -13,9 +13,8 @@ from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import ResultsError
 from rsrouter.core.plans import Plan
-from rsrouter.core.requests import stages_by_network
 from rsrouter.core.terms import Terms
-from rsrouter.core.tree import Stage, Target, Tree
+from rsrouter.core.tree import Stage, Target, Tree, stages_by_network
 from rsrouter.stored import Stored, validated
 
 KIND: Final = "rsrouter-certificates"

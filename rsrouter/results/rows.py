@@ -134,7 +134,11 @@ class Row:
         return correctness(self.label, self.predict)
 
     def to_line(self) -> str:
-        """The row as one line of text, newline included.
+        """The row as one line of text, newline included; the errors of `cells`."""
+        return "\t".join(self.cells()) + "\n"
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as texts, in the order of `COLUMNS`.
 
         Raises:
             ResultsError: a value that the table must not hold.
@@ -172,24 +176,23 @@ class Row:
             purpose: {stage: [int(v) for v in votes] for stage, votes in sorted((self.counts or {}).get(purpose, {}).items())}
             for purpose in ("select", "estimate", *(("earlier",) if (self.counts or {}).get("earlier") else ()))
         }
-        cells = (
-            self.idx,
-            self.label,
-            self.predict,
+        return (
+            str(self.idx),
+            str(self.label),
+            str(self.predict),
             format_radius(self.radius),
-            self.correct,
+            str(self.correct),
             # a clock that jumped backwards must not make the row unreadable
             f"{max(self.time, 0.0):.3f}",
             self.expert,
             self.rule,
             format_radius(self.r_router),
             format_radius(self.r_expert),
-            self.n_drawn,
-            "" if self.seed is None else self.seed,
+            str(self.n_drawn),
+            "" if self.seed is None else str(self.seed),
             self.bound_by,
             json.dumps(counts, separators=(",", ":")),
         )
-        return "\t".join(str(cell) for cell in cells) + "\n"
 
 
 def parse_counts(text: str) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.core.types import ABSTAIN
 from rsrouter.results.about import TableMetadata, understood
-from rsrouter.results.rows import parse_counts
+from rsrouter.results.rows import COLUMNS, Row, parse_counts
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,26 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.idx)
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Row], *, path: Path, metadata: dict[str, Any], order: Sequence[int], earlier: Table | None = None
+    ) -> Table:
+        """The table of `rows`, and of those of `earlier`, in the order of the ids in `order`: what `read_table` reads at `path`
+        once they are written there."""
+        texts = dict(zip(COLUMNS, zip(*(row.cells() for row in rows), strict=True) if rows else [()] * len(COLUMNS), strict=True))
+        texts["counts_text"] = texts.pop("counts")
+        arrays: dict[str, Any] = {}
+        for column in ARRAYS:
+            convert, dtype = _TYPES.get(column, (str, object))
+            made = np.empty(len(rows), dtype=dtype)
+            made[:] = [convert(text) for text in texts[column]]
+            arrays[column] = made if earlier is None else np.concatenate([getattr(earlier, column), made])
+        place = {idx: at for at, idx in enumerate(order)}
+        sequence = np.argsort([place[idx] for idx in arrays["idx"].tolist()])
+        name = metadata.get("name")
+        called = name if isinstance(name, str) and name else path.stem
+        return cls(name=called, metadata=metadata, path=path, **{c: a[sequence] for c, a in arrays.items()})
 
     @cached_property
     def about(self) -> TableMetadata | None:
@@ -135,6 +155,12 @@ ARRAYS = (
     "bound_by",
     "counts_text",
 )
+
+_TYPES: dict[str, tuple[Callable[[str], Any], Any]] = {
+    **dict.fromkeys(("idx", "label", "predict", "correct", "n_drawn"), (int, np.int64)),
+    **dict.fromkeys(("radius", "time", "r_router", "r_expert"), (float, np.float64)),
+    "seed": (lambda text: int(text) if text else None, object),
+}
 
 
 def align(tables: Sequence[Table], *, common: bool = False) -> list[Table]:

@@ -91,7 +91,8 @@ class Routed:
             PlanError: terms that cannot be, or a radius that the plan can never reach with this tree.
         """
         asked = terms if isinstance(terms, Terms) else Terms(terms)
-        asked = asked.resolved(sides="one" if len(self.tree.stages) == 1 else "two", seed=self.default_seed(seed_from))
+        sides = asked.sides or ("one" if len(self.tree.stages) == 1 else "two")
+        asked = replace(asked, sides=sides, seed=self.default_seed(seed_from) if asked.seed is None else asked.seed)
         asked.plan.check(self.tree, self.split(asked), str(asked.sides))
         return asked
 

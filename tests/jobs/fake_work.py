@@ -6,7 +6,6 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 
 from rsrouter.core.errors import NetworkError
-from rsrouter.jobs.driver import Running, run_job
-from rsrouter.jobs.executor import Executor, Inline, Resources
-from rsrouter.jobs.processes import ProcessPool
-from rsrouter.jobs.work import Emit, Step, machine_facts
-from rsrouter.results import Row, Table
+from rsrouter.core.types import Certificate
+from rsrouter.jobs.driver import Reader, Running, run_job
+from rsrouter.jobs.workers import Done, Emit, Executor, Inline, Processes, Resources, Step, Task, machine_facts
+from rsrouter.results import Table
 
 METADATA = {"kind": "fake", "num_images": 24}
 COUNT = 24
@@ -35,7 +33,7 @@ class Images:
 
 
 @dataclass
-class FakeWork:
+class FakeWorker:
     """One row per image, one step per row.
 
     Attributes:
@@ -55,8 +53,8 @@ class FakeWork:
         if self.dead:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def run(self, images: Tensor, ids: Sequence[int], emit: Emit) -> None:
-        for at, idx in enumerate(ids):
+    def run(self, task: Task, emit: Emit) -> None:
+        for at, idx in enumerate(task.ids):
             emit(Step(5))
             time.sleep(self.seconds)
             if idx == self.fails:
@@ -65,23 +63,23 @@ class FakeWork:
             if self.marks and mark.exists() and (left := mark.read_text()):
                 mark.write_text(left[1:])
                 os.kill(os.getpid(), signal.SIGKILL)
-            content = int(hashlib.sha256(images[at].numpy().tobytes()).hexdigest()[:6], 16)
+            content = int(hashlib.sha256(task.images[at].numpy().tobytes()).hexdigest()[:6], 16)
             votes = (content % 50, 50 - content % 50, 0)
-            emit(Step(5, (Row(idx, -1, content % 3, 0.25, 0.1, n_drawn=10, counts={"estimate": {"net": votes}}),)))
+            emit(Step(5, (Done(idx, Certificate(content % 3, 0.25, None, 10, {"net": votes}, "", {}), 0.1),)))
 
 
-def pool(workers: int = 2, method: str = "spawn") -> ProcessPool:
-    return ProcessPool(Resources((None,) * workers, 1), method=method)
+def pool(workers: int = 2, method: str = "spawn") -> Processes:
+    return Processes(Resources((None,) * workers, 1), method=method)
 
 
-def run(out: Path, executor: Executor | None = None, work: FakeWork | None = None, **options: object) -> Table:
+def run(out: Path, executor: Executor | None = None, work: FakeWorker | None = None, **options: object) -> Table:
     """The fake job into `out`; in this process where no executor is given."""
     executor = executor or Inline(None, None)
     with executor:
         return run_job(
             executor,
-            work or FakeWork(),
-            Images(),
+            work or FakeWorker(),
+            Reader(Images(), (1, 1, 2), 3),
             range(COUNT),
             out,
             METADATA,
@@ -97,4 +95,4 @@ def untimed(path: Path) -> list[list[str]]:
     return [line.split("\t")[:at] + line.split("\t")[at + 1 :] for line in lines] + [[path.with_suffix(".json").read_text()]]
 
 
-__all__ = ["COUNT", "METADATA", "FakeWork", "Images", "Running", "pool", "run", "untimed"]
+__all__ = ["COUNT", "METADATA", "FakeWorker", "Images", "Running", "pool", "run", "untimed"]

@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 import small_router as small
 import torch
-from fake_work import FakeWork, run, untimed
+from fake_work import FakeWorker, run, untimed
 from hub_server import HubServer
 from typer.testing import CliRunner
 
-from rsrouter import Execution, ExpertPool, FixedPlan, RoutedSmooth
+from rsrouter import Execution, ExpertPool, FixedPlan, RoutedSmooth, Terms
 from rsrouter.cli import app
 from rsrouter.cli.jobs import duration
 from rsrouter.core.errors import InputError, NetworkError, ResultsError, WorkerError
+from rsrouter.core.plans import Plan
 from rsrouter.jobs import certify_table, estimate_table, label_table, merge_labels
 from rsrouter.results import merge_tables, read_table
 from rsrouter.training.label_files import load_votes
@@ -36,9 +37,8 @@ def pool() -> ExpertPool:
     return ExpertPool([small.expert(0.25), small.expert(0.5, tilt=0.01)])
 
 
-def certify(out: Path, **options: Any) -> list[list[str]]:
-    arguments: dict[str, Any] = {"plan": small.PLAN, "threads": 1, "data": {"name": "columns"}, **options}
-    certify_table(small.routed(pool()), DATA, out, **arguments)
+def certify(out: Path, terms: Terms | Plan = small.PLAN, **options: Any) -> list[list[str]]:
+    certify_table(small.routed(pool()), DATA, out, terms, **{"threads": 1, "data": {"name": "columns"}, **options})
     return untimed(out)
 
 
@@ -74,7 +74,7 @@ def test_shards_of_different_configurations(tmp_path: Path, shards: list[Path]) 
     certify(tmp_path / "other.tsv", FixedPlan(50, 999), shard=(2, 3))
     with pytest.raises(ResultsError, match="another run") as caught:
         merge_tables([*shards[:2], tmp_path / "other.tsv"], tmp_path / "t.tsv")
-    assert "plan.n" in caught.value.received
+    assert "terms.plan.n" in caught.value.received
 
 
 def test_a_table_begun_by_one_process_is_finished_by_another_kind(tmp_path: Path, one: list[list[str]]) -> None:
@@ -101,7 +101,7 @@ def test_a_shard_without_images(tmp_path: Path) -> None:
 
 def test_what_is_certified_stays_as_the_caller_made_it(tmp_path: Path) -> None:
     routed = small.routed(pool())
-    arguments: dict[str, Any] = {"plan": FixedPlan(20, 100), "indices": range(2), "threads": 1}
+    arguments: dict[str, Any] = {"terms": FixedPlan(20, 100), "indices": range(2), "threads": 1}
     table = certify_table(routed, DATA, tmp_path / "a.tsv", **arguments)
     estimate_table(routed, DATA, seconds=0.1, sample=1, **arguments)
     assert table.metadata["execution"]["batch"] > 0
@@ -233,11 +233,11 @@ def test_the_command_line(tmp_path: Path, hub: HubServer) -> None:
     )
     assert result.exit_code == 0, result.output
     assert read_table(tmp_path / "t.tsv").idx.tolist() == list(range(12))
-    assert "say --threads" not in result.stderr
+    assert "set --threads" not in result.stderr
     told = CliRunner().invoke(
         app, [w for w in words if w not in ("--threads", "1")] + ["--out", str(tmp_path / "x.tsv"), "--shard", "0/12"]
     )
-    assert "say --threads" in told.stderr
+    assert "set --threads" in told.stderr
     for odd, message in ((["--workers", "0"], "workers"), (["--shard", "2/2"], "shard"), (["--stream"], "streamed")):
         result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "odd.tsv"), *odd])
         assert isinstance(result.exception, InputError)
@@ -320,7 +320,7 @@ def test_an_actor_killed_in_the_middle_of_an_image(tmp_path: Path, cluster: str)
 
     run(tmp_path / "whole.tsv")
     (tmp_path / "die-7").write_text("x")
-    run(tmp_path / "t.tsv", RayActors(cluster, 2, None, 1), FakeWork(str(tmp_path)))
+    run(tmp_path / "t.tsv", RayActors(cluster, 2, None, 1), FakeWorker(str(tmp_path)))
     assert (tmp_path / "die-7").read_text() == ""
     assert untimed(tmp_path / "t.tsv") == untimed(tmp_path / "whole.tsv")
 

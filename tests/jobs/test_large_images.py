@@ -18,7 +18,7 @@ import json, resource, sys, time
 time.perf_counter = time.process_time
 import torch
 import timm
-from rsrouter import Expert, FixedPlan, Smooth, load_data
+from rsrouter import Expert, FixedPlan, Smooth, Terms, load_data
 from rsrouter.jobs import certify_table, estimate_table
 
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ folder, out, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 data = load_data(folder, size=224)
 module = timm.create_model("resnet50", pretrained=False)
 expert = Expert(module, sigma=0.5, num_classes=1000, input_shape=(3, 224, 224), name="resnet50")
-job = dict(plan=FixedPlan(20, 80), alpha=0.01, indices=range(count))
+job = dict(terms=Terms(FixedPlan(20, 80), alpha=0.01), indices=range(count))
 estimate = estimate_table(Smooth(expert), data, sample=2, seconds=20.0, **job)
 start = time.process_time()
 table = certify_table(Smooth(expert), data, out, block=2, **job)

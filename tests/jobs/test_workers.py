@@ -16,12 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_work import COUNT, METADATA, FakeWork, Images, pool, run, untimed
+from fake_work import COUNT, METADATA, FakeWorker, Images, pool, run, untimed
 
 from rsrouter.core.errors import InputError, NetworkError, ResultsError, WorkerError
-from rsrouter.jobs.driver import Running, run_job, stored_threads
-from rsrouter.jobs.executor import check_workers, local_resources
-from rsrouter.jobs.work import machine_facts
+from rsrouter.jobs.driver import Reader, Running, run_job, stored_threads
+from rsrouter.jobs.workers import check_workers, local_resources, machine_facts
 from rsrouter.results import ResultsWriter, read_table
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers fork here")
@@ -69,7 +68,7 @@ def test_workers_write_what_one_process_writes(tmp_path: Path, whole: list[list[
 def test_a_worker_killed_in_the_middle_of_an_image(tmp_path: Path, whole: list[list[str]]) -> None:
     for idx, times in ((0, 1), (7, 2), (COUNT - 1, 1)):
         (tmp_path / f"die-{idx}").write_text("x" * times)
-    run(tmp_path / "t.tsv", pool(2, "fork"), FakeWork(str(tmp_path)))
+    run(tmp_path / "t.tsv", pool(2, "fork"), FakeWorker(str(tmp_path)))
     assert untimed(tmp_path / "t.tsv") == whole
     assert (tmp_path / "die-7").read_text() == ""
 
@@ -77,7 +76,7 @@ def test_a_worker_killed_in_the_middle_of_an_image(tmp_path: Path, whole: list[l
 def test_an_image_that_kills_every_worker_is_named_and_the_others_are_kept(tmp_path: Path, whole: list[list[str]]) -> None:
     (tmp_path / "die-7").write_text("x" * 100)
     with pytest.raises(WorkerError, match="Image 7 ended 3 workers") as caught:
-        run(tmp_path / "t.tsv", pool(2, "fork"), FakeWork(str(tmp_path)))
+        run(tmp_path / "t.tsv", pool(2, "fork"), FakeWorker(str(tmp_path)))
     assert "SIGKILL" in caught.value.received
     assert set(read_table(tmp_path / "t.tsv").idx.tolist()) == set(range(COUNT)) - {7}
     run(tmp_path / "t.tsv")
@@ -86,17 +85,17 @@ def test_an_image_that_kills_every_worker_is_named_and_the_others_are_kept(tmp_p
 
 def test_workers_that_never_start(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="again and again"):
-        run(tmp_path / "t.tsv", pool(2, "fork"), FakeWork(dead=True))
+        run(tmp_path / "t.tsv", pool(2, "fork"), FakeWorker(dead=True))
 
 
 def test_an_error_of_the_work_ends_the_job_with_that_error(tmp_path: Path) -> None:
     with pytest.raises(NetworkError, match="odd") as caught:
-        run(tmp_path / "t.tsv", pool(2, "fork"), FakeWork(fails=11))
+        run(tmp_path / "t.tsv", pool(2, "fork"), FakeWorker(fails=11))
     assert caught.value.remedy == "none"
 
 
 def test_work_that_cannot_be_sent(tmp_path: Path) -> None:
-    class Local(FakeWork):
+    class Local(FakeWorker):
         pass
 
     with pytest.raises(InputError, match="cannot be sent"):
@@ -107,11 +106,11 @@ def random_kills(folder: Path, whole: list[list[str]], trials: int, seed: int) -
     """Kills drivers of two workers at random times; how many rows each left."""
     rng, left = random.Random(seed), []
     start = time.monotonic()
-    os.waitpid(forked(lambda: run(folder / "timed.tsv", pool(2, "fork"), FakeWork(seconds=0.002))), 0)
+    os.waitpid(forked(lambda: run(folder / "timed.tsv", pool(2, "fork"), FakeWorker(seconds=0.002))), 0)
     span = time.monotonic() - start
     for trial in range(trials):
         path = folder / f"{trial}.tsv"
-        pid = forked(lambda path=path: run(path, pool(2, "fork"), FakeWork(seconds=0.002)))  # type: ignore[misc]
+        pid = forked(lambda path=path: run(path, pool(2, "fork"), FakeWorker(seconds=0.002)))  # type: ignore[misc]
         time.sleep(rng.uniform(0, span))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -140,12 +139,12 @@ def test_a_thousand_kills_of_workers(tmp_path: Path, whole: list[list[str]]) -> 
         folder.mkdir()
         for idx in rng.sample(range(COUNT), 2):
             (folder / f"die-{idx}").write_text("x")
-        run(folder / "t.tsv", pool(2, "fork"), FakeWork(str(folder)))
+        run(folder / "t.tsv", pool(2, "fork"), FakeWorker(str(folder)))
         assert untimed(folder / "t.tsv") == whole
 
 
 def test_workers_end_with_their_driver(tmp_path: Path) -> None:
-    pid = forked(lambda: run(tmp_path / "t.tsv", pool(2, "fork"), FakeWork(seconds=30.0)))
+    pid = forked(lambda: run(tmp_path / "t.tsv", pool(2, "fork"), FakeWorker(seconds=30.0)))
     children: set[str] = set()
     for _ in range(200):
         children = set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
@@ -219,7 +218,16 @@ def test_rows_out_of_order_are_put_into_order(tmp_path: Path, whole: list[list[s
 def test_machines_that_differ_are_refused(tmp_path: Path) -> None:
     facts = {**machine_facts(None), "device": "another"}
     with pytest.raises(InputError, match="machines differ"), pool(2, "fork") as executor:
-        run_job(executor, FakeWork(), Images(), range(COUNT), tmp_path / "t.tsv", METADATA, facts=facts, block=5)
+        run_job(
+            executor,
+            FakeWorker(),
+            Reader(Images(), (1, 1, 2), 3),
+            range(COUNT),
+            tmp_path / "t.tsv",
+            METADATA,
+            facts=facts,
+            block=5,
+        )
 
 
 @pytest.mark.parametrize("workers", [0, -1, "two", 1.5, True, None])

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsrouter import CascadeRouter, Execution, Expert, ExpertPool, FixedPlan, RoutedSmooth, Smooth, train_router
+from rsrouter import AdaptivePlan, CascadeRouter, Execution, Expert, ExpertPool, FixedPlan, RoutedSmooth, Smooth, train_router
 from rsrouter.core.errors import InputError, NetworkError, PlanError, ResultsError
 from rsrouter.core.terms import Terms
 from rsrouter.jobs import certify_table, label_table
 from rsrouter.results import Table, read_table
+from rsrouter.results.table import ARRAYS
 from rsrouter.training import label_votes
 
 SHAPE = (1, 4, 4)
@@ -45,17 +46,14 @@ class Images:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"rule": "mim"},
-        {"sides": "both"},
-        {"alpha": 2.0},
         {"batch_size": 0},
         {"block": 0},
         {"indices": [0, 1, 0]},
         {"indices": []},
         {"indices": [4]},
-        {"seed": 1.5},
-        {"seed": "x"},
-        {"plan": None},
+        {"terms": None},
+        {"terms": Terms(AdaptivePlan(50, (0.0, 9.0), 10))},
+        {"batch_size": True},
         {"shard": (2, 2)},
     ],
     ids=str,
@@ -82,6 +80,7 @@ def test_unknown_noise_writes_nothing(tmp_path: Path) -> None:
         {"image": torch.full(SHAPE, torch.nan)},
         {"label": None},
         {"label": -2},
+        {"label": 3},
         {"label": 0.5},
     ],
     ids=str,
@@ -98,7 +97,7 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             return super().__getitem__(index)
 
-    arguments: dict[str, Any] = {"plan": FixedPlan(10, 50), "seed": np.int64(3)}
+    arguments: dict[str, Any] = {"terms": Terms(FixedPlan(10, 50), seed=np.int64(3))}
     with pytest.raises(KeyboardInterrupt):
         certify_table(routed(), Broken(), tmp_path / "a.tsv", block=1, **arguments)
     again = certify_table(routed(), Images(), tmp_path / "a.tsv", **arguments)
@@ -107,9 +106,42 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert list(again.counts_text) == list(whole.counts_text)
 
 
+def test_an_image_is_decoded_once_and_the_table_in_memory_is_the_one_on_disk(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    class Counted(Images):
+        fingerprint = "0" * 64
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            read.append(index)
+            return super().__getitem__(index)
+
+    class Half(Exception):
+        pass
+
+    def stop(running: Any) -> None:
+        if running.finished == 2:
+            raise Half
+
+    job: dict[str, Any] = {"terms": Terms(FixedPlan(10, 50)), "block": 1}
+    with pytest.raises(Half):
+        certify_table(routed(), Counted(), tmp_path / "t.tsv", progress=stop, **job)
+    certify_table(routed(), Counted(), tmp_path / "whole.tsv", **job)
+    read.clear()
+    made = certify_table(routed(), Counted(), tmp_path / "another.tsv", **job)
+    assert sorted(read) == [0, 1, 2, 3]
+    resumed = certify_table(routed(), Counted(), tmp_path / "t.tsv", **job)
+    for table in (made, resumed):
+        stored = read_table(table.path)
+        assert (stored.name, stored.metadata) == (table.name, table.metadata)
+        for column in ARRAYS:
+            assert getattr(stored, column).dtype == getattr(table, column).dtype
+            assert getattr(stored, column).tolist() == getattr(table, column).tolist()
+
+
 def test_a_table_is_not_continued_over_other_images(tmp_path: Path) -> None:
     """A plain list knows no fingerprint; some of its images and labels do."""
-    job: dict[str, Any] = {"plan": FixedPlan(10, 50), "seed": 1}
+    job: dict[str, Any] = {"terms": Terms(FixedPlan(10, 50), seed=1)}
     same = [(torch.full(SHAPE, i / 40), i % 3) for i in range(40)]
     path = tmp_path / "t.tsv"
     certify_table(routed(), same[:40], path, **job)
@@ -149,7 +181,7 @@ def test_no_row_of_a_network_that_changed_on_the_way_reaches_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: float
 ) -> None:
     """Rows wait for a check after their votes; what is on disk after the error is what an honest network gives."""
-    monkeypatch.setattr("rsrouter.jobs.work.ROWS_WAIT", wait)
+    monkeypatch.setattr("rsrouter.jobs.certify.ROWS_WAIT", wait)
     images = [(torch.full(SHAPE, i / 60), i % 3) for i in range(60)]
 
     def certify(after: int, path: Path) -> Table:

@@ -1,0 +1,151 @@
+"""What a table claims, against the router it is published with and the data it names: every row, no vote drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from rsrouter.audit.state import State
+from rsrouter.audit.votes import repeated_rows
+from rsrouter.data import ImageData
+from rsrouter.results import Table, TableMetadata, TreeRecord
+from rsrouter.results.choices import seed_freedom, selection
+from rsrouter.results.verify import verify_rows
+from rsrouter.sampling.execution import KERNELS, Execution, default_batch
+from rsrouter.smooth import RoutedSmooth, Smooth
+
+Found = list[tuple[int | None, str]]
+
+
+def find_subject(state: State, table: Table, run: TableMetadata, routed: RoutedSmooth) -> Smooth | RoutedSmooth:
+    """The classifier that the table is about, running as the table says; differences from what is published are found."""
+    name, wrong = table.name, Found()
+    execution = Execution.from_dict(run.execution, f"the metadata of {name}")
+    whole = RoutedSmooth(routed.pool, routed.router, execution=execution, noise=run.noise)
+    subjects: list[Smooth | RoutedSmooth] = [whole, *(Smooth(e, execution=execution, noise=run.noise) for e in routed.pool)]
+    subject = next((s for s in subjects if s.digest == run.digest), None)
+    if subject is None:
+        wrong.append((None, f"the table is about weights with digest {run.digest}, the router's is {routed.digest}"))
+        alone = [x for x in subjects if isinstance(x, Smooth) and x.expert.name == name]
+        subject = alone[0] if run.role == "expert" and alone else whole
+    if run.noise != routed.noise:
+        wrong.append((None, f"the table was drawn with {run.noise} noise, the router is published with {routed.noise}"))
+    told, known = run.tree, TreeRecord.of(subject.tree)
+    theirs, ours = ({s.name: s.model_dump(exclude={"title"}) for s in tree.stages} for tree in (told, known))
+    for stage in sorted({*theirs, *ours}):
+        a, b = theirs.get(stage), ours.get(stage)
+        if a is None or b is None:
+            wrong.append((None, f"stage {stage!r} is in the {'table' if b is None else 'router'} alone"))
+        else:
+            wrong += [(None, f"stage {stage}: {k} {a[k]} in the table, {b[k]} in the router") for k in a if a[k] != b[k]]
+    if told.root != known.root:
+        wrong.append((None, f"the root is {told.root!r} in the table, {known.root!r} in the router"))
+    role = "expert" if isinstance(subject, Smooth) else "routed"
+    kind = None if isinstance(subject, Smooth) else subject.router.kind
+    for what, claimed, true in (
+        ("role", run.role, role),
+        ("router", run.router, kind),
+        (
+            "experts",
+            [(e.name, e.sigma, e.digest) for e in run.experts],
+            [(e.name, float(e.sigma), e.digest) for e in subject.experts],
+        ),
+        ("kernels", dict(run.kernels), dict(KERNELS)),
+    ):
+        if claimed != true:
+            wrong.append((None, f"{what}: {claimed} in the table, {true} in the router"))
+    state.add("digests", name, wrong, "the table is about these weights" if not wrong else "the table is about other weights")
+    _execution(state, table, run, routed)
+    return subject
+
+
+def _execution(state: State, table: Table, run: TableMetadata, routed: RoutedSmooth) -> None:
+    """Votes of another dtype, layout or batch belong to another function than the one that is published."""
+    where = torch.device("cpu" if run.device == "cpu" else "cuda")
+    batch = routed.execution.batch or default_batch(int(np.prod(routed.shape)), where)
+    published = {**routed.execution.to_dict(), "batch": batch}
+    wrong: Found = [
+        (None, f"{key} {run.execution[key]} in the table, {published[key]} as the router is published")
+        for key in published
+        if run.execution.get(key) != published[key]
+    ]
+    state.add(
+        "execution",
+        table.name,
+        wrong,
+        "the table was drawn as the router runs" if not wrong else "the table is about another function than the published one",
+        execution=dict(run.execution),
+    )
+
+
+def check_seed(state: State, table: Table, run: TableMetadata, subject: Smooth | RoutedSmooth) -> None:
+    """Whether the seed derives from the classifier, and how free its choice was."""
+    derived, wrong = subject.routed.default_seed(run.seed_from), Found()
+    free = seed_freedom(run)
+    if run.seed != derived:
+        wrong.append((None, f"seed {run.seed} was chosen by hand; the digests give {derived}. Seeds can be shopped for"))
+    if run.seed_derived != (run.seed == derived):
+        wrong.append((None, f"the table says seed_derived {run.seed_derived}"))
+    state.add(
+        "seed", table.name, wrong, free.text if not wrong else "the seed does not derive from the digests", digits=free.digits
+    )
+
+
+def check_rows(state: State, table: Table, run: TableMetadata, subject: Smooth | RoutedSmooth | None) -> None:
+    """Every row against its votes, the images of the job against the rows, and rows against each other."""
+    name = table.name
+    cells = verify_rows(table, None if subject is None else subject.tree)
+    state.add(
+        "radii",
+        name,
+        [(m.idx, str(m).partition(": ")[2]) for m in cells],
+        f"{len({m.idx for m in cells})} of {len(table)} rows do not follow from their votes"
+        if cells
+        else f"all {len(table)} rows follow from their votes",
+        rows=len(table),
+    )
+    missing = np.setdiff1d(run.ids, table.idx)
+    wrong: Found = []
+    if missing.size:
+        few = ", ".join(map(str, missing[:8].tolist())) + (", ..." if missing.size > 8 else "")
+        wrong.append((None, f"{len(table)} of {len(run.ids)} images have a row; there is none for {few}"))
+    if run.shard is not None:
+        wrong.append((None, f"the table is shard {run.shard.index} of {run.shard.count} of its job: merge the shards"))
+    state.add(
+        "images", name, wrong, f"{len(table) - len(set(table.idx) - set(run.ids))} of {len(run.ids)} rows: {selection(run)}"
+    )
+    if run.picked:
+        state.warn(name, f"{selection(run)}: certified accuracy holds for these images alone")
+    votes = [(int(table.idx[i]), table.counts(i)) for i in range(len(table))]
+    groups = repeated_rows(votes)
+    state.add(
+        "repeats",
+        name,
+        [(g[0], f"images {', '.join(map(str, g))} have equal votes, which chance does not explain") for g in groups],
+        "no two images share their votes" if not groups else f"{len(groups)} groups of images share their votes",
+    )
+
+
+def check_labels(state: State, table: Table, run: TableMetadata, images: ImageData) -> None:
+    """The table's labels, and the size of its data set, against the data."""
+    wrong: Found = []
+    size = run.data.get("images")
+    if size != len(images):
+        wrong.append((None, f"the table says that its data set has {size} images; the data have {len(images)}"))
+    fingerprint = run.data.get("fingerprint")
+    if fingerprint is not None and fingerprint != images.fingerprint:
+        state.warn(table.name, "the data have another fingerprint than the table names; rows are compared with them")
+    if not images.labelled:
+        state.skip("labels", table.name, "the data have no labels")
+        return
+    truth = images.labels.numpy()[table.idx]
+    other = np.flatnonzero(table.label != truth)
+    wrong += [(int(table.idx[i]), f"label {table.label[i]} published, {truth[i]} in the data") for i in other]
+    state.add(
+        "labels",
+        table.name,
+        wrong,
+        f"all {len(table)} labels are those of the data"
+        if not wrong
+        else f"{len(other)} of {len(table)} labels are not those of the data",
+    )
