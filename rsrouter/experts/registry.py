@@ -18,6 +18,7 @@ from torch import nn
 from rsrouter.core.errors import ArchitectureError, CheckpointError
 from rsrouter.experts.cifar_resnet import DEPTHS, CifarResNet
 from rsrouter.experts.denoisers import DnCNN, SmallUNet
+from rsrouter.experts.openai_unet import OpenAIUNet
 from rsrouter.experts.papers import DenseNet40, LeNet
 from rsrouter.experts.small_cnn import SmallCNN
 from rsrouter.experts.small_resnet import SmallResNet
