@@ -48,7 +48,7 @@ def check_sigma(sigma: object, who: str) -> float:
     >>> check_sigma(1, "the expert")
     1.0
     """
-    if isinstance(sigma, bool) or not isinstance(sigma, Real) or not 0 < float(sigma) < float("inf"):
+    if isinstance(sigma, bool) or not isinstance(sigma, Real) or not 0 < sigma < float("inf"):  # type: ignore[operator]
         raise InputError(
             f"{who} has no usable sigma",
             expected="a finite standard deviation above 0",

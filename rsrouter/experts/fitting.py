@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rsrouter.core.errors import CheckpointError
 from rsrouter.experts.checkpoints import WeightFile, check_tensor
-from rsrouter.experts.registry import architectures, build_architecture
+from rsrouter.experts.registry import architectures, build_architecture, build_skeleton
 
 #: segments that wrappers put into the middle of names
 _INNER = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -179,8 +179,7 @@ def build_fitted(
     """
     module: nn.Module | None = None
     try:
-        with torch.device("meta"):
-            own = shapes_of(build_architecture(architecture, num_classes, kwargs))
+        own = shapes_of(build_skeleton(architecture, num_classes, kwargs))
     except Exception:  # a user's architecture may need real tensors
         module = build_architecture(architecture, num_classes, kwargs)
         own = shapes_of(module)
@@ -257,8 +256,7 @@ def file_width(file: WeightFile) -> int | None:
 def _usual_shapes(name: str, width: int) -> dict[str, tuple[int, ...]] | None:
     """Shapes of an architecture without arguments; None where it needs some, or real tensors: it cannot be a suggestion."""
     try:
-        with torch.device("meta"):
-            return shapes_of(build_architecture(name, width))
+        return shapes_of(build_skeleton(name, width))
     except Exception:
         return None
 

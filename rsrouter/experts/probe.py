@@ -17,7 +17,7 @@ import copy
 import hashlib
 import math
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from rsrouter.core.errors import IntegrityError, NetworkError
+from rsrouter.process import fixed_kernels
 from rsrouter.stored import Stored
 
 ROWS = 4
@@ -95,17 +96,8 @@ def _logits(network: nn.Module, batch: Tensor, dtype: torch.dtype = torch.float3
     """`(ROWS, K)` float64, in evaluation mode, whatever the process has set."""
     if dtype != torch.float32 or any(m.training for m in network.modules()):
         network = copy.deepcopy(network).eval().to(dtype)
-    modes: list[Any] = [torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    before = [mode.fp32_precision for mode in modes]
-    try:
-        for mode in modes:
-            mode.fp32_precision = "ieee"  # a process may have allowed float32 to be computed in bfloat16
-        with torch.autocast("cpu", enabled=False), torch.device("cpu"):
-            out = network(batch.to(dtype))
-    finally:
-        for mode, value in zip(modes, before, strict=True):
-            mode.fp32_precision = value
-    logits: Tensor = out.double()[:, :WIDTH]
+    with fixed_kernels():
+        logits: Tensor = network(batch.to(dtype)).double()[:, :WIDTH]
     return logits
 
 

@@ -154,6 +154,29 @@ def build_architecture(name: str, num_classes: int | None, kwargs: Mapping[str, 
     Raises:
         CheckpointError: unknown name, or keyword arguments that do not fit.
     """
+    module = _build(name, num_classes, kwargs)
+    if find_architecture(module) is not None:  # built by another name, and as that one left it
+        return module
+    made = {"num_classes": num_classes, **_as_stored(dict(kwargs or {}))}
+    # how it was built travels with the module, so that a router can be written down and rebuilt
+    setattr(module, ORIGIN, Origin(canonical_name(name), made, _structure(name, made, module)))
+    return module
+
+
+def build_skeleton(name: str, num_classes: int | None, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    """As `build_architecture`, on the meta device: names and shapes without any memory for values.
+
+    Raises:
+        CheckpointError: as `build_architecture`, and where a constructor needs real tensors.
+
+    >>> build_skeleton("lenet", 10).fc1.weight.is_meta
+    True
+    """
+    with usual_settings(), torch.device("meta"):
+        return _build(name, num_classes, kwargs)
+
+
+def _build(name: str, num_classes: int | None, kwargs: Mapping[str, Any] | None) -> nn.Module:
     arguments: dict[str, Any] = _as_stored(dict(kwargs or {}))
     build = _ARCHITECTURES.get(name)
     if build is None:
@@ -178,7 +201,7 @@ def build_architecture(name: str, num_classes: int | None, kwargs: Mapping[str, 
     if _takes_classes(name):
         arguments["num_classes"] = num_classes
     try:
-        module = build(**arguments)
+        module: nn.Module = build(**arguments)
     except Exception as error:  # a constructor that gets what it was not made for may raise anything
         accepted = "" if isinstance(build, partial) else str(inspect.signature(build))
         raise ArchitectureError(
@@ -187,13 +210,6 @@ def build_architecture(name: str, num_classes: int | None, kwargs: Mapping[str, 
             received=str(dict(kwargs or {})),
             remedy=f"{type(error).__name__}: {error}",
         ) from error
-    made = {"num_classes": num_classes, **_as_stored(dict(kwargs or {}))}
-    if any(p.is_meta for p in module.parameters()):  # only shapes are wanted
-        return module
-    if find_architecture(module) is not None:  # built by another name, and as that one left it
-        return module
-    # how it was built travels with the module, so that a router can be written down and rebuilt
-    setattr(module, ORIGIN, Origin(canonical_name(name), made, _structure(name, made, module)))
     return module
 
 
