@@ -65,7 +65,7 @@ def watch(routed: RoutedSmooth, image: Tensor, n_max: int) -> Iterator[Moment]:
     split = AlphaSplit.even(ALPHA, tree.paths)
     plan = plan.within(plan.reach(tree, split))
     policy = CertifyPolicy(tree, plan, split, 1)
-    engine = routed._engine(secrets.randbits(60), None)
+    engine = routed.engine(secrets.randbits(60))
     identity = [image_identity(image)]
     moment = Moment()
     while not policy.done[0]:
