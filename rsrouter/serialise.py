@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -236,6 +237,21 @@ def read_router_config(folder: Path) -> RouterConfig:
 def store_execution(folder: Path, execution: Execution) -> None:
     """Writes how networks run into a saved router; its weights and digest stay. Tables drawn otherwise cannot be resumed."""
     _write_config(folder, read_router_config(folder).model_copy(update={"execution": execution.to_dict()}))
+
+
+def rebind(folder: Path, out: Path, entries: list[dict[str, Any]]) -> Path:
+    """Writes the router of `folder`, with its README, into the new folder `out`, over experts that are pinned elsewhere.
+
+    Args:
+        entries: of the same experts in the same order, as in `pool.json`; equal weights keep the router's certificates.
+    """
+    out.mkdir()
+    for name in (WEIGHTS, "README.md"):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    config = read_router_config(folder)
+    _write_config(out, config.model_copy(update={"pool": {**config.pool, "experts": entries}}))
+    return out
 
 
 def _write_config(folder: Path, config: RouterConfig) -> None:
