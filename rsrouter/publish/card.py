@@ -69,7 +69,7 @@ def text_of(value: object) -> str:
     plain = printable(value)
     if re.search(r"://|www\.", plain, re.IGNORECASE):  # escapes do not keep these from becoming links
         return "`" + re.sub(r"[`|]", " ", plain) + "`"
-    return plain if re.fullmatch(r"[\w ./+@:,()-]*", plain, re.ASCII) else markdown(plain)
+    return plain if re.fullmatch(r"[\w ./+@:,;%='()-]*", plain, re.ASCII) else markdown(plain)
 
 
 def render_card(

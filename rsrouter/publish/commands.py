@@ -77,13 +77,13 @@ def images_in_words(about: TableMetadata) -> str:
     start, stop, step = about.indices[0] if about.indices else (0, 0, 1)
     if (start, stop, step) == (0, whole, 1):
         return f"all {count:,} images"
-    each = "" if step == 1 else f", every {step}th"
+    each = "" if step == 1 else f", one in {step}"
     return f"{of} images{each}, from number {start} on"
 
 
 def freedom(about: TableMetadata, router: Router) -> tuple[str, str]:
     """What a publisher could have varied to draw other noise, in two sentences."""
-    price = "the best of k tries errs with probability at most k times alpha, and no reader sees k"
+    price = "the best of k tries errs with probability at most k times alpha, and k cannot be seen"
     if not about.seed_derived:
         return (f"The seed was chosen by hand, among {2**63:.0e}.", f"Nothing shows how many seeds were tried: {price}.")
     numbers = [*getattr(router, "thresholds", ()), *(v.sigma for v in getattr(router, "voters", ()) if v.sigma is not None)]
@@ -95,7 +95,7 @@ def freedom(about: TableMetadata, router: Router) -> tuple[str, str]:
     mixed = f" and from the public text {printable(about.seed_from)!r}" if about.seed_from else ""
     return (
         f"The seed follows from the classifier by value{mixed}, not from plan, alpha, names or images.",
-        f"Who wanted other noise had to change {', '.join(free)}" + (", or that text" if mixed else "") + f": {price}.",
+        f"To draw other noise, a publisher had to change {', '.join(free)}" + (", or that text" if mixed else "") + f": {price}.",
     )
 
 

@@ -27,7 +27,7 @@ def _sentence(stage: Stage) -> str:
     who = f"{head}, noise {stage.sigma:g}"
     if stage.tau is not None:
         return f"{who}: answers where one class has at least {100 * stage.tau:g}% of the votes, else asks {', '.join(onward)}"
-    return f"{who}: most votes name who answers, {', '.join(onward)}" if onward else f"{who}: answers"
+    return f"{who}: the outcome with most votes names who answers: {' or '.join(onward)}" if onward else f"{who}: answers"
 
 
 def in_one_line(routed: Routed, experts: Sequence[str]) -> str:
