@@ -64,7 +64,9 @@ def _part(about: TableMetadata) -> list[str]:
     if len(about.indices) != 1 or about.indices[0] == (0, about.data.get("images"), 1) or about.indices[0][2] < 1:
         return []
     start, stop, step = about.indices[0]
-    return ["--start", str(start), "--count", str(step * len(range(start, stop, step)))] + ([] if step == 1 else ["--every", str(step)])
+    return ["--start", str(start), "--count", str(step * len(range(start, stop, step)))] + (
+        [] if step == 1 else ["--every", str(step)]
+    )
 
 
 def images_in_words(about: TableMetadata) -> str:
