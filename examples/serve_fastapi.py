@@ -43,6 +43,8 @@ from rsrouter import CascadeRouter, InputError, PlanError, RoutedSmooth, RSRoute
 from rsrouter.demo import CLASSES, load_pool, load_slice
 from rsrouter.speed import Speed, measure_speed
 
+#: The demo's trained router, in a clone of the repository.
+DEMO = Path(__file__).resolve().parent.parent / "model_cards" / "demo"
 #: Larger uploads and pictures are refused before they are decoded.
 MOST_BYTES, MOST_PIXELS = 8_000_000, 16_000_000
 #: Share of the budget that votes may take; the rest is decoding, answering and bad luck.
@@ -143,12 +145,14 @@ def create_app(
 
     Args:
         routed: what answers.
-        classes: their names.
+        classes: their names; None: those that the experts say.
         budget_ms: of a request that does not say its own.
         alpha: failure probability of an answer.
         device: where networks run.
         most_votes: per stage, however large the budget.
     """
+
+    classes = routed.pool.labels if classes is None else classes
 
     @asynccontextmanager
     async def started(app: FastAPI) -> Any:
@@ -281,7 +285,7 @@ def ask_itself(app: FastAPI) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("router", nargs="?", help="folder or org/name of a router; default: a cascade of the bundled experts")
+    parser.add_argument("router", nargs="?", help="folder or org/name of a router; default: the demo's")
     parser.add_argument("--classes", type=Path, help="text file, one class name per line")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
@@ -294,6 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     classes: Sequence[str] | None = chosen.classes.read_text().splitlines() if chosen.classes else None
     if chosen.router and not chosen.quick:
         routed = RoutedSmooth.from_pretrained(chosen.router)
+    elif (DEMO / "config.json").is_file() and not chosen.quick:
+        routed, classes = RoutedSmooth.from_pretrained(DEMO), CLASSES
     else:
         pool = load_pool()
         routed, classes = RoutedSmooth(pool, CascadeRouter((0.55,) * (len(pool) - 1))), CLASSES

@@ -186,7 +186,7 @@ class Hub:
     """Reads from the Hub, one commit at a time.
 
     Args:
-        token, cache_dir, local_files_only: as in `huggingface_hub`.
+        token, cache_dir, local_files_only, force_download: as in `huggingface_hub`.
         repo_type: `"model"` or `"dataset"`.
     """
 
@@ -196,9 +196,11 @@ class Hub:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         repo_type: str = "model",
     ) -> None:
         self.token, self.local_files_only, self.repo_type = token, local_files_only, repo_type
+        self.force_download = force_download
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
 
     def reference(self, text: str, revision: str | None = None) -> Reference:
@@ -252,6 +254,7 @@ class Hub:
                     token=self.token,
                     cache_dir=self.cache_dir,
                     local_files_only=self.local_files_only,
+                    force_download=self.force_download,
                     library_name="rsrouter",
                 )
             )
@@ -321,6 +324,7 @@ class Hub:
                     token=self.token,
                     cache_dir=self.cache_dir,
                     local_files_only=self.local_files_only,
+                    force_download=self.force_download,
                     library_name="rsrouter",
                 )
             )

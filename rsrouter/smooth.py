@@ -35,6 +35,7 @@ from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_count, check_ids, check_images, check_seed
 from rsrouter.publish import Publication, publish
 from rsrouter.router.base import Routed, Router, single_tree
+from rsrouter.router.words import decides, in_one_line
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution
 from rsrouter.sampling.memo import VoteMemo
@@ -80,6 +81,23 @@ class Smoothed:
             expert.check_unchanged()
         self._bound = self._state()
         self._kept: tuple[object, Engine] | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({in_one_line(self.routed, [e.name for e in self.experts])})"
+
+    def describe(self) -> str:
+        """Who decides what, in lines: the stages in the order in which they are asked, and how the networks run.
+
+        >>> from torch import nn
+        >>> print(Smooth(Expert(nn.Flatten(), sigma=0.5, num_classes=4, input_shape=(1, 2, 2))).describe())
+        1 stage over sigma_0.5, images of shape (1, 2, 2), gaussian noise, float32
+          1. sigma_0.5, noise 0.5: answers
+        """
+        stages = decides(self.routed)
+        experts = ", ".join(e.name for e in self.experts)
+        count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
+        lines = [f"{count} over {experts}, images of shape {self.shape}, {self.noise} noise, {self.execution.dtype}"]
+        return "\n".join([*lines, *(f"  {i}. {line}" for i, line in enumerate(stages, 1))])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "memo": None}
@@ -336,31 +354,69 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
         self.save_pretrained(save_directory)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, revision: str | None = None, **hub: Any) -> RoutedSmooth:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str = "",
+        execution: Execution | None = None,
+    ) -> RoutedSmooth:
         """Loads a routed classifier from a folder or the Hub, and verifies every pinned expert.
 
         Args:
-            name: folder with `config.json`, or a Hub repository id (`org/name`, `hf-hub:org/name@revision`).
+            pretrained_model_name_or_path: folder with `config.json`, or a Hub repository id (`org/name`,
+                `hf-hub:org/name@revision`).
             revision: branch, tag or commit on the Hub; a full commit hash with a warm cache needs no network.
-            hub: `token`, `cache_dir`, `local_files_only`; they hold for the pinned experts as well.
+            token, cache_dir, local_files_only, force_download: as in `huggingface_hub`; they hold for the pinned experts as
+                well.
+            subfolder: of the folder or repository, where the router lies.
+            execution: how the networks run, instead of how the router was saved: another function, which its published
+                certificates are not about. The device is said where votes are drawn (`certify`, `predict`).
 
         Raises:
             HubError: a repository, revision or file that is missing, gated or not to be had.
             IntegrityError: a router or an expert that is not the one that was pinned.
             CheckpointError, InputError: files that cannot be read or do not fit.
         """
-        saved = load_routed(name, revision, **hub)
-        return cls(saved.pool, saved.router, execution=saved.execution, noise=saved.noise)
+        saved = load_routed(
+            pretrained_model_name_or_path,
+            revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return cls(saved.pool, saved.router, execution=execution or saved.execution, noise=saved.noise)
 
     def push_to_hub(  # type: ignore[override]
-        self, repo_id: str, *, certificates: str | Path | None = None, **options: Any
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        revision: str = "main",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        certificates: str | Path | None = None,
+        **options: Any,
     ) -> Publication:
         """Publishes this router: pinned experts, its own tensors, certificates and a card, in one commit.
 
         Args:
             repo_id: `org/name`.
+            commit_message: of the commit.
+            revision: branch to commit to; must exist unless it is `main`.
+            private: visibility of a new repository; None leaves it to the account's default.
+            token: as in `huggingface_hub`.
+            create_pr: open a pull request instead.
             certificates: folder with results tables of this router, or one table; None publishes none.
-            options: `private`, `create_pr`, `dry_run`, `token`, ... of `rsrouter.publish.publish`.
+            options: `dry_run`, `licence`, `title`, `with_experts`, `imports` of `rsrouter.publish.publish`.
 
         Returns:
             A `rsrouter.publish.Publication`.
@@ -369,4 +425,14 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
             HubError, InputError, IntegrityError: see `rsrouter.publish.publish`.
         """
         with tempfile.TemporaryDirectory() as scratch:
-            return publish(self.save_pretrained(Path(scratch) / "router"), repo_id, certificates=certificates, **options)
+            return publish(
+                self.save_pretrained(Path(scratch) / "router"),
+                repo_id,
+                certificates=certificates,
+                message=commit_message,
+                branch=revision,
+                private=private,
+                token=token,
+                create_pr=create_pr,
+                **options,
+            )

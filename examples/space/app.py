@@ -3,6 +3,7 @@
     pip install "rsrouter[space]" && python examples/space/app.py
 
 Works offline on the bundled Fashion-MNIST experts; `RSROUTER_MODEL=org/name` serves a published router instead.
+`python examples/space/make.py OUT` writes a folder that can be put on the Hub as a Space.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import live
 import torch
 from PIL import Image
 
-from rsrouter import CascadeRouter, RoutedSmooth
-from rsrouter.demo import CLASSES, load_pool, load_slice
+from rsrouter import RoutedSmooth
+from rsrouter.demo import CLASSES, load_slice
 
 MODEL = os.environ.get("RSROUTER_MODEL")
 BUNDLED = 24
@@ -36,17 +37,13 @@ BUDGETS = {"2,000": 2_000, "10,000": 10_000, "50,000": 50_000}
 
 @cache
 def router() -> RoutedSmooth:
-    """The published router that was asked for, or the bundled experts in a cascade (nothing trained)."""
-    if MODEL:
-        return RoutedSmooth.from_pretrained(MODEL)
-    pool = load_pool()
-    return RoutedSmooth(pool, CascadeRouter((0.55,) * (len(pool) - 1)))
+    """The published router that was asked for, or the demo's trained one."""
+    return RoutedSmooth.from_pretrained(MODEL) if MODEL else live.demo_router(Path(__file__).resolve().parent)
 
 
 @cache
 def classes() -> tuple[str, ...]:
-    count = router().pool.num_classes
-    return CLASSES if not MODEL and count == len(CLASSES) else tuple(f"class {k}" for k in range(count))
+    return live.class_names(router(), () if MODEL else CLASSES)
 
 
 @cache
@@ -62,16 +59,22 @@ def pick(event: gr.SelectData) -> Image.Image:
 
 
 def show_noise(picture: Image.Image | None) -> str:
-    return "" if picture is None else live.noisy_copies(router(), live.as_pixels(picture, router().pool.input_shape))
+    if picture is None:
+        return ""
+    image = live.as_pixels(picture, router().pool.input_shape)
+    return live.certified_pixels(image) + live.noisy_copies(router(), image)
 
 
-def certify(picture: Image.Image | None, budget: str) -> Iterator[tuple[str, str, str]]:
-    """Verdict, stages and curve, again after every round of votes."""
+def certify(picture: Image.Image | None, budget: str) -> Iterator[tuple[str, str, str, str]]:
+    """Verdict, stages, curve and the experts by themselves, again after every round of votes."""
     if picture is None:
         raise gr.Error("Pick one of the images, or upload one, then press Certify.")
     image, n_max = live.as_pixels(picture, router().pool.input_shape), BUDGETS[budget]
     for moment in live.watch(router(), image, n_max):
-        yield live.verdict(moment, classes()), live.stages(moment, router(), classes()), live.curve(moment, n_max)
+        drawn = live.verdict(moment, classes()), live.stages(moment, router(), classes()), live.curve(moment, n_max)
+        yield *drawn, ""
+    for beside in live.experts_beside(router(), image, n_max, moment, classes()):
+        yield *drawn, beside
 
 
 def build() -> gr.Blocks:
@@ -109,11 +112,12 @@ def build() -> gr.Blocks:
                 verdict = gr.HTML(live.verdict(nothing, classes()), elem_id="verdict")
                 chart = gr.HTML(live.curve(nothing, BUDGETS["10,000"]), elem_id="curve")
                 stages = gr.HTML(live.stages(nothing, router(), classes()), elem_id="stages")
+                beside = gr.HTML(elem_id="beside")
                 noisy = gr.HTML(elem_id="noisy")
         gr.Markdown(SMALL_PRINT)
         gallery.select(pick, None, picture)
         picture.change(show_noise, picture, noisy)
-        button.click(certify, [picture, budget], [verdict, stages, chart], show_progress="hidden")
+        button.click(certify, [picture, budget], [verdict, stages, chart, beside], show_progress="hidden")
     return page
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import base64
 import io
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from rsrouter import ABSTAIN, AdaptivePlan, RoutedSmooth
-from rsrouter.core import AlphaSplit, CertifyPolicy
+from rsrouter import ABSTAIN, AdaptivePlan, CascadeRouter, RoutedSmooth, Smooth, Terms
+from rsrouter.core import CertifyPolicy
 from rsrouter.core.requests import SELECT
+from rsrouter.demo import load_pool
 from rsrouter.sampling import image_identity
 
 ALPHA, N0, STEP = 1e-3, 100, 0.02
@@ -60,12 +62,9 @@ def watch(routed: RoutedSmooth, image: Tensor, n_max: int) -> Iterator[Moment]:
 
     The seed is fresh: a visitor's certificate is nobody's to prepare for.
     """
-    plan = AdaptivePlan(n_max, np.arange(STEP, 8.0, STEP), N0, growth=1.5)
-    tree = routed.tree
-    split = AlphaSplit.even(ALPHA, tree.paths)
-    plan = plan.within(plan.reach(tree, split))
-    policy = CertifyPolicy(tree, plan, split, 1)
-    engine = routed._engine(secrets.randbits(60), None)
+    plan = _plan(routed, n_max)
+    policy = CertifyPolicy(routed.tree, plan, routed.routed.split(Terms(plan, ALPHA)), 1)
+    engine = routed.engine(secrets.randbits(60))
     identity = [image_identity(image)]
     moment = Moment()
     while not policy.done[0]:
@@ -89,6 +88,14 @@ def watch(routed: RoutedSmooth, image: Tensor, n_max: int) -> Iterator[Moment]:
         yield moment
 
 
+def _plan(smoothed: RoutedSmooth | Smooth, n_max: int) -> AdaptivePlan:
+    """Every radius that this classifier could reach is one that the visitor cares about."""
+    wanted = Terms(AdaptivePlan(n_max, np.arange(STEP, 8.0, STEP), N0, growth=1.5), ALPHA)
+    plan = smoothed.routed.within_reach(wanted).plan
+    assert isinstance(plan, AdaptivePlan)
+    return plan
+
+
 def _path(routed: RoutedSmooth, moment: Moment) -> list[str]:
     """The stages that an input like this walks, by the votes so far."""
     from rsrouter.core.tree import descend
@@ -103,6 +110,49 @@ def _path(routed: RoutedSmooth, moment: Moment) -> list[str]:
     return path
 
 
+def demo_router(folder: Path) -> RoutedSmooth:
+    """The trained router in `folder/router` or among the repository's model cards; else the bundled experts in a cascade."""
+    for found in (folder / "router", folder.parent.parent / "model_cards" / "demo"):
+        if (found / "config.json").is_file():
+            return RoutedSmooth.from_pretrained(found)
+    pool = load_pool()
+    return RoutedSmooth(pool, CascadeRouter((0.55,) * (len(pool) - 1)))
+
+
+def class_names(routed: RoutedSmooth, known: Sequence[str] = ()) -> tuple[str, ...]:
+    """What people call the classes: the experts' own names, else `known` where it fits, else "class 0" and so on."""
+    count = routed.pool.num_classes
+    return routed.pool.labels or (tuple(known) if len(known) == count else tuple(f"class {k}" for k in range(count)))
+
+
+def experts_beside(routed: RoutedSmooth, image: Tensor, n_max: int, moment: Moment, classes: Sequence[str]) -> Iterator[str]:
+    """Class and radius of every expert by itself on the same image, as HTML; yields again after each of them."""
+    rows = [f"<tr><th>routed</th><td>{_answer(moment.predict, classes)}</td><td>{_down(moment.radius)}</td></tr>"]
+    for expert in routed.pool:
+        alone = Smooth(expert, execution=routed.execution, noise=routed.noise)
+        terms = Terms(_plan(alone, n_max), alpha=ALPHA, seed=secrets.randbits(60))
+        (found,) = alone.certify(image[None], terms)
+        answer = _answer(found.predict, classes)
+        rows.append(f"<tr><th>{escape(expert.name)}</th><td>{answer}</td><td>{_down(found.radius)}</td></tr>")
+        yield f'<section class="beside"><h4>The experts by themselves</h4><table>{"".join(rows)}</table></section>'
+
+
+def _answer(predict: int, classes: Sequence[str]) -> str:
+    return "abstains" if predict == ABSTAIN else escape(classes[predict])
+
+
+def certified_pixels(image: Tensor) -> str:
+    """The pixels that are certified, after cropping and resizing, as HTML."""
+    size = " x ".join(map(str, image.shape[1:]))
+    return f'<section class="certified"><h4>What is certified: these {size} pixels</h4>{_inline(image)}</section>'
+
+
+def _inline(image: Tensor) -> str:
+    buffer = io.BytesIO()
+    to_picture(image).save(buffer, "PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
 def noisy_copies(routed: RoutedSmooth, image: Tensor, each: int = 4) -> str:
     """What the experts see: a few noisy copies for every noise level, smallest first, as HTML with inline pictures."""
     generator = torch.Generator().manual_seed(secrets.randbits(60))
@@ -111,9 +161,7 @@ def noisy_copies(routed: RoutedSmooth, image: Tensor, each: int = 4) -> str:
         copies = ""
         for _ in range(each):
             noisy = (image + sigma * torch.randn(image.shape, generator=generator)).clamp(0, 1)
-            buffer = io.BytesIO()
-            to_picture(noisy).save(buffer, "PNG")
-            copies += f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+            copies += _inline(noisy)
         groups.append(f"<figure><div>{copies}</div><figcaption>sigma {sigma:g}</figcaption></figure>")
     return f'<section class="noisy"><h4>What the experts see</h4><div class="groups">{"".join(groups)}</div></section>'
 

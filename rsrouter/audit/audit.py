@@ -101,7 +101,11 @@ def audit(
             routed = RoutedSmooth.from_pretrained(folder)
         else:
             routed = RoutedSmooth.from_pretrained(
-                reference.repo_id, reference.revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+                reference.repo_id,
+                revision=reference.revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
             )
         state.add(
             "weights",

@@ -9,11 +9,14 @@ import typer
 
 from rsrouter._version import __version__
 from rsrouter.cli import bench, certify, demo, doctor, execution, experts, inspect, plan, publish, report, train
-from rsrouter.cli.options import Format, asked, echo_json
+from rsrouter.cli.options import Format, asked, echo_json, imported, importing
 from rsrouter.core.errors import RSRouterError
 
 #: Exit codes, the same for every verb.
 DONE, FINDINGS, REFUSED, BROKEN = 0, 1, 2, 70
+
+#: Verbs that load experts or routers: they take `--import`.
+LOADING = {"audit", "bench", "calibrate", "card", "certify", "convert", "label", "predict", "publish", "train", "wrap"}
 
 app = typer.Typer(
     name="rsrouter",
@@ -46,6 +49,9 @@ def _root(
 
 for _group in (demo, inspect, experts, train, certify, report, publish, plan, execution, bench, doctor):  # as verbs are shown
     _group.register(app)
+for _verb in app.registered_commands:
+    if _verb.callback is not None and (_verb.name or _verb.callback.__name__) in LOADING:
+        _verb.callback = importing(_verb.callback)
 
 
 def _explained(error: Exception) -> RSRouterError | None:
@@ -75,6 +81,7 @@ def _refuse(error: RSRouterError) -> None:
 def main() -> None:
     """Entry point: what a user can mend is told without a traceback, exit status 2; anything else is a bug, 70."""
     asked.clear()
+    imported.clear()
     try:
         app(prog_name="rsrouter")
     except RSRouterError as error:

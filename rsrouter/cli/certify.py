@@ -116,7 +116,7 @@ def certify(
         str,
         typer.Option(
             "--plan",
-            help="adaptive (stops once the radius is settled) or fixed (Cohen's CERTIFY).",
+            help="adaptive (stops once the radius is settled), fixed (Cohen's CERTIFY), or a plan as JSON, as on cards.",
         ),
     ] = "adaptive",
     n: Annotated[int, typer.Option("--n", help="Votes per stage: the most (adaptive) or exactly (fixed).")] = DEFAULT_VOTES,

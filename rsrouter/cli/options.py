@@ -51,6 +51,57 @@ class Format(StrEnum):
     json = "json"
 
 
+#: Modules that the running command imported before loading anything (`--import`).
+imported: list[str] = []
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Imports modules that register architectures; the working directory is searched last.
+
+    Raises:
+        InputError: one that cannot be imported.
+    """
+    import importlib
+    import sys
+
+    for name in names:
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a module may raise what it likes
+            raise InputError(
+                f"--import {name} failed",
+                expected="a module that can be imported, such as my_package.nets",
+                received=f"{type(error).__name__}: {error}"[:300],
+                remedy="install its package, or run the command where the module lies",
+            ) from error
+        imported.append(name)
+
+
+def importing(command: Callable[..., None]) -> Callable[..., None]:
+    """The verb with one more option, `--import MODULE`, before its `--format`."""
+    signature = inspect.signature(command, eval_str=True)
+
+    @wraps(command)
+    def verb(*, imports: list[str] | None = None, **arguments: Any) -> None:
+        import_modules(imports or ())
+        command(**arguments)
+
+    described = typer.Option(
+        "--import", metavar="MODULE", help="Import this first: it registers your architectures (repeatable)."
+    )
+    option = inspect.Parameter(
+        "imports", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, described]
+    )
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
+    at = len(own) - ("format" in signature.parameters)
+    parameters = [*own[:at], option, *own[at:]]
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {p.name: p.annotation for p in parameters}
+    return verb
+
+
 #: What the running command was asked for; `rsrouter.cli.main` prints errors in the same form.
 asked: dict[str, Format] = {}
 
@@ -272,8 +323,11 @@ def make_plan(kind: str, n: int, n0: int, radii: str) -> Plan:
     Raises:
         InputError: unknown kind. PlanError: numbers that cannot work.
     """
-    from rsrouter.core.plans import AdaptivePlan, FixedPlan
+    from rsrouter.core.plans import AdaptivePlan, FixedPlan, plan_from_dict
+    from rsrouter.stored import parse_json
 
+    if kind.lstrip().startswith("{"):  # a plan as a table's JSON and a card's command have it: every setting
+        return plan_from_dict(parse_json(kind, "--plan", remedy="copy it from the card, or from a table's JSON"))
     if kind == "fixed":
         return FixedPlan(n0, n)
     if kind == "adaptive":

@@ -18,6 +18,7 @@ from rsrouter.cli.options import (
     check_out,
     data_options,
     echo_json,
+    imported,
     read_data,
 )
 
@@ -31,15 +32,25 @@ def publish(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     pull_request: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show exactly what would go up; send nothing.")] = False,
+    with_experts: Annotated[
+        str | None,
+        typer.Option(
+            "--with-experts", metavar="ORG/PREFIX", help="Put experts of this machine on the Hub first, as ORG/PREFIX-NAME."
+        ),
+    ] = None,
+    message: Annotated[str | None, typer.Option("--message", help="Of the commit.")] = None,
     licence: Licence = "apache-2.0",
     title: Title = None,
     format: OutputFormat = Format.text,
 ) -> None:
     """Publish a router, its pinned experts, certificates and card to the Hub, in one commit.
 
-    A dry run ends with status 2 where the publication would be refused.
+    Run it again to resume: experts that the Hub has already are not sent twice. A dry run ends with status 2 where the
+    publication would be refused.
 
-    Example: rsrouter publish run org/router --dry-run
+    Examples: rsrouter publish run org/router --dry-run
+
+    rsrouter publish run org/router --with-experts org/expert
     """
     from rsrouter.publish import publish as send
 
@@ -52,6 +63,9 @@ def publish(
         dry_run=dry_run,
         licence=licence,
         title=title,
+        message=message,
+        with_experts=with_experts,
+        imports=imported,
     )
     if format is Format.json:
         echo_json(done.to_dict())
@@ -59,6 +73,9 @@ def publish(
             typer.echo(done.refused, err=True)
             raise typer.Exit(2)
         return
+    for expert in done.experts:
+        words = "would send" if done.dry_run else "sent" if expert.sent else "is there already"
+        typer.echo(f"{expert.repo_id}: {words}, {sum(f.size for f in expert.files):,} bytes  {expert.commit or ''}")
     typer.echo(f"{'Would publish' if done.dry_run else 'Published'} to {done.repo_id}:")
     for file in done.files:
         typer.echo(f"  {file.size:>10,}  {file.sha256[:12]}  {file.path}")

@@ -238,7 +238,8 @@ def train(
     notes: dict[str, Any] = {}
     if parent is not None:
         folder, reference = resolve_source(parent, revision)
-        old = RoutedSmooth.from_pretrained(*((parent,) if reference is None else (reference.repo_id, reference.revision)))
+        at = None if reference is None else reference.revision
+        old = RoutedSmooth.from_pretrained(parent if reference is None else reference.repo_id, revision=at)
         experts = old.pool if pool is None else ExpertPool.load(pool)
         notes["parent"] = {
             "name": folder.resolve().name if reference is None else reference.repo_id,

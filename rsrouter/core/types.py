@@ -48,3 +48,10 @@ class Certificate:
     r_router: float = float("inf")
     r_expert: float = 0.0
     earlier: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.predict == ABSTAIN:
+            return f"abstains after {self.n_drawn:,} votes"
+        by = f" by {self.expert}" if self.expert else ""
+        # rounded down: what is shown is certified
+        return f"class {self.predict} within L2 radius {int(self.radius * 1e4) / 1e4:.4f}{by}, {self.n_drawn:,} votes"

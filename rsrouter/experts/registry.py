@@ -1,7 +1,11 @@
 """Architectures by name: what a `config.json` or a spec file may ask for.
 
-Only names registered here, or timm's own, are ever built; a checkpoint cannot bring code along. A user adds a
-module in one line: `register_architecture("my_net", MyNet)`.
+Only names registered here, timm's own, or those that an installed package announces are ever built; a checkpoint cannot bring
+code along. A user adds a module in one line, `register_architecture("my_net", MyNet)`; a package announces one in its
+pyproject.toml, and whoever installs the package can load what is built of it:
+
+    [project.entry-points."rsrouter.architectures"]
+    my_net = "my_package.nets:MyNet"
 """
 
 from __future__ import annotations
@@ -9,7 +13,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -28,6 +33,9 @@ from rsrouter.process import usual_settings
 _ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 _INPUT_SHAPES: dict[str, tuple[int, int, int]] = {}
 _DENOISERS: set[str] = set()
+#: group of entry points under which packages announce architectures, and which distribution announced what
+ENTRY_POINTS = "rsrouter.architectures"
+_PACKAGES: dict[str, str] = {}
 
 #: timm arguments that make it read other files or weights; a config.json may not set them
 _TIMM_FORBIDDEN = frozenset(
@@ -79,6 +87,38 @@ def register_architecture(
     return build
 
 
+@cache
+def _announced(name: str) -> metadata.EntryPoints:
+    return metadata.entry_points(group=ENTRY_POINTS, name=name)
+
+
+def _find(name: str) -> Callable[..., nn.Module] | None:
+    """What builds `name`, looked for among the announcements of installed packages where it is not registered yet."""
+    if name not in _ARCHITECTURES:
+        for announced in _announced(name):
+            build = announced.load()
+            if name not in _ARCHITECTURES:  # importing may have registered it, with its input shape
+                register_architecture(name, build)
+            _PACKAGES[name] = announced.dist.name if announced.dist else ""
+    return _ARCHITECTURES.get(name)
+
+
+def package_of(name: str) -> str | None:
+    """The distribution that builds an architecture: None for one of ours or unknown here, `"timm"`, or a user's package; the
+    name of the module where no installed package holds it.
+
+    >>> package_of("small_resnet"), package_of("resnet18")
+    (None, 'timm')
+    """
+    build = _find(name)
+    if build is None:
+        return "timm" if _timm_model(name) is not None else None
+    if _is_own(build):
+        return None
+    module = str(getattr(build.func if isinstance(build, partial) else build, "__module__", "")).split(".")[0]
+    return _PACKAGES.get(name) or (metadata.packages_distributions().get(module) or [module])[0]
+
+
 def architectures() -> tuple[str, ...]:
     """Registered names, sorted (timm's own names are accepted as well)."""
     return tuple(sorted(_ARCHITECTURES))
@@ -86,12 +126,12 @@ def architectures() -> tuple[str, ...]:
 
 def is_denoiser(name: str) -> bool:
     """Whether `name` maps images to images."""
-    return name in _DENOISERS
+    return _find(name) is not None and name in _DENOISERS
 
 
 def input_shape_of(name: str) -> tuple[int, int, int] | None:
     """`(C, H, W)` where the architecture takes only one, else None."""
-    return _INPUT_SHAPES.get(name)
+    return _INPUT_SHAPES.get(name) if _find(name) is not None else None
 
 
 def _timm_model(name: str) -> str | None:
@@ -110,14 +150,14 @@ def canonical_name(name: str) -> str:
     >>> canonical_name("timm/resnet18.a1_in1k"), canonical_name("small_resnet")
     ('resnet18', 'small_resnet')
     """
-    return name if name in _ARCHITECTURES else name.removeprefix("timm/").split(".")[0]
+    return name if _find(name) is not None else name.removeprefix("timm/").split(".")[0]
 
 
 def _takes_classes(name: str) -> bool:
     """Whether the constructor is given `num_classes`; not a denoiser's, nor that of a class made for one task."""
     if name in _DENOISERS:
         return False
-    build = _ARCHITECTURES.get(name)
+    build = _find(name)
     if build is None:
         return True
     try:
@@ -129,7 +169,7 @@ def _takes_classes(name: str) -> bool:
 
 def known_architecture(name: str) -> bool:
     """Whether `build_architecture` can build `name`: registered here, or a model of timm."""
-    return name in _ARCHITECTURES or _timm_model(name) is not None
+    return _find(name) is not None or _timm_model(name) is not None
 
 
 def _as_stored(value: Any) -> Any:
@@ -178,7 +218,7 @@ def build_skeleton(name: str, num_classes: int | None, kwargs: Mapping[str, Any]
 
 def _build(name: str, num_classes: int | None, kwargs: Mapping[str, Any] | None) -> nn.Module:
     arguments: dict[str, Any] = _as_stored(dict(kwargs or {}))
-    build = _ARCHITECTURES.get(name)
+    build = _find(name)
     if build is None:
         timm_name = _timm_model(name)
         if timm_name is None:
@@ -186,7 +226,8 @@ def _build(name: str, num_classes: int | None, kwargs: Mapping[str, Any] | None)
                 f"Unknown architecture {name!r}",
                 expected=f"one of {list(architectures())} or a timm model",
                 received=repr(name),
-                remedy="rsrouter.register_architecture(name, YourModule) before loading",
+                remedy="install the package that announces it, or say --import MODULE for a module that registers it (in Python: "
+                "import that module, or rsrouter.register_architecture(name, YourModule), before loading)",
             )
         import timm
 

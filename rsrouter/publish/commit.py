@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,16 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from rsrouter._version import __version__
 from rsrouter.core.errors import HubError, InputError, IntegrityError, RSRouterError
-from rsrouter.files import new_folder, sha256_of
+from rsrouter.files import new_folder
 from rsrouter.hub import explained
+from rsrouter.publish.anew import load_anew
+from rsrouter.publish.experts import Upload, Uploader, send_expert
 from rsrouter.publish.files import check_pinned, collect
-from rsrouter.serialise import find_tables, read_router_config, router_folder
+from rsrouter.publish.remote import REPO_ID, File, describe, is_stored, within
+from rsrouter.serialise import find_tables, read_router_config, rebind, router_folder
 
-
-@dataclass(frozen=True)
-class File:
-    """One file of a publication: path in the repository, size in bytes, sha256."""
-
-    path: str
-    size: int
-    sha256: str
+#: Seconds for the requests of one upload, and bytes a second that are waited for.
+PATIENCE, SLOWEST = 600.0, 50_000
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,7 @@ class Publication:
         url: of the commit, or of the pull request.
         dry_run: nothing was sent.
         verified: the commit was read back and is what was sent; False where the Hub could not be asked.
+        experts: repositories of experts that were put on the Hub on the way, or found there.
         refused: of a dry run: why the publication itself would be refused (experts that are not on the Hub); None: it would not.
     """
 
@@ -55,6 +52,7 @@ class Publication:
     dry_run: bool = False
     verified: bool = False
     refused: str | None = None
+    experts: tuple[Upload, ...] = ()
     card: str = field(default="", repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,12 +72,15 @@ def publish(
     licence: str = "apache-2.0",
     title: str | None = None,
     message: str | None = None,
+    with_experts: str | None = None,
+    imports: Sequence[str] = (),
     token: str | bool | None = None,
 ) -> Publication:
     """Publishes a router with its pinned experts, its certificates and a card.
 
-    Everything is checked in a fresh folder first, then goes up in *one* commit whose parent is the head that was
-    read before: a repository holds the whole publication or none of it. The commit is read back and compared.
+    Everything is checked in a fresh folder first, and loaded by a fresh process with an empty cache, then goes up in *one*
+    commit whose parent is the head that was read before: a repository holds the whole publication or none of it. The commit
+    is read back and compared.
 
     Args:
         folder: the router's folder (`save_pretrained`), or a whole run with `router/` in it.
@@ -93,10 +94,14 @@ def publish(
         licence: of the router, for the card.
         title: heading of the card.
         message: of the commit.
+        with_experts: `org/prefix`: experts that lie on this machine are converted, put into repositories `org/prefix-NAME` and
+            pinned there first. What the Hub has already is not sent again, so a run that was stopped is resumed by another.
+        imports: modules that readers must import before loading, because they register architectures.
         token: as in `huggingface_hub`; never written or printed.
 
     Raises:
-        InputError: experts that are not pinned on the Hub, a card with claims that are in no table, a bad name.
+        InputError: experts that are not pinned on the Hub, a licence that promises more than theirs, a card with claims that
+            are in no table, a bad name.
         IntegrityError: files that are not what they were saved as, a table of other weights, edited rows.
         ResultsError: a table that cannot be read or does not say how it was made.
         HubError: the Hub refused or was not reached; `branch` then holds none of this publication (or, where the line
@@ -104,7 +109,7 @@ def publish(
     """
     given = Path(folder).expanduser()
     source = router_folder(given)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo_id):
+    if not REPO_ID.fullmatch(repo_id):
         raise InputError(
             "A publication needs a full name",
             expected="org/name",
@@ -112,22 +117,64 @@ def publish(
             remedy="put your user name or organisation in front",
         )
     with tempfile.TemporaryDirectory(prefix="rsrouter-publish-") as scratch:
-        fresh = Path(scratch)
+        fresh = Path(scratch) / "router"
+        fresh.mkdir()
         tables = _tables(given, source, certificates)
-        refused = _refused(source) if dry_run else None
+        options: dict[str, Any] = {"tables": tables, "licence": licence, "title": title, "imports": imports}
+        refused = _refused(source) if dry_run and with_experts is None else None
+        experts: tuple[Upload, ...] = ()
+        if with_experts is not None:
+            source, experts = _with_experts(source, Path(scratch), repo_id, with_experts, options, private, dry_run, token)
         try:
-            paths, card, _ = collect(source, fresh, repo_id, tables=tables, licence=licence, title=title, pinned=refused is None)
+            pinned = refused is None and not (dry_run and with_experts is not None)
+            paths, card, saved = collect(source, fresh, repo_id, pinned=pinned, **options)
+            cache = None if dry_run else Path(scratch) / "cache"
+            digest = saved.routed.digest
+            load_anew(fresh, digest, allow_local=not pinned, imports=imports, cache_dir=cache, token=token)
         except RSRouterError as error:
             if refused is not None:  # the first thing to mend
                 check_pinned(read_router_config(source).pool["experts"])
             raise error
-        files = tuple(_describe(fresh, path) for path in paths)
-        plan = Publication(repo_id, files, dry_run=True, refused=refused, card=card.text)
+        files = tuple(describe(fresh, path) for path in paths)
+        plan = Publication(repo_id, files, dry_run=True, refused=refused, experts=experts, card=card.text)
         if dry_run:
             return plan
         text = message or f"Publish router and certificates (rsrouter {__version__})"
+        patience = PATIENCE + sum(f.size for f in files) / SLOWEST
         with explained(repo_id, branch):
-            return _send(plan, fresh, branch, private, create_pr, text, token)
+            return within(patience, "the publication", lambda: _send(plan, fresh, branch, private, create_pr, text, token))
+
+
+def _with_experts(
+    source: Path,
+    scratch: Path,
+    repo_id: str,
+    prefix: str,
+    options: dict[str, Any],
+    private: bool | None,
+    dry_run: bool,
+    token: str | bool | None,
+) -> tuple[Path, tuple[Upload, ...]]:
+    """Puts the router's experts on the Hub; a folder with the router bound to them, and the repositories."""
+    first = scratch / "first"
+    first.mkdir()
+    # all that could be refused is, before an expert goes up
+    _, _, saved = collect(source, first, repo_id, pinned=False, **options)
+    api = HfApi(library_name="rsrouter", library_version=__version__, token=token)
+
+    def send(upload: Upload, folder: Path) -> Upload:
+        patience = PATIENCE + sum(f.size for f in upload.files) / SLOWEST
+        return within(patience, f"the upload of {upload.repo_id}", lambda: send_expert(api, upload, folder, private))
+
+    written = scratch / "experts"
+    written.mkdir()
+    uploader = Uploader(prefix, written, None if dry_run else send)
+    entries = uploader.rebind(saved)
+    if not any(upload.commit for upload in uploader.uploads):
+        return source, tuple(uploader.uploads)
+    bound = scratch / "bound"
+    rebind(source, bound, entries)
+    return bound, tuple(uploader.uploads)
 
 
 def write_card(
@@ -200,10 +247,6 @@ def _tables(given: Path, source: Path, certificates: str | Path | None) -> list[
     return found
 
 
-def _describe(fresh: Path, path: str) -> File:
-    return File(path, (fresh / path).stat().st_size, sha256_of(fresh / path))
-
-
 def _send(
     plan: Publication, fresh: Path, branch: str, private: bool | None, create_pr: bool, message: str, token: str | bool | None
 ) -> Publication:
@@ -245,7 +288,7 @@ def _send(
         if landed is None:
             raise
         url = f"{api.endpoint}/{repo_id}/commit/{landed}"
-        return Publication(repo_id, plan.files, stale, landed, info.sha, url, verified=True, card=plan.card)
+        return replace(plan, deleted=stale, commit=landed, parent=info.sha, url=url, dry_run=False, verified=True)
     verified = True
     try:
         _read_back(api, repo_id, done.oid, fresh, plan.files)
@@ -255,7 +298,7 @@ def _send(
         verified = False
         warnings.warn(f"published, but the commit could not be read back: {error}", RuntimeWarning, stacklevel=2)
     url = str(done.pr_url or done.commit_url)
-    return Publication(repo_id, plan.files, stale, done.oid, info.sha, url, verified=verified, card=plan.card)
+    return replace(plan, deleted=stale, commit=done.oid, parent=info.sha, url=url, dry_run=False, verified=verified)
 
 
 def _landed(api: HfApi, plan: Publication, fresh: Path, branch: str, parent: str) -> str | None:
@@ -275,11 +318,7 @@ def _read_back(api: HfApi, repo_id: str, commit: str, fresh: Path, files: tuple[
     stored = {entry.path: entry for entry in api.get_paths_info(repo_id, [f.path for f in files], revision=commit)}
     for file in files:
         entry = stored.get(file.path)
-        data = (fresh / file.path).read_bytes()
-        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        lfs = getattr(entry, "lfs", None)
-        same = entry is not None and (lfs.sha256 == file.sha256 if lfs else getattr(entry, "blob_id", None) == blob)
-        if not same:
+        if not is_stored(entry, fresh / file.path, file):
             raise IntegrityError(
                 f"{file.path} is not on {repo_id} as it was sent, though the commit stands",
                 expected=f"sha256 {file.sha256}",

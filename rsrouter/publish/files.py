@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rsrouter.core.errors import InputError, IntegrityError, ResultsError
-from rsrouter.publish.card import Card, check_claims, render_card
-from rsrouter.results import Table, TableMetadata, metadata_path, read_table
-from rsrouter.results.verify import verify_rows
-from rsrouter.serialise import CONFIG, WEIGHTS, Saved, load_folder, read_router_config
+from rsrouter.publish.card import Card, render_card
+from rsrouter.publish.claims import check_claims
+from rsrouter.publish.licences import check_licence
+from rsrouter.results import Table, metadata_path, read_table, require_sound, require_whole
+from rsrouter.serialise import CONFIG, WEIGHTS, RouterConfig, Saved, load_folder, needed_packages, read_router_config
 
 README, FIGURE = "README.md", "certificates/curve.svg"
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
@@ -41,10 +42,8 @@ def check_pinned(experts: Sequence[Mapping[str, Any]]) -> None:
             "These experts are not pinned on the Hub, so nobody else could load this router",
             expected="every expert in a Hub repository at a commit hash of 40 hex digits",
             received="; ".join(loose),
-            remedy="write each one with `rsrouter convert CHECKPOINT --out FOLDER`, upload that folder "
-            "(`hf upload org/expert FOLDER`), wrap hf-hub:org/expert instead, and save the router over that pool "
-            "(`RoutedSmooth(ExpertPool('pool.json'), old.router, execution=old.execution).save_pretrained(...)`: equal weights "
-            "keep its certificates). Meanwhile `rsrouter card` writes files and card on this machine",
+            remedy="`rsrouter publish DIR ORG/NAME --with-experts ORG/PREFIX` uploads and pins them on the way: equal weights "
+            "keep the router's certificates. Meanwhile `rsrouter card` writes files and card on this machine",
         )
 
 
@@ -57,6 +56,7 @@ def collect(
     licence: str,
     title: str | None,
     pinned: bool = True,
+    imports: Sequence[str] = (),
 ) -> tuple[list[str], Card, Saved]:
     """Copies what is to be published into `fresh` and checks it there.
 
@@ -67,23 +67,28 @@ def collect(
         tables: results tables to publish.
         licence, title: for the card.
         pinned: refuse experts that are not on the Hub.
+        imports: modules that readers must import before loading.
 
     Returns:
         Paths relative to `fresh`, sorted; the card that the tables render to; the router as loaded from `fresh`.
 
     Raises:
-        InputError: unpinned experts, or a card with claims that are not in the tables.
+        InputError: unpinned experts, networks that no package builds, a licence that promises more than the experts' own, or a
+            card with claims that are not in the tables.
         IntegrityError: weights that are not the saved ones, a table of other weights, rows that do not follow
             from their votes.
         ResultsError, CheckpointError, HubError: files or experts that cannot be read or fetched.
     """
+    config = read_router_config(folder)
     if pinned:
-        check_pinned(read_router_config(folder).pool["experts"])
+        check_pinned(config.pool["experts"])
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(folder / name, fresh / name)
     if not pinned and (folder / "experts").is_dir():
         shutil.copytree(folder / "experts", fresh / "experts")  # weights that were written with the router
     routed = load_folder(fresh)
+    check_licence(licence, routed.pool)
+    check_packages(routed, config)
     names = [CONFIG, WEIGHTS]
     (fresh / "certificates").mkdir()
     loaded: list[Table] = []
@@ -105,12 +110,10 @@ def collect(
             )
         shutil.copyfile(path, target)
         shutil.copyfile(metadata_path(path), metadata_path(target))
-        table = read_table(target)
-        check_table(table, routed)
-        loaded.append(table)
+        loaded.append(check_table(read_table(target), routed))
         names += [f"certificates/{path.name}", f"certificates/{metadata_path(path).name}"]
     figure = _figure(loaded, fresh, title or repo_id)
-    card = render_card(routed, repo_id, loaded, licence=licence, title=title, figure=figure)
+    card = render_card(routed, repo_id, loaded, licence=licence, title=title, figure=figure, needs=config.needs, imports=imports)
     text = card.text
     if (folder / README).is_file():
         text = (folder / README).read_text(encoding="utf-8")
@@ -119,32 +122,56 @@ def collect(
     return sorted([*names, README, *([figure] if figure else [])]), card, routed
 
 
-def check_table(table: Table, saved: Saved) -> TableMetadata:
-    """Refuses a table that is not about `saved` or one of its experts, or whose rows do not follow from their votes.
+def check_packages(saved: Saved, config: RouterConfig) -> None:
+    """Refuses networks that no installed package builds: nobody else could.
 
     Raises:
-        ResultsError: metadata that do not say how the table was made.
+        InputError: modules that lie loose on this machine.
+    """
+    needed = needed_packages(saved.pool, config.router.model_dump(mode="json"))
+    if loose := [name for name, version in needed.items() if not version]:
+        raise InputError(
+            "This router has networks that nobody else could build",
+            expected="architectures of rsrouter, timm or an installed package",
+            received=f"architectures from {', '.join(loose)}",
+            remedy="put their module into a package that others can install, and announce it under the entry points "
+            "rsrouter.architectures of its pyproject.toml",
+        )
+
+
+def check_table(table: Table, saved: Saved) -> Table:
+    """`table`, if it is about `saved` or one of its experts, whole, and its rows follow from their votes.
+
+    Raises:
+        ResultsError: unfinished, a shard, or metadata that do not say how the table was made.
         IntegrityError: other weights, other noise, or cells that were edited.
     """
-    run = table.described()
-    subjects = [saved.routed, *(saved.alone(name) for name in saved.pool.names)]
-    subject = next((s for s in subjects if s.digest == run.digest), None)
-    if subject is None or run.noise != saved.noise:
+    about = table.described()
+    subjects = [(saved.routed, "routed"), *((saved.alone(name), "expert") for name in saved.pool.names)]
+    subject, role = next(((s, role) for s, role in subjects if s.digest == about.digest), (None, ""))
+    if subject is None or about.noise != saved.noise:
         raise IntegrityError(
             f"Table {table.name!r} belongs to other weights",
             expected=f"digest {saved.routed.digest} (or that of one of its experts), {saved.noise} noise",
-            received=f"digest {run.digest}, {run.noise} noise",
+            received=f"digest {about.digest}, {about.noise} noise",
             remedy="certify this router; do not publish certificates of another one with it",
         )
-    derived = run.seed == subject.default_seed(run.seed_from)
-    if bool(table.metadata.get("seed_derived")) != derived:
+    told = {
+        "role": (role, about.role),
+        "seed_derived": (about.seed == subject.default_seed(about.seed_from), about.seed_derived),
+        "experts": (
+            {e.digest for e in saved.pool} if role == "routed" else {e.digest for e in saved.pool} & {about.experts[0].digest},
+            {e.digest for e in about.experts},
+        ),
+    }
+    if wrong := [key for key, (true, said) in told.items() if true != said]:
         raise IntegrityError(
-            f"Table {table.name!r} says something else about its seed than is true",
-            expected=f"seed_derived {derived}",
-            received=f"seed_derived {table.metadata.get('seed_derived')}, seed {run.seed}",
+            f"Table {table.name!r} says something else about its {' and '.join(w.replace('_', ' ') for w in wrong)} than is true",
+            expected=", ".join(f"{key} {told[key][0]}" for key in wrong),
+            received=", ".join(f"{key} {told[key][1]}" for key in wrong) + f", seed {about.seed}",
             remedy="restore the table's JSON",
         )
-    ours, theirs = saved.execution.to_dict(), dict(run.execution)
+    ours, theirs = saved.execution.to_dict(), dict(about.execution)
     if saved.execution.batch == 0:  # the default; a table records what it came to
         ours.pop("batch"), theirs.pop("batch", None)
     if ours != theirs:
@@ -155,14 +182,14 @@ def check_table(table: Table, saved: Saved) -> TableMetadata:
             remedy="votes of another dtype or layout belong to another function: certify the router as it is saved, or save it "
             "with the table's execution (`RoutedSmooth.with_execution`)",
         )
-    if wrong := verify_rows(table, subject.tree):
-        raise IntegrityError(
-            f"{len(wrong)} cells of table {table.name!r} do not follow from the votes in their rows",
-            expected="radii as certify writes them",
-            received="; ".join(str(w) for w in wrong[:3]),
-            remedy="restore the table; if nobody edited it, say so in an issue",
+    if about.shard is not None:
+        raise ResultsError(
+            f"Table {table.name!r} is a part of its job",
+            expected="all images of the job",
+            received=f"shard {about.shard.index} of {about.shard.count}",
+            remedy="put the shards together: rsrouter merge",
         )
-    return run
+    return require_sound(require_whole(table), subject.tree)
 
 
 def _figure(tables: list[Table], fresh: Path, title: str) -> str | None:

@@ -19,6 +19,7 @@ from rsrouter.experts.expert import Expert, check_sigma
 from rsrouter.experts.identity import unique_digest
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.base import Routed, vote_digest, vote_model
+from rsrouter.router.stored import MOST_STAGES
 from rsrouter.router.trunk import HeadedTrunk
 from rsrouter.sampling.engine import VoteModel
 
@@ -90,6 +91,13 @@ def check_voters(voters: Sequence[Voter], pool: ExpertPool, heads: Mapping[str, 
             expected=f"names out of {list(pool.names)}",
             received=str([v.expert for v in voters]),
             remedy="name experts of the pool, in the order in which they are asked",
+        )
+    if len(voters) > MOST_STAGES:
+        raise InputError(
+            "The chain is too long",
+            expected=f"at most {MOST_STAGES} voters",
+            received=str(len(voters)),
+            remedy="leave out those that hardly ever answer: each one costs votes and a share of alpha",
         )
     if any(len({v.expert, *v.others}) != 1 + len(v.others) or (v.others and v.head is None) for v in voters):
         raise InputError(

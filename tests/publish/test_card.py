@@ -9,13 +9,20 @@ from pathlib import Path
 
 import pytest
 import small_router as small
+import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
-from rsrouter import CascadeRouter, ExpertPool, InputError, RoutedSmooth
+from rsrouter import CascadeRouter, ExpertPool, InputError, RoutedSmooth, Smooth, load_expert
+from rsrouter.experts import Diffusion, denoised
+from rsrouter.experts.denoising import load_denoiser
+from rsrouter.experts.registry import build_architecture
 from rsrouter.jobs import certify_table
 from rsrouter.publish import publish, write_card
-from rsrouter.publish.card import render_card
+from rsrouter.publish.card import render_card, text_of
+from rsrouter.publish.commands import certify_command
+from rsrouter.publish.licences import check_licence
 from rsrouter.report import certified_accuracy
 
 GOLDEN = Path(__file__).with_name("golden_card.txt")
@@ -72,11 +79,11 @@ def test_the_snippet_runs(hub: HubServer, run: Path) -> None:
     publish(run, "org/router")
     text = hub.files("org/router")["README.md"].decode()
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(snippet.strip().splitlines()) == 3
-    names = {"images": small.pixels(small.images(3))}
-    with contextlib.redirect_stderr(io.StringIO()):
-        exec(compile(snippet, "README.md", "exec"), names)
-    assert [c.predict for c in names["certificates"]] == [0, 1, 2]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(said):
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert len(said.getvalue().splitlines()) == 2
+    assert all(re.match(r"class \d within L2 radius|abstains after", line) for line in said.getvalue().splitlines())
 
 
 def test_the_commands_are_commands(run: Path) -> None:
@@ -104,6 +111,7 @@ def test_the_whole_card(pool: ExpertPool, tmp_path: Path) -> None:
     text = render_card(router, "org/router", [table], figure="certificates/curve.svg").text
     text = re.sub(r"`[0-9a-f]{12}`", "`COMMIT`", text)
     text = re.sub(r"seed \d+", "seed SEED", text)
+    text = re.sub(r"--threads \d+", "--threads THREADS", text)
     text = re.sub(r"Made with rsrouter \S+", "Made with rsrouter VERSION", text)
     # votes of this machine: the layout is compared, not the digits
     text = re.sub(r"[\d,]+ votes an image", "VOTES votes an image", text)
@@ -137,5 +145,69 @@ def test_a_card_for_experts_that_are_not_on_the_hub(tmp_path: Path) -> None:
 def test_the_command_names_the_certified_images(pool: ExpertPool, tmp_path: Path) -> None:
     router = small.routed(pool)
     table = certify_table(router, small.images(), tmp_path / "part.tsv", small.PLAN, indices=range(2, 9, 3))
-    assert " --start 2 --count 9 --every 3 " in render_card(router, "org/router", [table]).text
-    assert list(range(2, min(12, 2 + 9), 3)) == table.idx.tolist()
+    command = certify_command(table, "org/router").split()
+    start, count, every = (int(command[command.index(option) + 1]) for option in ("--start", "--count", "--every"))
+    assert list(range(start, min(12, start + count), every)) == table.idx.tolist()
+    assert "3 of 12 images, one in 3, from number 2 on" in render_card(router, "org/router", [table]).text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a|b", "mit\n# Trusted", "<script>x</script>", "[safe](http://evil)", "http://evil/x", "`x` | `y`", "![i](x)", "**bold**"],
+)
+def test_text_of_others_stays_text(pool: ExpertPool, tmp_path: Path, text: str) -> None:
+    shown = text_of(text)
+    assert "\n" not in shown
+    assert not re.search(r"(?<!\\)[<>\[\]|]", shown.replace("`", "")) or shown.startswith("`")
+    expert = pool[0].with_settings(provenance=pool[0].provenance.model_copy(update={"licence": text}))
+    card = render_card(RoutedSmooth(ExpertPool([expert, pool[1]]), CascadeRouter((0.6,))), "org/router").text
+    (row,) = [line for line in card.splitlines() if line.startswith("| sigma_0.25 ")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 7
+    assert "<script" not in card.replace("\\<", "")
+    assert "\n# Trusted" not in card
+
+
+def test_the_card_names_parts_and_papers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for name, module in (("unet", build_architecture("small_unet", None)), ("net", build_architecture("small_resnet", 3))):
+        save_file(module.state_dict(), tmp_path / f"{name}.safetensors")
+    denoiser = load_denoiser(tmp_path / "unet.safetensors", architecture="small_unet")
+    settings = {"architecture": "small_resnet", "num_classes": 3, "input_shape": (1, 8, 8), "normalisation": "none"}
+    classifier = load_expert(tmp_path / "net.safetensors", sigma=0.25, licence="cc-by-nc-4.0", **settings)
+    diffusion = Diffusion()
+    experts = [denoised(denoiser, classifier, sigma=s, diffusion=diffusion, name=f"d_{s:g}") for s in (0.25, 0.5)]
+    card = render_card(RoutedSmooth(ExpertPool(experts), CascadeRouter((0.6,))), "org/router", licence="cc-by-nc-4.0").text
+    assert "over 2 frozen" in card
+    assert f"denoiser, t = {diffusion.step_for(0.5)[0]} of 1000 (linear schedule)" in card
+    assert len([line for line in card.splitlines() if "| classifier |" in line]) == 2
+    assert "Carlini et al. 2023" in card
+    assert "@inproceedings{carlini2023" in card
+    assert "Salman" not in card
+    assert "**Not for commercial use**: d_0.25 (cc-by-nc-4.0), d_0.5 (cc-by-nc-4.0)" in card
+    with pytest.raises(InputError, match="licence promises more") as caught:
+        check_licence("apache-2.0", experts)
+    assert "--licence cc-by-nc-4.0" in caught.value.remedy
+    for licence in ("other", "cc-by-nc-sa-4.0"):
+        check_licence(licence, experts)
+
+
+def test_experts_rows_and_standings(pool: ExpertPool, tmp_path: Path) -> None:
+    router = small.routed(pool)
+    tables = [certify_table(router, small.images(), tmp_path / "r.tsv", small.PLAN)]
+    tables += [certify_table(Smooth(e), small.images(), tmp_path / f"{e.name}.tsv", small.PLAN) for e in pool]
+    card = render_card(router, "org/router", tables)
+    assert card.summary is not None
+    assert [s.role for s in card.summary.standings] == ["routed", "expert"]
+    for standing in card.summary.standings:
+        assert f"{100 * standing.least:.1f}% of the experts' envelope" in card.text
+    assert "rsrouter certify org/router --expert sigma_0.5 " in card.text
+
+
+def test_what_a_killed_card_leaves_is_removed_by_its_rerun(pool: ExpertPool, tmp_path: Path) -> None:
+    small.run_folder(small.routed(pool), tmp_path / "run")
+    left = tmp_path / ".card.abc123.part"
+    left.mkdir()
+    (left / "config.json").write_text("{")
+    write_card(tmp_path / "run", tmp_path / "card", "org/router")
+    assert not left.exists()
+    assert (tmp_path / "card" / "README.md").is_file()

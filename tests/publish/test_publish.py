@@ -154,7 +154,7 @@ def test_unpinned_experts_are_refused(hub: HubServer, pool: ExpertPool, tmp_path
         publish(tmp_path / "loose", "org/router")
     assert "sigma_0.25 (local" in caught.value.received
     assert "sigma_0.5" not in caught.value.received
-    assert "rsrouter convert" in caught.value.remedy
+    assert "--with-experts" in caught.value.remedy
     config = json.loads((small.routed(pool).save_pretrained(tmp_path / "branch") / CONFIG).read_text())
     config["pool"]["experts"][0]["provenance"]["revision"] = "main"
     (tmp_path / "branch" / CONFIG).write_text(json.dumps(config))

@@ -1,0 +1,45 @@
+"""Licences of experts: what they allow the router that stands on them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from rsrouter.core.errors import InputError
+from rsrouter.experts.expert import Expert
+from rsrouter.serialise import origins
+
+_NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)|non-?_? ?commercial|research[-_ ]only", re.IGNORECASE)
+
+
+def is_non_commercial(licence: str | None) -> bool:
+    """Whether a licence, as people write it, forbids commercial use.
+
+    >>> is_non_commercial("cc-by-nc-4.0"), is_non_commercial("apache-2.0"), is_non_commercial(None)
+    (True, False, False)
+    """
+    return licence is not None and _NON_COMMERCIAL.search(licence) is not None
+
+
+def restricted(experts: Iterable[Expert]) -> dict[str, str]:
+    """Expert's name to a licence of one of its parts that forbids commercial use."""
+    return {e.name: str(o.licence) for e in experts for o in origins(e) if is_non_commercial(o.licence)}
+
+
+def check_licence(licence: str, experts: Iterable[Expert]) -> None:
+    """Refuses a licence that promises more than the experts' own.
+
+    Raises:
+        InputError: an expert may not be used commercially, and the router's licence does not say so.
+    """
+    found = restricted(experts)
+    if found and not is_non_commercial(licence) and licence != "other":
+        raise InputError(
+            "The router's licence promises more than those of its experts",
+            expected="a licence without commercial use, or 'other'",
+            received=f"{licence}; " + ", ".join(f"{name}: {text}" for name, text in found.items()),
+            remedy=f"--licence {min(found.values())} (or --licence other, and say in README.md what holds)",
+        )
+
+
+__all__ = ["check_licence", "is_non_commercial", "restricted"]
