@@ -50,7 +50,7 @@ def test_no_family_of_timm_ends_in_a_raw_error(family: str) -> None:
         refused: RSRouterError | None = None
         try:
             certificates = smooth.certify(torch.rand(2, *shape), Terms(FixedPlan(4, 8), alpha=0.5, seed=0))
-            ran = smooth.metadata["engine"]["execution"]["e"]
+            ran = smooth.engine(0).describe()["execution"]["e"]
             said = f"{[c.predict for c in certificates]} { ({k: ran[k] for k in ('fold', 'channels_last', 'packs')}) }"
         except RSRouterError as error:
             refused, said = error, f"refused: {error}"
