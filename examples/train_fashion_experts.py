@@ -282,7 +282,7 @@ def estimated_radii(net: Network, x: Tensor, y: Tensor, sigma: float, votes: int
     """Radius of each image by `votes` votes without confidence, -1 where wrong: to choose by, never to report as certified.
 
     Where every vote is right, the margins' mean over their standard deviation stands in for the quantile of the unseen
-    share; no radius exceeds what 100,000 votes certify (3.81 sigma).
+    share (too high by some points where few votes meet radii past 3 sigma: margins have a longer tail than a normal law); no radius exceeds what 100,000 votes certify (3.81 sigma).
     """
     net.eval()
     generator = torch.Generator().manual_seed(seed)
