@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_router as small
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +17,7 @@ from rsrouter.core.terms import Terms
 from rsrouter.data import ImageData
 from rsrouter.jobs import certify_table
 from rsrouter.results import Row, read_table
+from tests.helpers import small_router as small
 
 
 def cells_of(run: Path) -> list[list[str]]:

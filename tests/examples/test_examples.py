@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_router as small
 import torch
 from PIL import Image
 
 from rsrouter import ExpertPool, RoutedSmooth, Smooth, read_table
 from rsrouter.speed import Speed, measure_speed
+from tests.helpers import small_router as small
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 
