@@ -26,6 +26,7 @@ SMALL = {"channels": (4, 8), "hidden": 16}
 
 
 def load():
+    sys.path.insert(0, str(SCRIPT.parent))  # its recipes lie beside it
     spec = importlib.util.spec_from_file_location("example_train_fashion_experts", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -34,6 +35,7 @@ def load():
 
 
 trainer = load()
+in_ball, MEAN, STD = (getattr(sys.modules["fashion_recipes"], name) for name in ("in_ball", "MEAN", "STD"))
 
 
 def pictures(n, seed=0):
@@ -127,7 +129,7 @@ def test_attack_stays_in_the_ball_and_raises_the_loss():
     x, y = pictures(8)
     net.eval()
     loss = lambda z: nn.functional.cross_entropy(net(z), y, reduction="sum")  # noqa: E731
-    within = trainer.in_ball(x, 0.5)
+    within = in_ball(x, 0.5)
     points = net.attack(x, loss, 3, 0.4, within)
     assert len(points) == 4
     net.eval()
@@ -145,7 +147,7 @@ def test_estimated_radii_of_a_linear_classifier():
     net = trainer.Network(nn.Sequential(nn.Flatten(), linear))
     weight = (linear.weight[0] - linear.weight[1]).detach()
     direction = (weight / weight.norm()).view(1, 1, 28, 28)
-    base = torch.full((1, 1, 28, 28), trainer.MEAN[0])
+    base = torch.full((1, 1, 28, 28), MEAN[0])
     distances = torch.tensor([-0.3, 0.2, 0.4, 2.5])
     x = base + distances[:, None, None, None] * direction
     radii = trainer.estimated_radii(net, x, torch.zeros(4, dtype=torch.long), 0.5, 4000)
@@ -165,9 +167,10 @@ def test_exported_folders_are_wrapped(tmp_path):
     half = load_file(tmp_path / "experts" / "a" / "model.safetensors")
     assert half["fc.weight"].dtype == torch.float16
     pool = ExpertPool([load_expert(tmp_path / "experts" / name) for name in ("a", "b")])
+    assert pool.names == ("a", "b")
     assert [expert.sigma for expert in pool] == [0.25, 0.5]
     run = trainer.Run(trainer.Settings("a", "gaussian", 0.25), tmp_path / "runs")
     module = run.network(weights_of="a").module.eval()
     with torch.inference_mode():
-        normal = (x - trainer.MEAN[0]) / trainer.STD[0]
+        normal = (x - MEAN[0]) / STD[0]
         assert pool[0].module(normal) == pytest.approx(module(normal), abs=0.05)  # float16 keeps three digits
