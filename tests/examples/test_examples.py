@@ -111,10 +111,8 @@ def test_an_answer_and_an_abstention(client, serve):
 
 def test_noise_is_fresh_for_each_request(client, serve, monkeypatch):
     seeds = []
-    original = RoutedSmooth._kept_engine
-    monkeypatch.setattr(
-        RoutedSmooth, "_kept_engine", lambda self, seed, device: seeds.append(seed) or original(self, seed, device)
-    )
+    original = RoutedSmooth.engine
+    monkeypatch.setattr(RoutedSmooth, "engine", lambda self, seed, *given: seeds.append(seed) or original(self, seed, *given))
     for _ in range(3):
         assert post(client, png(serve)).status_code == 200
     assert len(set(seeds)) == 3
