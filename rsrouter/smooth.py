@@ -78,6 +78,7 @@ class Smoothed:
         self.experts, self.shape = tuple(experts), shape
         self.memo: VoteMemo | None = None
         for expert in self.experts:
+            expert.digest  # noqa: B018 (taken now, so that a change from here on is seen)
             expert.check_unchanged()
         self._bound = self._state()
         self._kept: tuple[object, Engine] | None = None

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+
+from tests.helpers.hub_server import HubServer
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The trip of one image: which files and functions of the package a certificate passes through.
 
-    python tests/trip.py
+    PYTHONPATH=. python tests/trip.py
 
 Counted with `sys.setprofile`, once everything is imported, on a flat router over two linear experts. A function is what has
 a name of its own: comprehensions, generator expressions and lambdas belong to the function they stand in.
@@ -18,12 +18,12 @@ from types import FrameType
 from unittest.mock import patch
 
 import numpy as np
-import small_router as small
 import torch
 
 import rsrouter
 from rsrouter import AdaptivePlan, ExpertPool
 from rsrouter.cli import main
+from tests.helpers import small_router as small
 
 PACKAGE = Path(rsrouter.__file__).parent
 

@@ -191,7 +191,7 @@ class Expert:
                 received=repr(num_classes),
                 remedy="give the width of the logits",
             )
-        listed = isinstance(input_shape, Sequence) and not isinstance(input_shape, str)
+        listed = hasattr(input_shape, "__iter__") and not isinstance(input_shape, str)
         shape = tuple(int(s) if isinstance(s, Integral) else s for s in input_shape) if listed else ()
         if len(shape) != 3 or not all(isinstance(s, int) and s > 0 for s in shape):
             raise InputError(

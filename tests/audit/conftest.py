@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import small_router as small
 
 from rsrouter import ExpertPool
 from rsrouter.data import ImageData
+from tests.helpers import small_router as small
 
 COUNT = 16
 

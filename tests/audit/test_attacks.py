@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small_router as small
 
 from rsrouter import AdaptivePlan, Execution, ExpertPool, RoutedSmooth, Terms
 from rsrouter.audit import AuditReport, audit
@@ -26,6 +25,7 @@ from rsrouter.data import ImageData, from_arrays
 from rsrouter.jobs import certify_table
 from rsrouter.results import Row, Table, read_table
 from rsrouter.results.rows import COLUMNS
+from tests.helpers import small_router as small
 
 COUNT = 16
 PLAN = AdaptivePlan(2000, (0.1, 0.2, 0.3), 50)

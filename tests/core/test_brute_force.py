@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from closed_form import ball, random_tree, routed_answer, true_radius_1d, winners
 
 from rsrouter.core import Stage, Tree, tree_radius
+from tests.helpers.closed_form import ball, random_tree, routed_answer, true_radius_1d, winners
 
 #: Absolute error of a closed-form probability.
 ROUNDING = 4e-15

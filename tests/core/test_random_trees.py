@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from closed_form import random_tree, routed_answer
 from scipy import stats
 
 from rsrouter.core import ABSTAIN, AdaptivePlan, AlphaSplit, CertifyPolicy, FixedPlan, PredictPolicy, entry_radii
 from rsrouter.core.certificates import group_entries, recursion
+from tests.helpers.closed_form import random_tree, routed_answer
 
 ALPHA, IMAGES = 0.05, 40
 GRID = (0.05, 0.1, 0.2, 0.3, 0.5)

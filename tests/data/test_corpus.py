@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from odd_folders import FOLDERS
-from odd_inputs import Case
-from odd_tables import TABLES
 
 from rsrouter.core.errors import InputError
 from rsrouter.data import load_data
+from tests.helpers.odd_folders import FOLDERS
+from tests.helpers.odd_inputs import Case
+from tests.helpers.odd_tables import TABLES
 
 CASES = {**FOLDERS, **TABLES}
 

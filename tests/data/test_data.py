@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hub_server import HubServer
 from PIL import Image
 from torchvision import transforms
 
 from rsrouter.core.errors import HubError, InputError
 from rsrouter.data import ImageData, from_arrays, load_data, resize_centre
 from rsrouter.data.tables import Tables, local_source
+from tests.helpers.hub_server import HubServer
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (7, 3, 6, 5), dtype=np.uint8)

@@ -10,8 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer
-from odd_inputs import colour, gray, pets, rotated, shard, table, tree
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -20,6 +18,8 @@ from rsrouter.core.errors import HubError, InputError
 from rsrouter.data import UnreadableError, contact_sheet, decode, from_arrays, inspect_data, load_data
 from rsrouter.data.pictures import FORMATS
 from rsrouter.inputs import check_images, check_label_range, check_labels
+from tests.helpers.hub_server import HubServer
+from tests.helpers.odd_inputs import colour, gray, pets, rotated, shard, table, tree
 
 CARD = """---
 configs:

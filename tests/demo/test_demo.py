@@ -10,10 +10,12 @@ import pytest
 
 import rsrouter.demo.flow as flow
 from rsrouter import ExpertPool, ResultsError, RoutedSmooth, Smooth
-from rsrouter.core import plan_from_dict
 from rsrouter.demo import SLICES, load_pool, load_slice, run
 from rsrouter.demo.bundled import ASSETS
 from rsrouter.files import sha256_of
+from rsrouter.results import read_table
+
+CARD = Path(__file__).parents[2] / "model_cards/demo"
 
 SMALL = {
     "head_images": 60,
@@ -70,14 +72,17 @@ def test_a_run_leaves_everything(small):
 
 
 @pytest.mark.parametrize("name", ["sigma_0.25", "sigma_0.5", "sigma_1"])
-def test_seeds_of_published_tables_stay_derived(name):
-    """They are a hash of the plan as it was written, too: a new version must not make honest tables look shopped for."""
-    meta = json.loads((Path(__file__).parents[2] / "model_cards/demo-experts" / f"{name}.json").read_text())
-    plan = plan_from_dict(meta["plan"])
-    assert plan.to_dict() == meta["plan"]
-    expert = Smooth(load_pool()[name])
-    assert expert.digest == meta["digest"]
-    assert meta["seed"] == expert.default_seed(plan, meta["alpha"], meta["rule"], meta["sides"])
+def test_the_bundled_tables_are_about_the_bundled_experts(name: str) -> None:
+    table = read_table(CARD / "certificates" / f"{name}.tsv", check="counts")
+    alone = Smooth(load_pool()[name]).routed
+    assert table.metadata["digest"] == alone.digest
+    assert table.metadata["terms"]["seed"] == alone.default_seed(table.metadata["seed_from"])
+
+
+def test_the_bundled_router_is_the_one_of_its_table() -> None:
+    routed = RoutedSmooth.from_pretrained(CARD)
+    table = read_table(CARD / "certificates" / "certificates.tsv", check="counts")
+    assert (table.metadata["digest"], table.metadata["seed_derived"]) == (routed.digest, True)
 
 
 def rows_without_time(path):

@@ -18,9 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small_router as small
 import torch
-from hub_server import HubServer
 from torch import Tensor, nn
 from typer.main import get_command
 
@@ -29,6 +27,8 @@ from rsrouter import CascadeRouter, ExpertPool, RoutedSmooth, load_expert, regis
 from rsrouter.cli import app, main
 from rsrouter.demo import load_pool
 from rsrouter.training import DEFERRAL_RECIPES
+from tests.helpers import small_router as small
+from tests.helpers.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / ".docs" / "pages"

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_router as small
 import torch
 from PIL import Image
 
 from rsrouter import ExpertPool, RoutedSmooth, Smooth, read_table
 from rsrouter.speed import Speed, measure_speed
+from tests.helpers import small_router as small
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 
@@ -111,10 +111,8 @@ def test_an_answer_and_an_abstention(client, serve):
 
 def test_noise_is_fresh_for_each_request(client, serve, monkeypatch):
     seeds = []
-    original = RoutedSmooth._kept_engine
-    monkeypatch.setattr(
-        RoutedSmooth, "_kept_engine", lambda self, seed, device: seeds.append(seed) or original(self, seed, device)
-    )
+    original = RoutedSmooth.engine
+    monkeypatch.setattr(RoutedSmooth, "engine", lambda self, seed, *given: seeds.append(seed) or original(self, seed, *given))
     for _ in range(3):
         assert post(client, png(serve)).status_code == 200
     assert len(set(seeds)) == 3

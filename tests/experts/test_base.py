@@ -7,12 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from legacy import MEAN, STD, NormalizeLayer
 from torch import nn
 
 from rsrouter.core.errors import InputError
 from rsrouter.experts import Expert, module_digest
 from rsrouter.experts.expert import check_sigma
+from tests.helpers.legacy import MEAN, STD, NormalizeLayer
 
 
 def make(module: nn.Module | None = None, **settings: object) -> Expert:

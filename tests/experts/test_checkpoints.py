@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from legacy import MEAN, STD, NormalizeLayer, PaperResNet, save_like_cohen, scramble
 from safetensors.torch import save_file
 from torch import nn
 
@@ -16,6 +15,7 @@ from rsrouter.core.errors import CheckpointError, InputError
 from rsrouter.experts import Expert, build_architecture, load_expert, register_architecture
 from rsrouter.experts.denoisers import DnCNN
 from rsrouter.experts.fitting import nearest_architecture
+from tests.helpers.legacy import MEAN, STD, NormalizeLayer, PaperResNet, save_like_cohen, scramble
 
 CIFAR = {"sigma": 0.25, "normalisation": "cifar10"}
 

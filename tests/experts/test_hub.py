@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
 from safetensors.torch import save
 
 from rsrouter.core.errors import CheckpointError, HubError, InputError, IntegrityError
 from rsrouter.experts import ExpertPool, load_expert
 from rsrouter.experts.cifar_resnet import CifarResNet
 from rsrouter.hub import Hub, parse_reference, snapshot
+from tests.helpers.hub_server import HubServer
 
 SETTINGS = {
     "architecture": "cifar_resnet20",

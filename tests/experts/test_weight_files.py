@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from legacy import scramble
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsrouter.core.errors import CheckpointError
 from rsrouter.experts import Expert, build_architecture, load_expert, register_architecture
+from tests.helpers.legacy import scramble
 
 SETTINGS: dict[str, Any] = {"architecture": "cifar_resnet20", "sigma": 0.25, "normalisation": "none"}
 

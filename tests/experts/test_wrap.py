@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer
-from legacy import MEAN, STD, NormalizeLayer, PaperResNet, save_like_cohen, scramble
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -31,6 +29,8 @@ from rsrouter.experts import (
 )
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.loaders import ASSETS
+from tests.helpers.hub_server import HubServer
+from tests.helpers.legacy import MEAN, STD, NormalizeLayer, PaperResNet, save_like_cohen, scramble
 
 EXPERT = ASSETS / "experts" / "sigma_0.50"
 

@@ -15,10 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small_router as small
 import torch
-from fake_work import FakeWorker, run, untimed
-from hub_server import HubServer
 from typer.testing import CliRunner
 
 from rsrouter import Execution, ExpertPool, FixedPlan, RoutedSmooth, Terms
@@ -29,6 +26,9 @@ from rsrouter.core.plans import Plan
 from rsrouter.jobs import certify_table, estimate_table, label_table, merge_labels
 from rsrouter.results import merge_tables, read_table
 from rsrouter.training.label_files import load_votes
+from tests.helpers import small_router as small
+from tests.helpers.fake_work import FakeWorker, run, untimed
+from tests.helpers.hub_server import HubServer
 
 DATA = small.images(30)
 
@@ -111,7 +111,9 @@ def test_what_is_certified_stays_as_the_caller_made_it(tmp_path: Path) -> None:
 
 def test_a_job_keeps_its_batch_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Any, x: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("no memory")
+        if len(x) > 100:
+            raise torch.OutOfMemoryError("no memory")
+        return x.flatten(1)
 
     monkeypatch.setattr(torch.nn.Flatten, "forward", full)
     for name in ("t.tsv", "t.tsv"):  # the second goes on with what the first began
@@ -302,7 +304,7 @@ def cluster() -> Iterator[str]:
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("RAY_worker_niceness", "0")
     here = Path(__file__).parent
-    patch.setenv("PYTHONPATH", f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}")
+    patch.setenv("PYTHONPATH", f"{here}:{here.parents[1]}:{os.environ.get('PYTHONPATH', '')}")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20)
     yield "auto"
     ray.shutdown()
@@ -333,7 +335,7 @@ def test_more_actors_than_cores(tmp_path: Path, cluster: str) -> None:
 
 SCRIPT = """
 import sys
-import small_router as small
+from tests.helpers import small_router as small
 from test_certify_workers import certify
 from pathlib import Path
 
@@ -346,7 +348,7 @@ if __name__ == "__main__":
 def test_a_driver_that_is_killed_and_started_again(tmp_path: Path, one: list[list[str]]) -> None:
     (tmp_path / "job.py").write_text(SCRIPT)
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parents[1]}:{os.environ.get('PYTHONPATH', '')}"}
     out = tmp_path / "t.tsv"
     job = subprocess.Popen([sys.executable, str(tmp_path / "job.py"), str(out)], env=environment)
     while job.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > 3):

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_work import COUNT, METADATA, FakeWorker, Images, pool, run, untimed
 
 from rsrouter.core.errors import InputError, NetworkError, ResultsError, WorkerError
 from rsrouter.jobs.driver import Reader, Running, run_job, stored_threads
 from rsrouter.jobs.workers import check_workers, local_resources, machine_facts
 from rsrouter.results import ResultsWriter, read_table
+from tests.helpers.fake_work import COUNT, METADATA, FakeWorker, Images, pool, run, untimed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers fork here")
 

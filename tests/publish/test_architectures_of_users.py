@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import small_router as small
 from safetensors.torch import save_file
 
 from rsrouter import CascadeRouter, CheckpointError, ExpertPool, RoutedSmooth, load_expert
@@ -17,6 +16,7 @@ from rsrouter.experts import registry
 from rsrouter.publish.anew import load_anew
 from rsrouter.publish.card import render_card
 from rsrouter.serialise import CONFIG, Saved, load_folder, read_router_config
+from tests.helpers import small_router as small
 
 NET = """
 from torch import nn

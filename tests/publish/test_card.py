@@ -8,9 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-import small_router as small
 import torch
-from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
@@ -24,6 +22,8 @@ from rsrouter.publish.card import render_card, text_of
 from rsrouter.publish.commands import certify_command
 from rsrouter.publish.licences import check_licence
 from rsrouter.report import certified_accuracy
+from tests.helpers import small_router as small
+from tests.helpers.hub_server import HubServer
 
 GOLDEN = Path(__file__).with_name("golden_card.txt")
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import small_router as small
 
 from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, FixedPlan, InputError, RoutedSmooth, Terms
 from rsrouter.cli.options import make_plan
@@ -15,6 +14,7 @@ from rsrouter.core.plans import Plan
 from rsrouter.jobs import certify_table
 from rsrouter.publish.commands import certify_command, freedom, images_in_words, plan_options
 from rsrouter.results import read_table
+from tests.helpers import small_router as small
 
 PLANS = [
     FixedPlan(50, 1000),

@@ -10,9 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import small_router as small
 import torch
-from hub_server import HubServer
 
 from rsrouter import ExpertPool, FixedPlan, HubError, InputError, IntegrityError, ResultsError, RoutedSmooth, Smooth
 from rsrouter.cli import main
@@ -20,6 +18,8 @@ from rsrouter.experts import loaders
 from rsrouter.jobs import certify_table
 from rsrouter.publish import publish
 from rsrouter.serialise import CONFIG, WEIGHTS, store_execution
+from tests.helpers import small_router as small
+from tests.helpers.hub_server import HubServer
 
 
 class _NoSharing(dict):
@@ -310,7 +310,7 @@ def test_somebody_else_commits_meanwhile(hub: HubServer, run: Path, monkeypatch:
 
 def test_a_truncated_upload_is_refused(hub: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store refuses content that is not what was announced; a server that kept it is told by reading back."""
-    import hub_server
+    from tests.helpers import hub_server
 
     keep = hub_server._Handler.commit
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_router as small
 
 from rsrouter import CascadeRouter, CheckpointError, ExpertPool, InputError, RoutedSmooth, RSRouterError
 from rsrouter.router import DeferralRouter, Voter
 from rsrouter.router.stored import MOST_STAGES
 from rsrouter.serialise import CONFIG, load_folder
+from tests.helpers import small_router as small
 
 GONE = object()
 ODD: list[Any] = [None, [], {}, "x", -1, 0, 1e300, 10**20, True, [[]], {"a": None}, "\0", GONE]

@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import small_router as small
 import torch
-from hub_server import HubServer
 from safetensors.torch import save_file
 
 from rsrouter import CascadeRouter, CheckpointError, ExpertPool, HubError, InputError, ResultsError, RoutedSmooth, load_expert
@@ -23,6 +21,8 @@ from rsrouter.publish import publish
 from rsrouter.publish.anew import load_anew
 from rsrouter.results import read_table
 from rsrouter.serialise import CONFIG
+from tests.helpers import small_router as small
+from tests.helpers.hub_server import HubServer
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_networks_that_no_package_builds_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_slow_hub_ends_with_words(hub: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hub_server
+    from tests.helpers import hub_server
 
     keep = hub_server._Handler.commit
 

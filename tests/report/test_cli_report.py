@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-from report_tables import described
 from typer.testing import CliRunner
 
 from rsrouter.cli.report import register
 from rsrouter.core.errors import InputError, ResultsError
 from rsrouter.core.recompute import recompute
 from rsrouter.results import ResultsWriter, Row, TableMetadata
+from tests.helpers.report_tables import described
 
 app = typer.Typer()
 register(app)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from report_tables import make_table
 from scipy import stats
 
 from rsrouter.core.errors import InputError
 from rsrouter.report import curves
+from tests.helpers.report_tables import make_table
 
 
 def test_certified_accuracy_by_hand() -> None:

@@ -7,13 +7,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from report_tables import make_table
 
 from rsrouter.core.errors import InputError
 from rsrouter.report import write_report
 from rsrouter.report.charts import lost_file
 from rsrouter.report.regret import at_radii, by_stage, losses
 from rsrouter.results import Table
+from tests.helpers.report_tables import make_table
 
 
 def tables() -> tuple[Table, list[Table]]:

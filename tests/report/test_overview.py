@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from report_tables import described, make_table
 from rich.console import Console
 from scipy import stats
 from test_page import HOSTILE, tables
@@ -24,6 +23,7 @@ from rsrouter.report.overview import report_json, run_of, runs, whole_table
 from rsrouter.report.stages import stage_titles
 from rsrouter.report.text import print_summary
 from rsrouter.results import Table, TableMetadata
+from tests.helpers.report_tables import described, make_table
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from report_tables import described, make_table
 
 from rsrouter.core import AdaptivePlan
 from rsrouter.core.errors import InputError, ResultsError
@@ -20,6 +19,7 @@ from rsrouter.report import summarise, write_report
 from rsrouter.report.page import FILES
 from rsrouter.report.thumbnails import gallery
 from rsrouter.results import Table
+from tests.helpers.report_tables import described, make_table
 
 N = 60
 HOSTILE = "<script>alert(1)</script>"

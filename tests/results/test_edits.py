@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_rows import FINE, FIXED, TREES, described, make_rows
 
 from rsrouter.core import AdaptivePlan, FixedPlan, Plan
 from rsrouter.core.errors import IntegrityError, ResultsError, RSRouterError
@@ -17,6 +16,7 @@ from rsrouter.report import summarise
 from rsrouter.results import COLUMNS, ResultsWriter, TreeRecord, merge_tables, read_table, require_whole, unfinished, verify_rows
 from rsrouter.results.about import unpack_ids
 from rsrouter.results.rows import HEADER, Row
+from tests.helpers.fake_rows import FINE, FIXED, TREES, described, make_rows
 
 Cells = list[dict[str, str]]
 Edit = Callable[[Cells, dict[str, Any]], None]

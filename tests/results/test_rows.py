@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_rows import METADATA, make_row, run_job
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from rsrouter.core import Certificate
 from rsrouter.core.errors import ResultsError
 from rsrouter.results import COLUMNS, FIELD_COLUMNS, RADIUS_DECIMALS, ResultsWriter, Row, format_radius, read_table
 from rsrouter.results.rows import _COUNTS, check_counts, parse_counts, parse_time
+from tests.helpers.fake_rows import METADATA, make_row, run_job
 
 radii = st.floats(min_value=0.0, max_value=1e6, allow_nan=False)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_rows import FIXED, METADATA, SEED, described, make_row, run_job
 
 from rsrouter.core.errors import InputError, IntegrityError, ResultsError
 from rsrouter.results import ResultsWriter, align, merge_tables, read_table
+from tests.helpers.fake_rows import FIXED, METADATA, SEED, described, make_row, run_job
 
 FIELD = (
     "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"

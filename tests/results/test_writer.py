@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_rows import METADATA, described, make_row, run_job
 
 from rsrouter.core import FixedPlan
 from rsrouter.core.errors import ResultsError
 from rsrouter.results import ResultsWriter, read_table
 from rsrouter.results.rows import HEADER
+from tests.helpers.fake_rows import METADATA, described, make_row, run_job
 
 IDS = range(30)
 

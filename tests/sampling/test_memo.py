@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from small_router import expert, images, router_module
 
 from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, FixedPlan, FlatRouter, RoutedSmooth, Smooth
 from rsrouter.core.terms import Terms
 from rsrouter.sampling import VoteMemo
+from tests.helpers.small_router import expert, images, router_module
 
 
 @pytest.fixture

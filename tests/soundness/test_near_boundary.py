@@ -9,8 +9,7 @@ from scipy.stats import binom
 
 from rsrouter import AdaptivePlan, FixedPlan, PlanError, Terms
 from rsrouter.core import Plan
-
-from .designs import DESIGNS, random_design
+from tests.helpers.designs import DESIGNS, random_design
 
 ALPHA = 0.1
 GRID = (0.1, 0.2, 0.3, 0.34, 0.35, 0.36, 0.5)

@@ -13,9 +13,8 @@ from rsrouter import AdaptivePlan, FixedPlan, Terms
 from rsrouter.core import AlphaSplit, Plan, bounds, certify, plans
 from rsrouter.router import base
 from rsrouter.sampling import engine
-
-from .designs import CHANGE, DESIGNS
-from .test_near_boundary import ALPHA, PLANS
+from tests.helpers.designs import CHANGE, DESIGNS
+from tests.soundness.test_near_boundary import ALPHA, PLANS
 
 pytestmark = pytest.mark.slow
 COUNT = 1500

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_router as small
 import torch
 from PIL import Image
 
 from rsrouter import ABSTAIN, ExpertPool
+from tests.helpers import small_router as small
 
 SPACE = Path(__file__).resolve().parents[2] / "examples" / "space"
 

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub_git import GitRepo, Refused
+from tests.helpers.hub_git import GitRepo, Refused
 
 LARGE = (".safetensors", ".bin", ".pt", ".pth", ".tar", ".npz", ".parquet", ".ckpt", ".png")
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {size}\n"

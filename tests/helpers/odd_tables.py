@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import torch
-from odd_inputs import (
+from PIL import Image
+
+from rsrouter.data import load_data
+from tests.helpers.odd_inputs import (
     RAMP,
     Case,
     Read,
@@ -21,9 +24,6 @@ from odd_inputs import (
     table,
     tree,
 )
-from PIL import Image
-
-from rsrouter.data import load_data
 
 GRAY = np.full((2, 8, 8), 7, np.uint8)
 LINES = '{"file_name": "a.png", "label": %s}\n{"file_name": "b.png", "label": %s}\n'

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hub_server import HubServer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from rsrouter.data import ImageData, from_arrays
 from rsrouter.experts.describe import describe_module
 from rsrouter.jobs import certify_table
 from rsrouter.results import Table
+from tests.helpers.hub_server import HubServer
 
 SHAPE, CLASSES = (1, 4, 4), 3
 PLAN = FixedPlan(50, 1000)

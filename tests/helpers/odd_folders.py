@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 import numpy as np
-from odd_inputs import (
+from PIL import Image
+
+from tests.helpers.odd_inputs import (
     RAMP,
     Case,
     Read,
@@ -21,7 +23,6 @@ from odd_inputs import (
     table,
     tree,
 )
-from PIL import Image
 
 GRAY = np.full((2, 8, 8), 7, np.uint8)
 LINES = '{"file_name": "a.png", "label": %s}\n{"file_name": "b.png", "label": %s}\n'
