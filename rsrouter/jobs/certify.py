@@ -22,7 +22,7 @@ from rsrouter.jobs.driver import Images, Reader, Running, make_executor, run_job
 from rsrouter.jobs.workers import Done, Emit, Step, Task
 from rsrouter.results import ExpertRecord, Table, TableMetadata, TreeRecord, pack_ids
 from rsrouter.sampling.engine import Engine
-from rsrouter.sampling.execution import KERNELS, default_batch
+from rsrouter.sampling.execution import KERNELS, default_batch, named_device
 from rsrouter.sampling.noise import CHUNK
 from rsrouter.smooth import Drawn, RoutedSmooth, Smooth
 
@@ -173,7 +173,7 @@ def settled_batch(smoothed: Smooth | RoutedSmooth, device: str | None) -> int:
 
     A job never halves it where memory is short, as a single `certify` may: its rows would not be of one function.
     """
-    return smoothed.execution.batch or default_batch(int(np.prod(smoothed.shape)), torch.device(device or "cpu"))
+    return smoothed.execution.batch or default_batch(int(np.prod(smoothed.shape)), named_device(device))
 
 
 def job_metadata(

@@ -37,6 +37,7 @@ from rsrouter.jobs.workers import (
 )
 from rsrouter.results import ResultsWriter, Row, Table, read_table
 from rsrouter.results.metadata import metadata_path, read_metadata
+from rsrouter.sampling.execution import named_device
 
 #: Times that an image may end its worker before it is given up, and a slot's workers may end without a row before the slot is.
 RETRIES = 2
@@ -174,7 +175,7 @@ class Tally:
 
 def on_cpu(device: str | None) -> bool:
     """Whether workers run on a CPU; asks no machine, since the driver's need not have what the workers' have."""
-    return device is None or torch.device(device).type == "cpu"
+    return named_device(device).type == "cpu"
 
 
 def stored_threads(out: Path, device: str | None, threads: int | None) -> int | None:

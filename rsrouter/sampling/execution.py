@@ -154,23 +154,39 @@ def instructions(device: str | torch.device | None = None) -> str:
     return " ".join([torch.backends.cpu.get_cpu_capability(), *found, *([f"oneDNN<={cap}"] if cap else [])])
 
 
+def named_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name, which this machine need not have; None means CPU.
+
+    Raises:
+        InputError: a name that torch does not know.
+    """
+    try:
+        return torch.device("cpu" if device is None else device)
+    except (RuntimeError, ValueError) as error:
+        raise _no_device(device, error) from error
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """A usable device; None means CPU.
 
     Raises:
         InputError: an unknown device, or one this machine does not have.
     """
+    resolved = named_device(device)
     try:
-        resolved = torch.device("cpu" if device is None else device)
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(
-            "The device cannot be used",
-            expected="'cpu', or an accelerator torch can see such as 'cuda:0'",
-            received=repr(device),
-            remedy=f"pick another device ({str(error).splitlines()[0]})",
-        ) from error
+        raise _no_device(device, error) from error
     return resolved
+
+
+def _no_device(device: str | torch.device | None, error: Exception) -> InputError:
+    return InputError(
+        "The device cannot be used",
+        expected="'cpu', or an accelerator torch can see such as 'cuda:0'",
+        received=repr(device),
+        remedy=f"pick another device ({str(error).splitlines()[0]})",
+    )
 
 
 @dataclass(frozen=True)
