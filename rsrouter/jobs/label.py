@@ -169,11 +169,6 @@ def _tidy(part: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def is_labels(path: Path) -> bool:
-    """Whether a file is an archive, as `rsrouter label` writes them, and no table."""
-    return path.is_file() and zipfile.is_zipfile(path)
-
-
 def merge_labels(paths: Sequence[str | Path], out: str | Path) -> Path:
     """Merges what `label_table` wrote for the shards of one job into the file that it writes for the whole, byte for byte.
 

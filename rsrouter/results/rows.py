@@ -65,7 +65,7 @@ def parse_time(text: str) -> float:
     Raises:
         ValueError: neither.
     """
-    match = _TIMEDELTA.fullmatch(text.strip())
+    match = _TIMEDELTA.fullmatch(text.strip()) if ":" in text else None
     if match is None:
         return float(text)
     days, hours, minutes, seconds = match.groups()
@@ -224,7 +224,8 @@ def votes_of(texts: Sequence[str]) -> tuple[list[dict[str, dict[str, list[int]]]
     """
     joined = "[" + ",".join(text or "{}" for text in texts) + "]"
     found = json.loads(joined)
-    if len(found) == len(texts) and json.dumps(found, separators=(",", ":")) == joined:
+    # in this notation every list begins with `":[`, so a stage named twice makes their number differ
+    if all_counts(texts) and joined.count('":[') == sum(len(stages) for row in found for stages in row.values()):
         return found, {i for i, text in enumerate(texts) if not text}
     found = [json.loads(text or "{}") for text in texts]
     odd = {i for i, (v, t) in enumerate(zip(found, texts, strict=True)) if json.dumps(v, separators=(",", ":")) != t}
