@@ -14,6 +14,7 @@ from rsrouter.demo import SLICES, load_pool, load_slice, run
 from rsrouter.demo.bundled import ASSETS
 from rsrouter.files import sha256_of
 from rsrouter.results import read_table
+from rsrouter.sampling import execution
 
 CARD = Path(__file__).parents[2] / "model_cards/demo"
 
@@ -33,6 +34,7 @@ def small(tmp_path_factory):
     """One run with very few images and votes."""
     patch = pytest.MonkeyPatch()
     patch.setattr(flow, "QUICK", SMALL)
+    patch.setitem(execution.BATCH_BYTES, "cpu", 2**17)
     out = tmp_path_factory.mktemp("demo") / "run"
     yield run(out, quick=True, show=False), out, patch
     patch.undo()

@@ -10,7 +10,7 @@ SMALLER = {"range(300)": "range(40)", "AdaptivePlan(10_000, radii)": "AdaptivePl
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-def test_snippets_run(tmp_path, monkeypatch, capsys):
+def test_snippets_run(tmp_path, monkeypatch, capsys, small_batches):
     text = README.read_text(encoding="utf-8")
     for old, new in SMALLER.items():
         assert old in text

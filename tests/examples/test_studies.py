@@ -33,7 +33,7 @@ def pixels(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture
-def study(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def study(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small_batches: None) -> Iterator[ModuleType]:
     """One of the studies, with few votes, images and steps."""
     monkeypatch.syspath_prepend(str(FOLDER))
     shared, found = importlib.import_module("routing_study"), importlib.import_module(request.param)
