@@ -1,13 +1,35 @@
-"""Fixtures that more than one folder of tests uses."""
+"""How the tests are spread over processes, and fixtures that more than one folder of tests uses."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # read when torch is imported, and by the processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from rsrouter.sampling import execution
 from tests.helpers.hub_server import HubServer
+
+#: The most processes that `-n auto` starts: each holds torch and the networks of its tests, about 1.5 GB.
+MOST = 8
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process for each core, for the whole of the fast tests; none to start for tests that are named or marked."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    fast = config.option.markexpr == "not slow and not gpu"
+    return min(MOST, len(os.sched_getaffinity(0))) if whole and fast else 0
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth of the rows per forward pass where none are chosen: what is padded to them takes an eighth of the time."""
+    monkeypatch.setitem(execution.BATCH_BYTES, "cpu", 2**17)
 
 
 @pytest.fixture

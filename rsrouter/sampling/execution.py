@@ -104,14 +104,17 @@ class Execution:
             ) from error
 
 
+#: Bytes of input in a batch that nobody chose, where it is not what an accelerator takes.
+BATCH_BYTES = {"cpu": 2**20}
+
+
 def default_batch(numel: int, device: torch.device) -> int:
     """Rows per forward pass when nothing was calibrated: a function of input size and device type alone.
 
     On a CPU about a megabyte of input, which keeps the activations of small networks in cache; on an
     accelerator about 32 MB. Deterministic, so that two runs never differ by a timing.
     """
-    budget = 2**20 if device.type == "cpu" else 2**25
-    rows = budget // (4 * numel)
+    rows = BATCH_BYTES.get(device.type, 2**25) // (4 * numel)
     return next((size for size in (1000, 500, 250, 100, 50, 25) if rows >= size), 10)
 
 

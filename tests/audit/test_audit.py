@@ -157,6 +157,13 @@ def test_a_changed_sigma(run: Path, data: ImageData) -> None:
 
     edit(run / "router" / "config.json", larger)
     assert failed(audit(run)) == {"weights"}
+    # saved properly, so that the router loads
+    shape = {"num_classes": small.CLASSES, "input_shape": small.SHAPE}
+    moved = Expert(small.expert(0.5, tilt=0.01).module, sigma=0.6, name="sigma_0.5", **shape)
+    small.routed(ExpertPool([small.expert(0.25), moved])).save_pretrained(run / "router")
+    report = audit(run)
+    assert "digests" in failed(report)
+    assert any("sigma 0.5 in the table, 0.6 in the router" in f.text for f in report.findings)
 
 
 def test_a_row_copied_to_another_image(run: Path, data: ImageData) -> None:

@@ -15,6 +15,8 @@ from rsrouter.cli.options import parse_numbers, parse_radii
 from rsrouter.core.errors import InputError
 from rsrouter.demo import load_pool, load_slice
 
+pytestmark = pytest.mark.usefixtures("small_batches")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

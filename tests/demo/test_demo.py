@@ -14,17 +14,18 @@ from rsrouter.demo import SLICES, load_pool, load_slice, run
 from rsrouter.demo.bundled import ASSETS
 from rsrouter.files import sha256_of
 from rsrouter.results import read_table
+from rsrouter.sampling import execution
 
 CARD = Path(__file__).parents[2] / "model_cards/demo"
 
 SMALL = {
-    "head_images": 60,
+    "head_images": 30,
     "head_steps": 20,
-    "validation_images": 20,
-    "flat_images": 60,
+    "validation_images": 10,
+    "flat_images": 30,
     "label_votes": 20,
-    "test_images": 6,
-    "n_max": 1000,
+    "test_images": 4,
+    "n_max": 300,
 }
 
 
@@ -33,6 +34,7 @@ def small(tmp_path_factory):
     """One run with very few images and votes."""
     patch = pytest.MonkeyPatch()
     patch.setattr(flow, "QUICK", SMALL)
+    patch.setitem(execution.BATCH_BYTES, "cpu", 2**17)
     out = tmp_path_factory.mktemp("demo") / "run"
     yield run(out, quick=True, show=False), out, patch
     patch.undo()
@@ -65,7 +67,7 @@ def test_a_run_leaves_everything(small):
         assert (out / name).is_file(), name
     header = (out / "certificates.tsv").read_text().splitlines()[0].split("\t")
     assert header[:6] == ["idx", "label", "predict", "radius", "correct", "time"]
-    assert len(outcome.routed) == 6
+    assert len(outcome.routed) == 4
     assert len(ExpertPool.load(out / "pool.json")) == 3
     assert json.loads((out / "certificates.json").read_text())["seed_derived"] is True
     assert RoutedSmooth.from_pretrained(out / "router").digest == json.loads((out / "certificates.json").read_text())["digest"]

@@ -189,7 +189,7 @@ def lines(text: str) -> list[str]:
     "page",
     [n for n in NAMES if n not in PARSED and any(b.kind in ("sh", "python", "pycon", "console") for b in blocks(n))],
 )
-def test_blocks_run(page, tmp_path, monkeypatch, call, request):
+def test_blocks_run(page, tmp_path, monkeypatch, call, request, small_batches):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     quick = DEFERRAL_RECIPES["quick"]

@@ -22,8 +22,8 @@ from rsrouter.training.flat import RECIPES
 from rsrouter.training.heads import HeadRecipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
-LITTLE = DeferralRecipe(copies=2, tune_copies=40, levels=(1.1,), heads=(HeadRecipe(steps=20),))
-COUNTS = {"train": 24, "experts": 8, "validation": 10, "test": 4}
+LITTLE = DeferralRecipe(copies=2, tune_copies=20, levels=(1.1,), heads=(HeadRecipe(steps=20),))
+COUNTS = {"train": 24, "experts": 8, "validation": 6, "test": 4}
 
 
 def pixels(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -33,13 +33,13 @@ def pixels(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture
-def study(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def study(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small_batches: None) -> Iterator[ModuleType]:
     """One of the studies, with few votes, images and steps."""
     monkeypatch.syspath_prepend(str(FOLDER))
     shared, found = importlib.import_module("routing_study"), importlib.import_module(request.param)
     radii = tuple(shared.RADII[:4])
-    monkeypatch.setattr(shared, "PLAN", AdaptivePlan(300, radii, n0=20))
-    monkeypatch.setattr(shared, "N", 300)
+    monkeypatch.setattr(shared, "PLAN", AdaptivePlan(150, radii, n0=20))
+    monkeypatch.setattr(shared, "N", 150)
     monkeypatch.setattr(shared, "RADII", np.array(radii))
     monkeypatch.setattr(shared, "COVERED", np.ones(len(radii), bool))
     monkeypatch.setattr(shared, "SHARDS", 2)

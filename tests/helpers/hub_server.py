@@ -155,7 +155,8 @@ class HubServer:
         ):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
-        for name, value in (("HF_ENDPOINT", self.url), ("HF_TOKEN", "hf_test")):
+        # for the processes that it starts
+        for name, value in (("HF_ENDPOINT", self.url), ("HF_TOKEN", "hf_test"), ("HF_HUB_CACHE", str(cache))):
             monkeypatch.setenv(name, value)
         assert huggingface_hub.HfApi().endpoint == self.url
 

@@ -333,7 +333,7 @@ def test_more_actors_than_cores(tmp_path: Path, cluster: str) -> None:
         certify(tmp_path / "t.tsv", ray=cluster, workers=3, threads=1)
 
 
-SCRIPT = """
+DRIVER = """
 import sys
 from tests.helpers import small_router as small
 from test_certify_workers import certify
@@ -346,7 +346,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed_and_started_again(tmp_path: Path, one: list[list[str]]) -> None:
-    (tmp_path / "job.py").write_text(SCRIPT)
+    (tmp_path / "job.py").write_text(DRIVER)
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parents[1]}:{os.environ.get('PYTHONPATH', '')}"}
     out = tmp_path / "t.tsv"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from rsrouter.experts import Diffusion, denoised, loaders
 from rsrouter.experts.denoising import load_denoiser
 from rsrouter.experts.registry import build_architecture, register_architecture
 from rsrouter.jobs import certify_table
-from rsrouter.publish import publish
+from rsrouter.publish import anew, publish
 from rsrouter.publish.anew import load_anew
 from rsrouter.results import read_table
 from rsrouter.serialise import CONFIG
@@ -32,7 +33,9 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("real_load")
-def test_experts_router_and_certificates_in_one_verb(hub: HubServer, run: Path, tmp_path: Path) -> None:
+def test_experts_router_and_certificates_in_one_verb(
+    hub: HubServer, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = RoutedSmooth.from_pretrained(run / "router").digest
     done = publish(run, "org/router", with_experts="org/expert")
     assert [(e.repo_id, e.sent) for e in done.experts] == [("org/expert-sigma_0.25", True), ("org/expert-sigma_0.5", True)]
@@ -46,6 +49,7 @@ def test_experts_router_and_certificates_in_one_verb(hub: HubServer, run: Path, 
     # the folder stays as it was, and every expert stands by itself
     assert json.loads((run / "router" / CONFIG).read_text())["pool"]["experts"][0]["provenance"]["source"] == "local"
     assert load_expert("hf-hub:org/expert-sigma_0.5").digest == loaded.pool["sigma_0.5"].digest
+    monkeypatch.setattr("rsrouter.publish.commit.load_anew", lambda *_, **__: None)
     again = publish(run, "org/router", with_experts="org/expert")
     assert [(e.commit, e.sent) for e in again.experts] == [(e.commit, False) for e in done.experts]
 
@@ -115,7 +119,12 @@ def test_shards_and_false_roles_are_refused(run: Path) -> None:
         publish(run, "org/router", dry_run=True, with_experts="org/expert")
 
 
-def test_a_fresh_process_says_what_it_lacks(run: Path) -> None:
+def test_a_fresh_process_says_what_it_lacks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(command: list[str], *, input: str, **_: object) -> subprocess.CompletedProcess[str]:
+        """What the process would print: its start takes seconds, and other tests make one."""
+        return subprocess.CompletedProcess(command, 0, json.dumps(anew.answer(json.loads(input))), "")
+
+    monkeypatch.setattr("rsrouter.publish.anew.subprocess.run", here)
     digest = RoutedSmooth.from_pretrained(run / "router").digest
     folder = run / "router"
     with pytest.raises(IntegrityError, match="not load this router as the same"):

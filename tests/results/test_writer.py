@@ -100,7 +100,7 @@ def random_kills(folder: Path, reference: tuple[bytes, bytes], trials: int, seed
 
 
 def test_kills_at_random_times(quick_path: Path, reference: tuple[bytes, bytes]) -> None:
-    random_kills(quick_path, reference, 200, seed=1)
+    random_kills(quick_path, reference, 50, seed=1)
 
 
 @pytest.mark.slow

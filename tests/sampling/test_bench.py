@@ -30,7 +30,9 @@ def test_every_figure_in_json_and_as_a_table(capsys):
     pool = ExpertPool([expert(0.25), expert(0.5)])
     images = torch.rand((3, 1, 6, 6), generator=torch.Generator().manual_seed(0))
     said = []
-    result = run_bench(pool, images, router=CascadeRouter((0.6,)), **{**QUICK, "n_max": 200}, radii=(0, 0.25), say=said.append)
+    result = run_bench(
+        pool, images, router=CascadeRouter((0.6,)), **{**QUICK, "n": 50, "n_max": 200}, radii=(0, 0.25), say=said.append
+    )
     assert json.loads(json.dumps(result)) == result
     names = [f["name"] for f in result["figures"]]
     assert len(set(names)) == len(names)

@@ -286,15 +286,15 @@ def test_calibration_stops_at_what_fits():
 def test_calibrate_stores_an_execution_that_certify_reads_and_a_table_keeps(tmp_path):
     from typer.testing import CliRunner
 
-    from rsrouter import CascadeRouter, RoutedSmooth
+    from rsrouter import RoutedSmooth
     from rsrouter.cli import app
     from rsrouter.cli.execution import choose_execution
     from rsrouter.core.errors import ResultsError
-    from rsrouter.demo import load_pool
     from rsrouter.experts import ExpertPool
+    from tests.helpers import small_router as small
 
-    pool = ExpertPool([load_pool()[0], load_pool()[2]])
-    RoutedSmooth(pool, CascadeRouter((0.55,))).save_pretrained(tmp_path / "router")
+    pool = ExpertPool([small.expert(0.25), small.expert(0.5, tilt=0.01)])
+    small.routed(pool).save_pretrained(tmp_path / "router")
     digest = RoutedSmooth.from_pretrained(tmp_path / "router").digest
 
     def rsrouter(*words):
@@ -312,7 +312,7 @@ def test_calibrate_stores_an_execution_that_certify_reads_and_a_table_keeps(tmp_
     again = rsrouter("calibrate", tmp_path / "router", "--out", out)
     assert isinstance(again.exception, InputError)
 
-    np.savez(tmp_path / "data.npz", images=np.zeros((2, 28, 28), np.uint8), labels=np.zeros(2, np.int64))
+    np.savez(tmp_path / "data.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.zeros(2, np.int64))
     job = ["certify", tmp_path / "router", "--data", tmp_path / "data.npz", "--plan", "fixed", "--n", 100, "--radii", 0]
     table = tmp_path / "run" / "certificates.tsv"
     assert rsrouter(*job, "--out", table, "--execution-batch", 40).exit_code == 0
