@@ -58,8 +58,8 @@ def _imports_library(name: str) -> bool:
 
 def _lookup(module: str | None, qualname: str) -> object:
     found: object = sys.modules.get(module or "")
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
+    for part in qualname.split("."):  # what a module makes when it is asked is nothing of its own
+        found = vars(found).get(part) if isinstance(found, types.ModuleType) else getattr(found, part, None)
     return found
 
 

@@ -216,6 +216,12 @@ class _Walk:
         if id(value) in self._seen:
             self.put("again", self._seen[id(value)])
             return
+        if isinstance(value, enum.Enum):  # its class holds it
+            self._again(value)
+            self._class(kind, where)
+            self.put(value.name)
+            self._attributes({k: v for k, v in vars(value).items() if k not in _ENUM}, where)
+            return
         with self._inside(value) as fresh:
             if not fresh:
                 self.cannot(where, "holds itself, or is nested too deep")
@@ -227,10 +233,6 @@ class _Walk:
                 self._array(value, where)
             elif isinstance(value, _TORCH) or kind in (range, slice):
                 self.put(kind.__name__, str(value))
-            elif isinstance(value, enum.Enum):
-                self._class(kind, where)
-                self.put(value.name)
-                self._attributes({k: v for k, v in vars(value).items() if k not in _ENUM}, where)
             elif isinstance(value, type):
                 self._class(value, where)
             elif isinstance(value, tuple | list | dict | set | frozenset | deque | Mapping) and not self._by_name(value):
