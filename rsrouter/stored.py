@@ -30,6 +30,15 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different: of two readers of a key that stands there twice, each may see another value."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands in it twice")
+    return made
+
+
 def parse_json(
     data: bytes | str, what: str, *, error: type[RSRouterError] = InputError, remedy: str = "write it again with rsrouter"
 ) -> Any:
@@ -42,10 +51,10 @@ def parse_json(
         remedy: what the user can do.
 
     Raises:
-        error: no JSON, NaN or Infinity in it, or nested too deep.
+        error: no JSON, NaN, Infinity or a key twice in it, or nested too deep.
     """
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        return json.loads(data, parse_constant=_no_constant, object_pairs_hook=_once)
     except (ValueError, RecursionError) as problem:
         received = "nested too deep" if isinstance(problem, RecursionError) else str(problem)
         raise error(f"{what} is not JSON", expected="JSON text", received=received, remedy=remedy) from problem

@@ -8,9 +8,9 @@ import torch
 from rsrouter.audit.state import State
 from rsrouter.audit.votes import repeated_rows
 from rsrouter.data import ImageData
-from rsrouter.results import Table, TableMetadata, TreeRecord
+from rsrouter.results import Table, TableMetadata
 from rsrouter.results.choices import seed_freedom, selection
-from rsrouter.results.verify import verify_rows
+from rsrouter.results.verify import other_claims, verify_rows
 from rsrouter.sampling.execution import KERNELS, Execution, default_batch
 from rsrouter.smooth import RoutedSmooth, Smooth
 
@@ -23,37 +23,24 @@ def find_subject(state: State, table: Table, run: TableMetadata, routed: RoutedS
     execution = Execution.from_dict(run.execution, f"the metadata of {name}")
     whole = RoutedSmooth(routed.pool, routed.router, execution=execution, noise=run.noise)
     subjects: list[Smooth | RoutedSmooth] = [whole, *(Smooth(e, execution=execution, noise=run.noise) for e in routed.pool)]
-    subject = next((s for s in subjects if s.digest == run.digest), None)
+    equal = [s for s in subjects if s.digest == run.digest]  # experts of one pool may be equal but for their names
+    subject = next((s for s in equal if s.tree.root == run.tree.root), equal[0] if equal else None)
     if subject is None:
         wrong.append((None, f"the table is about weights with digest {run.digest}, the router's is {routed.digest}"))
         alone = [x for x in subjects if isinstance(x, Smooth) and x.expert.name == name]
         subject = alone[0] if run.role == "expert" and alone else whole
     if run.noise != routed.noise:
         wrong.append((None, f"the table was drawn with {run.noise} noise, the router is published with {routed.noise}"))
-    told, known = run.tree, TreeRecord.of(subject.tree)
-    theirs, ours = ({s.name: s.model_dump(exclude={"title"}) for s in tree.stages} for tree in (told, known))
-    for stage in sorted({*theirs, *ours}):
-        a, b = theirs.get(stage), ours.get(stage)
-        if a is None or b is None:
-            wrong.append((None, f"stage {stage!r} is in the {'table' if b is None else 'router'} alone"))
-        else:
-            wrong += [(None, f"stage {stage}: {k} {a[k]} in the table, {b[k]} in the router") for k in a if a[k] != b[k]]
-    if told.root != known.root:
-        wrong.append((None, f"the root is {told.root!r} in the table, {known.root!r} in the router"))
-    role = "expert" if isinstance(subject, Smooth) else "routed"
     kind = None if isinstance(subject, Smooth) else subject.router.kind
-    for what, claimed, true in (
-        ("role", run.role, role),
-        ("router", run.router, kind),
-        (
-            "experts",
-            [(e.name, e.sigma, e.digest) for e in run.experts],
-            [(e.name, float(e.sigma), e.digest) for e in subject.experts],
-        ),
-        ("kernels", dict(run.kernels), dict(KERNELS)),
-    ):
-        if claimed != true:
-            wrong.append((None, f"{what}: {claimed} in the table, {true} in the router"))
+    claims = other_claims(
+        run,
+        subject.tree,
+        role="expert" if isinstance(subject, Smooth) else "routed",
+        router=kind,
+        experts=[(e.name, float(e.sigma), e.digest) for e in subject.experts],
+        kernels=KERNELS,
+    )
+    wrong += [(None, text) for text in claims]
     state.add("digests", name, wrong, "the table is about these weights" if not wrong else "the table is about other weights")
     _execution(state, table, run, routed)
     return subject

@@ -9,14 +9,12 @@ of a C extension, a list that a function shares with others) is named in `Struct
 
 from __future__ import annotations
 
-import dis
 import enum
 import functools
 import hashlib
 import json
 import logging
 import re
-import sys
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
@@ -30,44 +28,32 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from rsrouter.experts.code import WORLD, Hidden, is_all_attributes, is_installed, is_slot, library_name, outside_values, slots_of
+
 #: where `build_architecture` keeps how a module was made; no part of what it computes
 ORIGIN = "_rsrouter_architecture"
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...))
 _TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 #: attributes of every nn.Module that decide nothing in evaluation, or are walked on their own
-_INTERNAL = frozenset(vars(nn.Module())) | {ORIGIN}
+_INTERNAL = frozenset(vars(nn.Module())) | {ORIGIN, "_compiled_call_impl"}
 _GRAPH_MODULE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) | {"_graph", "_code", "_lineno_map", "meta"}
 _CLASS_NOISE = frozenset(
-    [
-        "__module__",
-        "__doc__",
-        "__dict__",
-        "__weakref__",
-        "__annotations__",
-        "__qualname__",
-        "__firstlineno__",
-        "__static_attributes__",
-        "__parameters__",
-        "__orig_bases__",
-        "__abstractmethods__",
-        "_abc_impl",
-        "__slots__",
-        "__match_args__",
-        "__dataclass_params__",
-        "__annotate_func__",
-        "__annotations_cache__",
-        "__slotnames__",
-        "__dataclass_fields__",
-        "__repr__",
-        "__str__",
-        "__del__",
-        "extra_repr",
-    ]
+    (
+        *("__module__", "__doc__", "__dict__", "__weakref__", "__annotations__"),
+        *("__qualname__", "__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__"),
+        *("__abstractmethods__", "_abc_impl", "__slots__", "__match_args__", "__dataclass_params__"),
+        *("__annotate_func__", "__annotations_cache__", "__slotnames__", "__dataclass_fields__", "__repr__"),
+        *("__str__", "__del__", "extra_repr"),
+    )
 )
 #: methods whose bytecode counts, but not the global names they read: they make an object and decide nothing after
 _MAKING = frozenset({"__init__", "__init_subclass__"})
 _DEEPEST = 200
+#: what torch and transformers write on tensors for themselves
+_MARKS = ("_dynamo", "_is_hf_initialized")
+_ENUM = frozenset({"_name_", "_sort_order_", "__objclass__"})
+_CACHED = type(functools.lru_cache(len))
 
 
 @dataclass(frozen=True)
@@ -155,8 +141,10 @@ def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield before + key, buffer
 
 
-def structure_of(module: nn.Module) -> Structure:
+def structure_of(module: nn.Module, *, code: bool = True) -> Structure:
     """What decides a module's output beside its parameters and persistent buffers.
+
+    `code=False` tells functions and classes by which objects they are: enough to compare a copy with its original.
 
     >>> structure_of(nn.LeakyReLU(0.1)) == structure_of(nn.LeakyReLU(0.2))
     False
@@ -164,7 +152,7 @@ def structure_of(module: nn.Module) -> Structure:
     >>> structure_of(scale).opaque[0]
     'generator is a Generator, which cannot be read as a value'
     """
-    walk = _Walk(frozenset(map(id, module.modules())))
+    walk = _Walk(frozenset(map(id, module.modules())), code)
     walk.visit(module, "")
     return Structure(walk.hash.hexdigest(), tuple(dict.fromkeys(walk.opaque)))
 
@@ -174,45 +162,12 @@ def is_amended(module: nn.Module) -> bool:
     return bool(vars(module).keys() - _INTERNAL) or any(getattr(module, table) for table in _HOOKS)
 
 
-@functools.cache
-def _is_installed(module: str) -> bool:
-    """Whether a module belongs to Python, to an installed distribution, or to this package."""
-    top = module.split(".")[0]
-    if top in sys.builtin_module_names or (top in sys.stdlib_module_names and top != "__main__"):
-        return True
-    if top == "rsrouter":
-        return True
-    file = getattr(sys.modules.get(top), "__file__", None) or getattr(sys.modules.get(module), "__file__", None)
-    return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts)
-
-
-def _lookup(module: str | None, qualname: str) -> object:
-    found: object = sys.modules.get(module or "")
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    return found
-
-
-def _library_name(value: Any) -> str | None:
-    """The qualified name under which an installed library gives exactly this object; None if there is none."""
-    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
-    if not isinstance(name, str):
-        return None
-    owner = getattr(value, "__objclass__", None)
-    homes = (getattr(value, "__module__", None), getattr(owner, "__module__", None), "torch", "torch.nn.functional", "numpy")
-    for home in homes:
-        for text in (name, name.rpartition(".")[2]):
-            if isinstance(home, str) and _is_installed(home) and _lookup(home, text) is value:
-                # files inside this package may move
-                return f"{'rsrouter' if home.split('.')[0] == 'rsrouter' else home}:{text}"
-    return None
-
-
 class _Walk:
     """Feeds a hash with values and remembers what it could not read."""
 
-    def __init__(self, registered: frozenset[int]) -> None:
+    def __init__(self, registered: frozenset[int], code: bool = True) -> None:
         self.hash = hashlib.sha256()
+        self._code_counts = code
         self._registered = registered  # modules whose tensors have names, and are told by `tensors_digest`
         self.opaque: list[str] = []
         self._seen: dict[int, int] = {}
@@ -261,6 +216,12 @@ class _Walk:
         if id(value) in self._seen:
             self.put("again", self._seen[id(value)])
             return
+        if isinstance(value, enum.Enum):  # its class holds it
+            self._again(value)
+            self._class(kind, where)
+            self.put(value.name)
+            self._attributes({k: v for k, v in vars(value).items() if k not in _ENUM}, where)
+            return
         with self._inside(value) as fresh:
             if not fresh:
                 self.cannot(where, "holds itself, or is nested too deep")
@@ -272,9 +233,6 @@ class _Walk:
                 self._array(value, where)
             elif isinstance(value, _TORCH) or kind in (range, slice):
                 self.put(kind.__name__, str(value))
-            elif isinstance(value, enum.Enum):
-                self._class(kind, where)
-                self.put(value.name)
             elif isinstance(value, type):
                 self._class(value, where)
             elif isinstance(value, tuple | list | dict | set | frozenset | deque | Mapping) and not self._by_name(value):
@@ -283,6 +241,7 @@ class _Walk:
                 self._class(kind, where)
                 base: Any = next(base for base in kind.__mro__ if base in _SCALARS)
                 self.put(repr(base(value)))
+                self._attributes(getattr(value, "__dict__", {}), where)
             else:
                 self._object(value, where)
 
@@ -296,7 +255,18 @@ class _Walk:
         except (TypeError, RuntimeError, NotImplementedError, ValueError) as error:
             self.cannot(where, f"is {error}")
 
+        self._written_on(value, where)
+
+    def _written_on(self, tensor: Tensor, where: str) -> None:
+        """Attributes that someone gave to a tensor."""
+        told = {k: v for k, v in vars(tensor).items() if not k.startswith(_MARKS)}
+        if told:
+            self._attributes(told, where)
+
     def _array(self, value: Any, where: str) -> None:
+        if not isinstance(value, np.generic) and type(value) not in (np.ndarray, np.memmap):
+            self.cannot(where, f"is a {type(value).__name__}, which cannot be read as a value")
+            return
         if value.dtype.kind not in "fiubcUSmM":
             self.cannot(where, f"is an array of {value.dtype}, which cannot be read as a value")
             return
@@ -322,7 +292,7 @@ class _Walk:
                 self.visit(item, f"{where}[{i}]")
 
     def _apart(self, value: object, where: str) -> str:
-        walk = _Walk(self._registered)
+        walk = _Walk(self._registered, self._code_counts)
         walk.visit(value, where)
         self.opaque += walk.opaque
         return walk.hash.hexdigest()
@@ -346,8 +316,10 @@ class _Walk:
             self.visit(value, f"{where}.{key}" if where else key)
 
     def _object(self, value: Any, where: str) -> None:
-        name = _library_name(value) if callable(value) else None
-        if name is not None:
+        name = library_name(value) if callable(value) else None
+        if name in WORLD:
+            self.cannot(where, f"is {name.replace(':', '.')}, which reads what the code does not name")
+        elif name is not None:
             self.put("named", name)
         elif isinstance(value, types.FunctionType):
             self._function(value, where)
@@ -362,7 +334,7 @@ class _Walk:
                 self.visit(part, where)
         elif isinstance(value, types.ModuleType):
             self.put("library", value.__name__)
-            if not _is_installed(value.__name__):
+            if not is_installed(value.__name__):
                 self.cannot(where, f"is the module {value.__name__!r}, which is no installed library")
         elif isinstance(value, property):
             self.put("property")
@@ -376,13 +348,13 @@ class _Walk:
             self.put("operator", str(value))
         elif isinstance(value, re.Pattern):
             self.put("pattern", value.pattern, value.flags)
-        elif callable(getattr(value, "__wrapped__", None)):  # functools.lru_cache
+        elif type(value) is _CACHED:
             self.put("wrapped")
             self.visit(value.__wrapped__, where)
-        elif _is_all_attributes(type(value)):
+        elif is_all_attributes(type(value)):
             if not self._again(value):
                 self._class(type(value), where)
-                slots = [s for base in type(value).__mro__ for s in _slots(base) if hasattr(value, s)]
+                slots = [s for base in type(value).__mro__ for s in slots_of(base) if hasattr(value, s)]
                 self._attributes({**{s: getattr(value, s) for s in slots}, **getattr(value, "__dict__", {})}, where)
         else:
             self.cannot(where, f"is a {type(value).__name__}, which cannot be read as a value")
@@ -396,6 +368,10 @@ class _Walk:
             self.cannot(where, "is TorchScript, whose code cannot be read as a value")
             return
         graph = isinstance(module, fx.GraphModule)
+        if not self._code_counts and (graph or type(module).__module__.startswith("torch._dynamo")):
+            for key, child in module._modules.items():  # torch makes its own anew
+                self.visit(child, f"{where}.{key}")
+            return
         if graph:
             self.put("graph", module.code)  # the class is made for this one object
         else:
@@ -407,11 +383,15 @@ class _Walk:
                 self.put("tensor", key, tensor is None)
                 if tensor is not None and (hidden or key in module._non_persistent_buffers_set):
                     self._tensor(tensor, before + key)
+                elif tensor is not None:
+                    self._written_on(tensor, before + key)
         for hooks in _HOOKS:
-            for hook in getattr(module, hooks).values():
-                self.put(hooks)
+            keywords = getattr(module, f"{hooks}_with_kwargs")
+            for key, hook in getattr(module, hooks).items():
+                self.put(hooks, *(["keywords"] if key in keywords else []))
                 self.visit(hook, f"{before}{hooks}")
-        self._attributes(module.__dict__, where, _INTERNAL | _GRAPH_MODULE if graph else _INTERNAL)
+        slots = {s: getattr(module, s) for base in type(module).__mro__ for s in slots_of(base) if hasattr(module, s)}
+        self._attributes({**module.__dict__, **slots}, where, _INTERNAL | _GRAPH_MODULE if graph else _INTERNAL)
         self.put("children", len(module._modules))
         for key, child in module._modules.items():
             self.put(key)
@@ -420,9 +400,9 @@ class _Walk:
     # -- code ----------------------------------------------------------------------------------------------------------
 
     def _class(self, kind: type, where: str) -> None:
-        if self._again(kind):
+        if self._again(kind) or self._by_identity(kind):
             return
-        name = _library_name(kind)
+        name = library_name(kind)
         if name is not None:
             self.put("class", name)
             return
@@ -433,11 +413,18 @@ class _Walk:
         for base in kind.__bases__:
             if base is not object:
                 self._class(base, where)
-        content = {k: v for k, v in vars(kind).items() if k not in _CLASS_NOISE and not _is_slot(v)}
+        if library_name(type(kind)) is None:
+            self._class(type(kind), where)
+        content = {k: v for k, v in vars(kind).items() if k not in _CLASS_NOISE and not is_slot(v)}
         self._attributes(content, f"class {kind.__qualname__}")
 
+    def _by_identity(self, value: object) -> bool:
+        if not self._code_counts:
+            self.put("object", id(value))
+        return not self._code_counts
+
     def _function(self, function: types.FunctionType, where: str) -> None:
-        if self._again(function):
+        if self._again(function) or self._by_identity(function):
             return
         code = function.__code__
         self.put("function")
@@ -445,6 +432,8 @@ class _Walk:
         title = f"{where}: {code.co_name}" if where else code.co_name
         for defaults in (function.__defaults__, function.__kwdefaults__):
             self.visit(defaults, title)
+        if function.__dict__:
+            self._attributes(function.__dict__, title)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             try:
                 captured = cell.cell_contents
@@ -452,13 +441,15 @@ class _Walk:
                 self.put("empty")
                 continue
             self._captured(captured, name, title)
-        if code.co_name not in _MAKING and not _is_installed(str(function.__globals__.get("__name__"))):
-            for name, found in _global_values(code, function.__globals__):
+        if code.co_name not in _MAKING and not is_installed(str(function.__globals__.get("__name__"))):
+            for name, found in outside_values(code, function.__globals__):
                 self.put("global", name)
                 self._captured(found, name, title)
 
     def _captured(self, value: Any, name: str, where: str) -> None:
-        if isinstance(value, list | dict | set | deque | bytearray):
+        if isinstance(value, Hidden):
+            self.cannot(where, value.words)
+        elif isinstance(value, list | dict | set | deque | bytearray | Mapping):
             # not by value: it may change with every call, and others may hold it
             self.cannot(where, f"reads {name!r}, a {type(value).__name__} that it shares with other code")
         else:
@@ -474,48 +465,3 @@ class _Walk:
                 self.put("frozenset", sorted(map(repr, constant)))
             else:
                 self.put(type(constant).__name__, constant)
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    slots = vars(kind).get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    hidden = {n: f"_{kind.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names}
-    return tuple(hidden[n] for n in names if n not in ("__dict__", "__weakref__"))
-
-
-def _is_all_attributes(kind: type) -> bool:
-    """Whether objects of a class hold nothing but their attributes: no room for anything that C code keeps in them."""
-    offsets = (kind.__dictoffset__, kind.__weakrefoffset__)
-    slots = sum(len(_slots(base)) for base in kind.__mro__)
-    room = object.__basicsize__ + 8 * (slots + sum(offset > 0 for offset in offsets))
-    return kind.__basicsize__ == room and kind.__itemsize__ == 0
-
-
-def _is_slot(value: object) -> bool:
-    return isinstance(value, types.MemberDescriptorType | types.GetSetDescriptorType)
-
-
-def _global_values(code: types.CodeType, known: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Global names that code reads, with their values; attributes of a module (`helpers.scale`) are followed into it."""
-    wanted: dict[str, object] = {}
-    pending = [code]
-    while pending:
-        current = pending.pop()
-        pending += [c for c in current.co_consts if isinstance(c, types.CodeType)]
-        path, value = "", None
-        for step in dis.get_instructions(current):
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in known:
-                path, value = str(step.argval), known[step.argval]
-            elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.ModuleType):
-                path, value = f"{path}.{step.argval}", getattr(value, str(step.argval), None)
-            else:
-                if path:
-                    wanted[path] = value
-                path, value = "", None
-                continue
-            if not isinstance(value, types.ModuleType) or _is_installed(value.__name__):
-                wanted[path] = value
-                path, value = "", None
-        if path:
-            wanted[path] = value
-    yield from sorted(wanted.items())

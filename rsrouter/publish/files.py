@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rsrouter.core.errors import InputError, IntegrityError, ResultsError
+from rsrouter.process import KERNELS
 from rsrouter.publish.card import Card, render_card
 from rsrouter.publish.claims import check_claims
 from rsrouter.publish.licences import check_licence
 from rsrouter.results import Table, metadata_path, read_table, require_sound, require_whole
+from rsrouter.results.verify import other_claims
+from rsrouter.sampling.noise import CHUNK
 from rsrouter.serialise import CONFIG, WEIGHTS, RouterConfig, Saved, load_folder, needed_packages, read_router_config
 
 README, FIGURE = "README.md", "certificates/curve.svg"
@@ -148,28 +151,35 @@ def check_table(table: Table, saved: Saved) -> Table:
     """
     about = table.described()
     subjects = [(saved.routed, "routed"), *((saved.alone(name), "expert") for name in saved.pool.names)]
-    subject, role = next(((s, role) for s, role in subjects if s.digest == about.digest), (None, ""))
-    if subject is None or about.noise != saved.noise:
+    equal = [(s, role) for s, role in subjects if s.digest == about.digest]  # experts may be equal but for their names
+    named = [(s, role) for s, role in equal if s.tree.root == about.tree.root]
+    if not equal or about.noise != saved.noise:
         raise IntegrityError(
             f"Table {table.name!r} belongs to other weights",
             expected=f"digest {saved.routed.digest} (or that of one of its experts), {saved.noise} noise",
             received=f"digest {about.digest}, {about.noise} noise",
             remedy="certify this router; do not publish certificates of another one with it",
         )
-    told = {
-        "role": (role, about.role),
-        "seed_derived": (about.seed == subject.default_seed(about.seed_from), about.seed_derived),
-        "experts": (
-            {e.digest for e in saved.pool} if role == "routed" else {e.digest for e in saved.pool} & {about.experts[0].digest},
-            {e.digest for e in about.experts},
-        ),
-    }
-    if wrong := [key for key, (true, said) in told.items() if true != said]:
+    subject, role = (named or equal)[0]
+    wrong = other_claims(
+        about,
+        subject.tree,
+        role=role,
+        router=saved.router.kind if role == "routed" else None,
+        experts=[(e.name, float(e.sigma), e.digest) for e in saved.pool if role == "routed" or e.name == subject.tree.root],
+        kernels=KERNELS,
+    )
+    derived = about.seed == subject.default_seed(about.seed_from)
+    if about.seed_derived != derived:
+        wrong.append(f"seed_derived: {about.seed_derived} in the table, {derived} for seed {about.seed}")
+    if about.stream != {"chunk": CHUNK}:
+        wrong.append(f"stream: {about.stream} in the table, {{'chunk': {CHUNK}}} in this version")
+    if wrong:
         raise IntegrityError(
-            f"Table {table.name!r} says something else about its {' and '.join(w.replace('_', ' ') for w in wrong)} than is true",
-            expected=", ".join(f"{key} {told[key][0]}" for key in wrong),
-            received=", ".join(f"{key} {told[key][1]}" for key in wrong) + f", seed {about.seed}",
-            remedy="restore the table's JSON",
+            f"Table {table.name!r} says something else about its classifier than is true",
+            expected="what certify wrote about this router",
+            received="; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""),
+            remedy="restore the table's JSON, or certify again",
         )
     ours, theirs = saved.execution.to_dict(), dict(about.execution)
     if saved.execution.batch == 0:  # the default; a table records what it came to

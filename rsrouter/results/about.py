@@ -198,6 +198,8 @@ class TableMetadata(Stored):
         count = sum(len(range(*run)) for run in self.indices)
         if count != self.num_images or count > _MOST:
             raise ValueError(f"indices name {count} images, num_images says {self.num_images}")
+        if len(self.indices) > 1 and len(np.unique(unpack_ids(self.indices))) < count:
+            raise ValueError("indices name an image twice")
         return self
 
     @classmethod

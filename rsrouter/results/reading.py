@@ -18,9 +18,12 @@ from rsrouter.core.types import ABSTAIN
 from rsrouter.results.about import understood
 from rsrouter.results.field import parse_field
 from rsrouter.results.metadata import metadata_path, read_metadata
-from rsrouter.results.rows import all_counts, check_counts, parse_time
+from rsrouter.results.rows import COLUMNS, all_counts, check_counts, parse_time
 from rsrouter.results.table import Table
 from rsrouter.results.verify import require_sound
+
+#: What numbers are written with; letters are those of 1e-05, inf and nan, which have errors of their own.
+_DIGITS = frozenset("0123456789+-.eEinfaINFA")
 
 
 @contextmanager
@@ -129,10 +132,10 @@ def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], na
             raise bad_row(path, number, f"{len(columns)} tab-separated cells", f"{len(row)}: {lines[number - 1][:80]!r}")
     texts: dict[str, Sequence[str]] = {c: [row[k] for row in cells] for k, c in enumerate(columns)}
     missing = [c for c in ("idx", "label", "predict", "radius", "correct", "time") if c not in texts]
-    if missing or len(texts) != len(columns):
+    if missing or len(texts) != len(columns) or not texts.keys() <= set(COLUMNS):
         raise ResultsError(
             f"{path.name} is not a results table",
-            expected="a header with the columns of `certify`, each once",
+            expected="a header with the columns of `certify`, each once, and no other",
             received=repr(lines[0][:80]),
             remedy="give the TSV that certify wrote",
         )
@@ -158,6 +161,11 @@ def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], na
 
     for what in ("idx", "label", "predict", "correct", "radius", "time"):
         refuse(np.array([not t for t in texts[what]], bool), lambda i, w=what: f"{w} to be a number", lambda i: "an empty cell")  # type: ignore[misc]
+    for what in ("idx", "label", "predict", "correct", "radius", "r_router", "r_expert", "n_drawn", "seed"):
+        # Python alone reads 1_000, and digits of other scripts
+        for number, cell in enumerate(texts.get(what, ()), start=2):
+            if not _DIGITS.issuperset(cell):
+                raise bad_row(path, number, f"{what} in plain digits", repr(cell[:80]))
     idx, label, predict, correct = (column(c, int, 0, "a whole number") for c in ("idx", "label", "predict", "correct"))
     radius = column("radius", float, 0.0, "a number", np.float64)
     refuse(

@@ -7,7 +7,7 @@ router and the images (`rsrouter.audit`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import IntegrityError, ResultsError
 from rsrouter.core.recompute import ROOM, Recomputed, recompute_all
 from rsrouter.core.tree import Tree
+from rsrouter.results.about import TableMetadata, TreeRecord
 from rsrouter.results.rows import RADIUS_DECIMALS, votes_of
 from rsrouter.results.table import Table
 
@@ -121,6 +122,42 @@ def _rounded_down(published: NDArray[np.float64], radius: NDArray[np.float64]) -
     return np.where(np.isinf(radius) | np.isinf(published), published == radius, near)
 
 
+def other_claims(
+    about: TableMetadata,
+    tree: Tree,
+    *,
+    role: str,
+    router: str | None,
+    experts: Sequence[tuple[str, float, str]],
+    kernels: Mapping[str, Any],
+) -> list[str]:
+    """What a table's JSON says about its classifier that is not so, one sentence each.
+
+    Args:
+        about: what it says.
+        tree: stages of the classifier that the table is about.
+        role, router: "routed" and the router's kind, or "expert" and None.
+        experts: name, sigma and digest of each, in order.
+        kernels: settings that its networks run under.
+    """
+    told, known, wrong = about.tree, TreeRecord.of(tree), list[str]()
+    theirs, ours = ({s.name: s.model_dump(exclude={"title"}) for s in record.stages} for record in (told, known))
+    for stage in sorted({*theirs, *ours}):
+        a, b = theirs.get(stage), ours.get(stage)
+        if a is None or b is None:
+            wrong.append(f"stage {stage!r} is in the {'table' if b is None else 'router'} alone")
+        else:
+            wrong += [f"stage {stage}: {k} {a[k]} in the table, {b[k]} in the router" for k in a if a[k] != b[k]]
+    claims = (
+        ("root", told.root, known.root),
+        ("role", about.role, role),
+        ("router", about.router, router),
+        ("experts", [(e.name, e.sigma, e.digest) for e in about.experts], list(experts)),
+        ("kernels", dict(about.kernels), dict(kernels)),
+    )
+    return wrong + [f"{what}: {claimed} in the table, {true} in the router" for what, claimed, true in claims if claimed != true]
+
+
 def require_sound(table: Table, tree: Tree | None = None) -> Table:
     """`table`, marked as checked, if all of its rows follow from their votes.
 
@@ -163,4 +200,4 @@ def unfinished(table: Table) -> str:
     return "" if expected is None or len(table) >= expected else f"{len(table):,} of {expected:,} images"
 
 
-__all__ = ["Mismatch", "require_sound", "require_whole", "unfinished", "verify_rows"]
+__all__ = ["Mismatch", "other_claims", "require_sound", "require_whole", "unfinished", "verify_rows"]

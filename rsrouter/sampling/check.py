@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as every_module
 
 from rsrouter.core.errors import NetworkError
 from rsrouter.process import disturbed
@@ -167,12 +168,37 @@ def check_again(checked: Checked, prepared: Prepared, name: str, widths: tuple[i
         )
 
 
+@torch.inference_mode()
+def check_compiled(checked: Checked, prepared: Prepared, name: str, widths: tuple[int, ...]) -> None:
+    """Refuses a network whose compiled form gives other logits than the module itself.
+
+    Raises:
+        NetworkError: it asks whether it is being compiled, or the compiler got it wrong.
+    """
+    plain = replace(prepared, module=getattr(prepared.module, "_orig_mod", prepared.module))
+    found = moved(checked.logits, logits_of(plain, checked.rows.clone(), widths, name), prepared.execution.dtype)
+    if not found.is_rounding(prepared.execution.dtype):
+        raise NetworkError(
+            f"Compiled, network {name!r} is another function",
+            expected="the logits of the module as it is, to rounding",
+            received=str(found),
+            remedy="pass Execution(compile=False)",
+        )
+
+
 def check_settings(name: str) -> None:
     """Refuses votes that were drawn while somebody changed what they depend on.
 
     Raises:
-        NetworkError: a setting that `fixed_kernels` makes is not what it made it.
+        NetworkError: a setting that `fixed_kernels` makes is not what it made it, or hooks on all modules of the process.
     """
+    if hooks := every_module.__dict__["_global_forward_hooks"] | every_module.__dict__["_global_forward_pre_hooks"]:
+        raise NetworkError(
+            f"Hooks on all modules of the process ran while network {name!r} was voting",
+            expected="the module's own hooks alone",
+            received=", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks.values()),
+            remedy="remove what register_module_forward_hook or register_module_forward_pre_hook returned, and start again",
+        )
     if changed := disturbed():
         raise NetworkError(
             f"Settings of the process changed while network {name!r} was voting",

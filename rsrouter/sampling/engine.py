@@ -22,7 +22,7 @@ from rsrouter.core.errors import InputError
 from rsrouter.experts.expert import check_values
 from rsrouter.experts.identity import module_digest
 from rsrouter.process import KERNELS, fixed_kernels
-from rsrouter.sampling.check import Checked, check_again, check_network, check_settings, check_votes
+from rsrouter.sampling.check import Checked, check_again, check_compiled, check_network, check_settings, check_votes
 from rsrouter.sampling.execution import Execution, Prepared, default_batch, keep_freed_memory, prepare, resolve_device
 from rsrouter.sampling.logits import Outputs, forward, heads, out_of_memory, votes_of
 from rsrouter.sampling.noise import SHARED, NoiseStream, check_eight_bit, make_noise, stream_key
@@ -87,6 +87,9 @@ class _Runner:
                 break
             except torch.OutOfMemoryError as error:
                 self.halve(error)
+        if execution.compile:
+            with fixed_kernels():
+                check_compiled(self._checked, run, model.name, model.widths)
         self.packs = self._checked.packs
         if not self.packs and execution.dtype != "float32":
             # rounding of few bits hides a small dependence on the batch; float32 does not

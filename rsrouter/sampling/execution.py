@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsrouter.core.errors import InputError, NetworkError
+from rsrouter.core.errors import InputError
 from rsrouter.process import KERNELS as KERNELS
 from rsrouter.process import fixed_kernels as fixed_kernels
 from rsrouter.sampling.fold import fold_batchnorm
@@ -219,7 +219,7 @@ def prepare(
 ) -> Prepared:
     """A private copy of `module`, in eval mode, as it will run; the original is not touched.
 
-    Folding and channels_last are used only where the copy then gives the same votes on a few images as it does without.
+    Folding and channels_last are used only where the copy then gives the same votes on a batch of images as it does without.
 
     Args:
         module: from images to logits.
@@ -248,16 +248,12 @@ def prepare(
     return Prepared(prepared, execution)
 
 
-#: Images that a network is tried on before it is run in another form.
-_TRIED = 8
-
-
 def _example(
     module: nn.Module, shape: Sequence[int], execution: Execution, device: torch.device, name: str
 ) -> tuple[list[Tensor], Outputs]:
-    """Two batches, and what the network returns for the first: of a few images, or of as many as it insists on."""
-    whole = execution.batch or default_batch(math.prod(shape), device)
-    rows, insists = min(_TRIED, whole), False
+    """Two batches of as many images as it will run on, where memory allows, and what the network returns for the first: it may
+    run other layers for other sizes."""
+    rows = execution.batch or default_batch(math.prod(shape), device)
     while True:
         generator = torch.Generator().manual_seed(0)
         base = torch.rand((2, rows, *shape), generator=generator)
@@ -266,13 +262,9 @@ def _example(
             with torch.inference_mode():
                 return list(base.to(device)), outputs(forward(module, base[0].to(device), name))
         except torch.OutOfMemoryError as error:
-            if rows == 1 or insists:
+            if rows == 1:
                 raise out_of_memory(name, rows, error) from error
             rows = rows // 2
-        except NetworkError:
-            if rows == whole or insists:
-                raise
-            rows, insists = whole, True  # an exported program may take one size alone
 
 
 def _folded(module: nn.Module, runs: list[Tensor], expected: Outputs) -> tuple[nn.Module, bool]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rsrouter.core.errors import NetworkError
 from rsrouter.experts.expert import check_values
+from rsrouter.experts.structure import structure_of
 
 #: Libraries whose objects are not looked into.
 _CLOSED = {"torch", "torchvision", "numpy", "builtins", "collections", "threading", "logging", "_thread", "weakref"}
@@ -91,6 +92,19 @@ def _refuse_unregistered(module: nn.Module, name: str, device: torch.device, dty
             )
 
 
+def _refuse_other(module: nn.Module, copied: nn.Module, name: str) -> None:
+    """Refuses a copy that lost something: copy.deepcopy drops what was written on a parameter, and a class may have ideas of its
+    own about what to copy."""
+    if structure_of(copied, code=False) != structure_of(module, code=False):
+        raise NetworkError(
+            f"The copy of network {name!r} is not what it was copied from",
+            expected="a module that copy.deepcopy copies whole",
+            received="other attributes, hooks or classes in the copy",
+            remedy="keep what it needs in attributes of modules and in buffers, not on parameters or in slots; give it no "
+            "__deepcopy__, __getstate__ or __reduce__ that leaves something out",
+        )
+
+
 def private_copy(module: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A copy in eval mode, without gradients, in float32 on `device`, that will run in `dtype`.
 
@@ -109,6 +123,7 @@ def private_copy(module: nn.Module, name: str, device: torch.device, dtype: torc
             received=f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}",
             remedy="keep no locks, files, generators or parameters with gradients in it",
         ) from error
+    _refuse_other(module, copied, name)
     with suppress(NotImplementedError):  # an exported program keeps the mode that it was exported in
         copied.eval()
     for parameter in copied.parameters():
