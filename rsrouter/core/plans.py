@@ -359,39 +359,19 @@ class AdaptivePlan(Plan):
         spending = LinearSpending(self.looks, self.last_share)
         return spending.lower, spending.upper
 
-    def _like(self, n_max: int, radii: Sequence[float]) -> AdaptivePlan:
-        return AdaptivePlan(
-            n_max,
-            radii or (0.0,),
-            self.n0,
-            self.beta,
-            growth=self.growth,
-            first=self.first,
-            last_share=self.last_share,
-            bound=self.bound,
-            spending=self.spending,
-        )
+    def _with(self, **others: Any) -> AdaptivePlan:
+        return AdaptivePlan(**{name: value for name, value in {**self.to_dict(), **others}.items() if name != "kind"})
 
     def with_votes(self, n_max: int) -> AdaptivePlan:
-        return self._like(n_max, self.grid)
+        return self._with(n_max=n_max)
 
     def within(self, reach: float) -> AdaptivePlan:
         """The same plan without the radii beyond `reach` (for an expert that cannot certify all of them)."""
-        return self._like(self.n_max_, [r for r in self.grid if r <= reach])
+        return self._with(radii=[r for r in self.grid if r <= reach] or [0.0])
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "n_max": self.n_max_,
-            "radii": list(self.grid) or [0.0],
-            "n0": self.n0,
-            "beta": self.beta,
-            "growth": self.growth,
-            "first": self.first,
-            "last_share": self.last_share,
-            "bound": self.bound,
-            "spending": self.spending,
-        }
+        named = {name: getattr(self, name) for name in ("n0", "beta", "growth", "first", "last_share", "bound", "spending")}
+        return {"kind": self.kind, "n_max": self.n_max_, "radii": list(self.grid) or [0.0], **named}
 
 
 def plan_from_dict(data: dict[str, Any]) -> Plan:
@@ -430,6 +410,8 @@ def unanimous_radius(plan: Plan, tree: Tree, path: tuple[str, ...], split: Alpha
         if answered.size:
             c = np.array([int(stage.answers[answered[0]])])
     grouped: dict[str, Array] = {}
+    last = np.array([len(plan.looks) - 1])
+    how: dict[str, Any] = {"sides": sides, "lower_share": split.lower_share}
     for name in tree.order:
         stage = tree.stages[name]
         same = np.flatnonzero(stage.answers[: stage.num_outcomes] == c[0])
@@ -443,32 +425,24 @@ def unanimous_radius(plan: Plan, tree: Tree, path: tuple[str, ...], split: Alpha
         counts = np.zeros((1, stage.num_outcomes), dtype=np.int64)
         if reference[0] >= 0:
             counts[0, reference[0]] = plan.n_max
-        bounds = plan.hopes(
-            stage,
-            counts,
-            np.array([len(plan.looks) - 1]),
-            reference,
-            c,
-            alpha=split.stages[name],
-            sides=sides,
-            lower_share=split.lower_share,
-        )
+        bounds = plan.hopes(stage, counts, last, reference, c, alpha=split.stages[name], **how)
         grouped[name] = group_entries(stage, entry_radii(stage, bounds.lower, bounds.upper, reference), c)
     return float(recursion(tree, grouped)[0][0])
 
 
 def votes_for(plan: Plan, tree: Tree, split: AlphaSplit, sides: str, radius: float) -> int | None:
     """About the smallest `n_max` (within 0.1%) with which `plan` reaches `radius`; None beyond `MOST_VOTES`."""
+
+    def short(votes: int) -> bool:
+        return plan.with_votes(votes).reach(tree, split, sides) < radius
+
     need = plan.n_max
-    while plan.with_votes(need).reach(tree, split, sides) < radius:
+    while short(need):
         need *= 2
         if need > MOST_VOTES:
             return None
     low = need // 2
     while need - low > max(1, need // 1000):
         middle = (low + need) // 2
-        if plan.with_votes(middle).reach(tree, split, sides) < radius:
-            low = middle
-        else:
-            need = middle
+        low, need = (middle, need) if short(middle) else (low, middle)
     return need
