@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import overrides
+from torch.utils import _python_dispatch
+from torch.utils._device import DeviceContext
 
 _B: Any = torch.backends
 
@@ -98,7 +101,15 @@ def _pinned(knobs: tuple[str, ...]) -> Iterator[None]:
 
 
 def _flushes_denormals() -> bool:
-    return bool(np.float32(1e-38) * np.float32(1e-3) == 0.0)
+    with np.errstate(under="ignore"):
+        return bool(np.float32(1e-38) * np.float32(1e-3) == 0.0)
+
+
+def modes() -> list[str]:
+    """Modes of this thread that may replace what torch computes, but for a default device."""
+    functions: list[Any] = getattr(overrides, "_get_current_function_mode_stack", list)()
+    dispatches: list[Any] = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)()
+    return [type(mode).__name__ for mode in (*functions, *dispatches) if not isinstance(mode, DeviceContext)]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_FLOOR, Decimal
+from decimal import ROUND_FLOOR, Context, Decimal
 
 from rsrouter.core.errors import ResultsError
 from rsrouter.core.types import ABSTAIN, Certificate
@@ -25,6 +25,7 @@ HEADER = "\t".join(COLUMNS) + "\n"
 RADIUS_DECIMALS = 8
 
 _STEP = Decimal(1).scaleb(-RADIUS_DECIMALS)
+_CONTEXT = Context(prec=400)
 _TIMEDELTA = re.compile(r"(?:(-?\d+) days?, )?(\d+):(\d\d):(\d\d(?:\.\d+)?)")
 _NUMBER = r"(?:0|[1-9][0-9]{0,18}+)"
 _STAGES = r'\{(?:"[^"\\\x00-\x1f]*+":\[(?:NUMBER(?:,NUMBER)*+)?\](?:,(?=")|(?=\})))*+\}'.replace("NUMBER", _NUMBER)
@@ -51,7 +52,7 @@ def format_radius(radius: float) -> str:
         )
     if math.isinf(radius):
         return "inf"
-    return f"{Decimal(float(radius)).quantize(_STEP, rounding=ROUND_FLOOR):f}"
+    return f"{Decimal(float(radius)).quantize(_STEP, rounding=ROUND_FLOOR, context=_CONTEXT):f}"
 
 
 def correctness(label: int, predict: int) -> int:

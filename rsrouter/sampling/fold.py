@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
+from rsrouter.experts.structure import structure_of
+
 #: What is asked of a tensor without reading its values.
 _SHAPELY = {
     *("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_sparse", "is_quantized", "is_nested"),
@@ -127,6 +129,8 @@ def fold_batchnorm(module: nn.Module, runs: list[Tensor]) -> int:
         isinstance(m, nn.BatchNorm2d) for m in layers
     ):
         return 0  # what a script reads is not seen
+    if any("ScriptFunction" in words for words in structure_of(module).opaque):
+        return 0
     watch = _Watch({id(t): m for m in layers for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)]})
     hooks = [m.register_forward_pre_hook(watch.before, with_kwargs=True) for m in layers]
     hooks += [m.register_forward_hook(watch.after) for m in layers]
