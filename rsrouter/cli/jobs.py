@@ -7,7 +7,6 @@ import time
 from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from rsrouter.cli.options import Format, echo_json
 from rsrouter.core.errors import InputError
@@ -88,19 +87,28 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def _to_go(running: Any) -> str:
+    """The time to go, at most so much while no image is finished."""
+    if running.remaining == running.remaining:
+        return f"{duration(running.remaining)} to go"
+    return f"at most {duration(running.most)} to go" if running.most == running.most else "? to go"
+
+
 class Display:
-    """Live progress of a job on stderr: a bar on a terminal, a line every half minute elsewhere.
+    """Live progress of a job on stderr: a bar on a terminal; elsewhere a line after five seconds, then every half minute.
 
     Takes its times from the job, which counts on a clock that never jumps.
     """
 
     def __init__(self, title: str, shown: tuple[float, ...] = ()) -> None:
+        from tqdm import tqdm
+
         self._title, self._shown = title, shown
         self._live = sys.stderr.isatty()
         self._bar: Any = tqdm(
             total=1, file=sys.stderr, mininterval=0, disable=not self._live, bar_format="{desc}|{bar}|{postfix}"
         )
-        self._last = -1e9 if self._live else time.monotonic()
+        self._last = -1e9 if self._live else time.monotonic() - 25.0
 
     def __call__(self, running: Any) -> None:
         """Takes a `rsrouter.jobs.Running`."""
@@ -115,7 +123,7 @@ class Display:
                 f"{running.finished}/{running.total} images",
                 f"{running.votes:,} votes",
                 f"{rate:,.0f}/s",
-                f"{duration(running.remaining)} to go",
+                _to_go(running),
                 *([" ".join(accuracy)] if accuracy else []),
             ]
         )
