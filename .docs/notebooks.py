@@ -1,0 +1,74 @@
+"""Tutorials: scripts with cells (`# %%`, as editors and jupytext read them), executed into notebooks and pages with output."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+PICTURES = {"image/svg+xml": "svg", "image/png": "png"}
+
+
+def cells(text: str) -> list[tuple[str, str]]:
+    """`("markdown" or "code", source)` of a script with cells; a line `# !command` is a shell command of a code cell."""
+    found = []
+    for head, body in re.findall(r"^# %%(.*)\n(.*?)(?=^# %%|\Z)", text, flags=re.DOTALL | re.MULTILINE):
+        body = body.strip("\n")
+        if "[markdown]" in head:
+            found.append(("markdown", re.sub(r"^# ?", "", body, flags=re.MULTILINE)))
+        else:
+            found.append(("code", re.sub(r"^# !", "!", body, flags=re.MULTILINE)))
+    return found
+
+
+def execute(script: Path) -> Any:
+    """The notebook with its outputs, run in a folder of its own; an error in a cell ends the build."""
+    make = {"markdown": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
+    notebook = nbformat.v4.new_notebook(cells=[make[kind](text) for kind, text in cells(script.read_text(encoding="utf-8"))])
+    root = str(script.resolve().parents[2])
+    os.environ.update(PYTHONPATH=os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), COLUMNS="88", RSROUTER_ROOT=root)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    for cell in notebook.cells:
+        cell.pop("id", None)
+        cell.metadata.clear()
+    return notebook
+
+
+def render(script: Path, out: Path) -> None:
+    """Writes `out/NAME.md`, its pictures, and the notebook itself to download."""
+    notebook, name = execute(script), script.stem
+    out.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, out / f"{name}.ipynb", version=nbformat.NO_CONVERT)
+    page = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            page.append(cell.source)
+            continue
+        shell = all(line.startswith("!") or line.endswith("\\") or line.startswith("    ") for line in cell.source.splitlines())
+        source = re.sub(r"^!", "", cell.source, flags=re.MULTILINE) if shell else cell.source
+        page.append(f"```{'sh' if shell else 'python'}\n{source}\n```")
+        page += [_output(output, f"{name}-{len(page)}-{k}", out) for k, output in enumerate(cell.get("outputs", ()))]
+    page.insert(1, f"[This page as a notebook]({name}.ipynb){{ download }}")
+    (out / f"{name}.md").write_text("\n\n".join(part for part in page if part) + "\n", encoding="utf-8")
+
+
+def _output(output: Any, name: str, out: Path) -> str:
+    if output.output_type == "stream":
+        text = re.sub(r"\x1b\[[0-9;]*m", "", output.text)
+        return "" if output.name == "stderr" or not text.strip() else f"```text\n{text.strip(chr(10))}\n```"
+    data = output.get("data", {})
+    for kind, ending in PICTURES.items():
+        if kind in data:
+            content = data[kind].encode() if ending == "svg" else base64.b64decode(data[kind])
+            (out / f"{name}.{ending}").write_bytes(content)
+            return f'<div class="figure" markdown>\n![output]({name}.{ending})\n</div>'
+    text = data.get("text/plain", "")
+    return f"```text\n{text}\n```" if text else ""
