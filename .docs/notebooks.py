@@ -12,18 +12,19 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
+ESCAPES = r"\x1b\[[0-9;]*m"
 PICTURES = {"image/svg+xml": "svg", "image/png": "png"}
 
 
 def cells(text: str) -> list[tuple[str, str]]:
     """`("markdown" or "code", source)` of a script with cells; a line `# !command` is a shell command of a code cell."""
     found = []
-    for head, body in re.findall(r"^# %%(.*)\n(.*?)(?=^# %%|\Z)", text, flags=re.DOTALL | re.MULTILINE):
+    for head, body in re.findall(r"^# %%([^\n]*)\n(.*?)(?=^# %%|\Z)", text, flags=re.DOTALL | re.MULTILINE):
         body = body.strip("\n")
         if "[markdown]" in head:
             found.append(("markdown", re.sub(r"^# ?", "", body, flags=re.MULTILINE)))
         else:
-            found.append(("code", re.sub(r"^# !", "!", body, flags=re.MULTILINE)))
+            found.append(("code", re.sub(r"^# (?=!|    )", "", body, flags=re.MULTILINE)))
     return found
 
 
@@ -34,10 +35,15 @@ def execute(script: Path) -> Any:
     root = str(script.resolve().parents[2])
     os.environ.update(PYTHONPATH=os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), COLUMNS="88", RSROUTER_ROOT=root)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sources = [cell.source for cell in notebook.cells]
+    for cell in notebook.cells:  # as into a pipe: no progress bars
+        if cell.cell_type == "code":
+            cell.source = re.sub(r"^!((?:.*\\\n)*.*)$", r"!(\1) 2>&1 | cat", cell.source, flags=re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
-    for cell in notebook.cells:
-        cell.pop("id", None)
+    for k, (cell, source) in enumerate(zip(notebook.cells, sources, strict=True)):
+        cell.source = source
+        cell.id = f"cell-{k}"  # the same in every build
         cell.metadata.clear()
     return notebook
 
@@ -55,15 +61,15 @@ def render(script: Path, out: Path) -> None:
         shell = all(line.startswith("!") or line.endswith("\\") or line.startswith("    ") for line in cell.source.splitlines())
         source = re.sub(r"^!", "", cell.source, flags=re.MULTILINE) if shell else cell.source
         page.append(f"```{'sh' if shell else 'python'}\n{source}\n```")
-        page += [_output(output, f"{name}-{len(page)}-{k}", out) for k, output in enumerate(cell.get("outputs", ()))]
+        outputs = cell.get("outputs", [])
+        printed = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout").strip("\n")
+        page += [f"```text\n{re.sub(ESCAPES, '', printed)}\n```"] if printed else []
+        page += [_output(output, f"{name}-{len(page)}-{k}", out) for k, output in enumerate(outputs)]
     page.insert(1, f"[This page as a notebook]({name}.ipynb){{ download }}")
     (out / f"{name}.md").write_text("\n\n".join(part for part in page if part) + "\n", encoding="utf-8")
 
 
 def _output(output: Any, name: str, out: Path) -> str:
-    if output.output_type == "stream":
-        text = re.sub(r"\x1b\[[0-9;]*m", "", output.text)
-        return "" if output.name == "stderr" or not text.strip() else f"```text\n{text.strip(chr(10))}\n```"
     data = output.get("data", {})
     for kind, ending in PICTURES.items():
         if kind in data:

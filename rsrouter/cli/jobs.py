@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from shutil import get_terminal_size
 from typing import Annotated, Any
 
 import typer
@@ -131,6 +132,8 @@ class Display:
             typer.echo(f"{self._title}: {text}", err=True)
             return
         self._bar.total, self._bar.n = running.total, running.finished
+        if get_terminal_size().columns < 100:
+            text = text.rpartition(", ")[0] if accuracy else text  # room for the bar
         self._bar.set_description_str(f"{self._title} ", refresh=False)
         self._bar.set_postfix_str(text, refresh=True)
 

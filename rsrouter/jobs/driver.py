@@ -175,7 +175,9 @@ class Tally:
             most = seconds * max(0.0, self._most * self._total - self._before - self._votes) / self._votes
         if self._rows and self._votes:
             expected = self._drawn / self._rows * self._total - self._before
-            remaining = seconds * max(0.0, expected - self._votes) / self._votes if self._rows < self._total else 0.0
+            begun = self._votes - (self._drawn - self._before)  # on images that are not finished: as many again, at a guess
+            left = max(0.0, expected - self._votes, begun) if self._rows < self._total else 0.0
+            remaining = seconds * left / self._votes
         return Running(self._votes, self._rows, self._total, tuple(float(s) for s in shares), seconds, remaining, most)
 
 
