@@ -36,8 +36,17 @@ def part(name, count):
 radii = [0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
 images, labels = part("train", 400)
 routed = train_router(
-    pool, "deferral", images, labels, radii=radii, recipe=recipe, validation=part("validation", 100),
-    plan_n=2_000, out="router", seed=0, show=False,
+    pool,
+    "deferral",
+    images,
+    labels,
+    radii=radii,
+    recipe=recipe,
+    validation=part("validation", 100),
+    plan_n=2_000,
+    out="router",
+    seed=0,
+    show=False,
 )
 for name, stage in routed.tree.stages.items():
     print(name, "is smoothed at", stage.sigma)
