@@ -94,7 +94,7 @@ def _verb(name: str, command: Any) -> list[str]:
         about_it, default = record[1], ""
         if found := re.search(r"\s+\[([^\[\]]*)\]$", about_it):
             about_it, default = about_it[: found.start()], found[1].removeprefix("default: ")
-        page.append("| " + " | ".join((f"`{record[0]}`".replace("|", "\\|"), about_it.replace("|", "\\|"), default)) + " |")
+        page.append("| " + " | ".join((f"`{record[0]}`", about_it.replace("|", "\\|"), default)) + " |")
     return [*page, ""]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import sys
 import time
@@ -179,10 +180,12 @@ def test_in_a_browser(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             page.locator("#certify").click()
             page.locator(".verdict.live").wait_for(timeout=30_000)
             page.locator(".verdict.done").wait_for(timeout=120_000)
-            page.screenshot(path=tmp_path / "space.png", full_page=True)
+            shots = Path(os.environ.get("RSROUTER_SCREENSHOTS", tmp_path))
+            page.screenshot(path=shots / "space-1280.png", full_page=True)
             assert not errors
             assert not outside
             page.set_viewport_size({"width": 390, "height": 844})
+            page.screenshot(path=shots / "space-390.png", full_page=True)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
             browser.close()
     finally:
