@@ -365,7 +365,7 @@ def _next(routed: Any, out: Path, n: int, radii: str, alpha: float) -> str:
     reached = radii if max(grid) <= reach else ",".join(f"{r:g}" for r in grid if r <= reach)
     words = ["rsrouter", "certify", str(out), "--data", "TEST", "--n", str(n), "--radii", reached]
     words += ["--alpha", f"{alpha:g}"] if alpha != 1e-3 else []
-    return shlex.join([*words, "--out", f"{out}-run/certificates.tsv"])
+    return shlex.join([*words, "--experts", "--out", f"{out}-run"])
 
 
 def _explain(routed: Any) -> list[str]:
