@@ -249,3 +249,18 @@ def test_every_public_name_is_in_the_reference():
 def test_every_public_name_explains_itself():
     for name in sorted({*rsrouter.__all__} - {"__version__", "ABSTAIN", "core"}):
         assert (getattr(rsrouter, name).__doc__ or "").strip(), name
+
+
+def test_tutorials_are_scripts_whose_commands_parse():
+    """They are executed when the site is built (`.docs/build.py`)."""
+    verbs, commands = get_command(app).commands, 0
+    scripts = sorted((ROOT / ".docs" / "tutorials").glob("*.py"))
+    assert len(scripts) >= 5
+    for script in scripts:
+        text = script.read_text(encoding="utf-8")
+        compile(text, str(script), "exec")
+        for line in re.findall(r"^# !rsrouter (.*)$", text.replace("\\\n#", ""), flags=re.MULTILINE):
+            words = shlex.split(re.split(r" (?:\d?> |\|\| )", line)[0])
+            verbs[words[0]].make_context(words[0], words[1:])
+            commands += 1
+    assert commands > 10
