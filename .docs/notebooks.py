@@ -28,6 +28,11 @@ def cells(text: str) -> list[tuple[str, str]]:
     return found
 
 
+def is_shell(cell: Any) -> bool:
+    """Whether a cell holds shell commands."""
+    return bool(cell.cell_type == "code" and cell.source.startswith("!"))
+
+
 def execute(script: Path) -> Any:
     """The notebook with its outputs, run in a folder of its own; an error in a cell ends the build."""
     make = {"markdown": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
@@ -36,9 +41,9 @@ def execute(script: Path) -> Any:
     os.environ.update(PYTHONPATH=os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), COLUMNS="88", RSROUTER_ROOT=root)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sources = [cell.source for cell in notebook.cells]
-    for cell in notebook.cells:  # as into a pipe: no progress bars
-        if cell.cell_type == "code":
-            cell.source = re.sub(r"^!((?:.*\\\n)*.*)$", r"!(\1) 2>&1 | cat", cell.source, flags=re.MULTILINE)
+    for cell in notebook.cells:  # run by bash, where the first command that fails ends the build
+        if is_shell(cell):
+            cell.source = "%%bash\nset -eo pipefail\n" + re.sub(r"^!", "", cell.source, flags=re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
     for k, (cell, source) in enumerate(zip(notebook.cells, sources, strict=True)):
@@ -58,7 +63,7 @@ def render(script: Path, out: Path) -> None:
         if cell.cell_type == "markdown":
             page.append(cell.source)
             continue
-        shell = all(line.startswith("!") or line.endswith("\\") or line.startswith("    ") for line in cell.source.splitlines())
+        shell = is_shell(cell)
         source = re.sub(r"^!", "", cell.source, flags=re.MULTILINE) if shell else cell.source
         page.append(f"```{'sh' if shell else 'python'}\n{source}\n```")
         outputs = cell.get("outputs", [])

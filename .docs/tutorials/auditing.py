@@ -34,7 +34,7 @@ cells[3] = f"{float(cells[3]) + 0.25:.9f}"
 _ = table.write_text("\n".join([lines[0], "\t".join(cells), *lines[2:]]) + "\n")
 
 # %%
-# !rsrouter report theirs --out report || echo "exit status $?"
+# !rsrouter report theirs --out report 2>&1 || echo "exit status $?"
 
 # %% [markdown]
 # A report refuses it, and so do `publish` and `audit`: the radius does not follow from the votes of its row. A table whose votes

@@ -25,7 +25,7 @@ from rsrouter import train_router
 from rsrouter.training import DEFERRAL_RECIPES
 
 quick = DEFERRAL_RECIPES["quick"]
-recipe = replace(quick, heads=tuple(replace(head, steps=100) for head in quick.heads))
+recipe = replace(quick, heads=tuple(replace(head, steps=50) for head in quick.heads))
 
 
 def part(name, count):
@@ -34,7 +34,7 @@ def part(name, count):
 
 
 radii = [0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
-images, labels = part("train", 400)
+images, labels = part("train", 200)
 routed = train_router(
     pool,
     "deferral",
@@ -42,7 +42,7 @@ routed = train_router(
     labels,
     radii=radii,
     recipe=recipe,
-    validation=part("validation", 100),
+    validation=part("validation", 60),
     plan_n=2_000,
     out="router",
     seed=0,
@@ -72,8 +72,8 @@ for certificate, label in zip(routed.certify(test, AdaptivePlan(2_000, radii)), 
 # `--data demo` stands for the bundled test images; your own data go in its place.
 
 # %%
-# !rsrouter certify router --data demo --count 20 --n 2000 --radii 0:1.5:0.25 --experts --out run
-# !rsrouter report run --data demo --title "A first router, 20 images" --out report
+# !rsrouter certify router --data demo --count 12 --n 2000 --radii 0:1.5:0.25 --experts --out run
+# !rsrouter report run --data demo --title "A first router, 12 images" --out report
 
 # %%
 from IPython.display import SVG
