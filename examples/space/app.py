@@ -2,7 +2,8 @@
 
     pip install "rsrouter[space]" && python examples/space/app.py
 
-Works offline on the bundled Fashion-MNIST experts; `RSROUTER_MODEL=org/name` serves a published router instead.
+Works offline on the bundled Fashion-MNIST experts; `RSROUTER_MODEL=org/name` serves a published router instead,
+and `RSROUTER_DATA=hf-hub:org/data@revision` (or a file) puts images of its own into the gallery.
 `python examples/space/make.py OUT` writes a folder that can be put on the Hub as a Space.
 """
 
@@ -12,6 +13,7 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -20,11 +22,11 @@ import live
 import torch
 from PIL import Image
 
-from rsrouter import RoutedSmooth
+from rsrouter import RoutedSmooth, load_data
 from rsrouter.demo import CLASSES, load_slice
 
-MODEL = os.environ.get("RSROUTER_MODEL")
-BUNDLED = 24
+MODEL, DATA = os.environ.get("RSROUTER_MODEL"), os.environ.get("RSROUTER_DATA")
+GALLERY = 24
 INTRODUCTION = """# Watch a certificate being made
 Randomized smoothing asks a classifier about thousands of noisy copies of one image. If one class wins clearly enough, *no* change
 of the image within an L2 radius can turn the smoothed answer. Each noise level has an expert of its own: large noise holds at
@@ -42,20 +44,32 @@ def router() -> RoutedSmooth:
 
 
 @cache
+def data() -> Any:
+    """Images for the gallery: those that were named, else the bundled ones where the router takes such; None without any."""
+    if DATA:
+        return load_data(DATA)
+    bundled = load_slice("test")
+    return bundled if tuple(bundled.image(0).shape) == tuple(router().pool.input_shape) else None
+
+
+@cache
 def classes() -> tuple[str, ...]:
-    return live.class_names(router(), () if MODEL else CLASSES)
+    known = CLASSES if not MODEL else () if data() is None else data().classes or ()
+    return live.class_names(router(), known)
 
 
 @cache
 def examples() -> list[tuple[Image.Image, str]]:
-    """The first bundled test images, with their labels."""
-    data = load_slice("test")
-    return [(live.to_picture(data.image(i), 84), CLASSES[data[i][1]]) for i in range(BUNDLED)]
+    """The first images of the gallery, with their labels."""
+    images = data()
+    rows = [] if images is None else [(images.image(i), images[i][1]) for i in range(min(GALLERY, len(images)))]
+    return [(live.to_picture(image, 84), classes()[label] if label >= 0 else "") for image, label in rows]
 
 
 def pick(event: gr.SelectData) -> Image.Image:
-    """The bundled image that was clicked, pixel for pixel."""
-    return live.to_picture(load_slice("test").image(event.index), 28)
+    """The image that was clicked, pixel for pixel."""
+    image = data().image(event.index)
+    return live.to_picture(image, image.shape[-1])
 
 
 def show_noise(picture: Image.Image | None) -> str:
@@ -65,16 +79,23 @@ def show_noise(picture: Image.Image | None) -> str:
     return live.certified_pixels(image) + live.noisy_copies(router(), image)
 
 
-def certify(picture: Image.Image | None, budget: str) -> Iterator[tuple[str, str, str, str]]:
-    """Verdict, stages, curve and the experts by themselves, again after every round of votes."""
+def certify(picture: Image.Image | None, budget: str) -> Iterator[tuple[Any, ...]]:
+    """Verdict, stages, curve, the experts by themselves, and what the slider needs, again after every round of votes."""
     if picture is None:
         raise gr.Error("Pick one of the images, or upload one, then press Certify.")
     image, n_max = live.as_pixels(picture, router().pool.input_shape), BUDGETS[budget]
     for moment in live.watch(router(), image, n_max):
         drawn = live.verdict(moment, classes()), live.stages(moment, router(), classes()), live.curve(moment, n_max)
-        yield *drawn, ""
+        yield *drawn, "", None, "", gr.update(value=0, interactive=False)
+    held = moment.predict >= 0 and moment.radius > 0
+    known = (image, live.worst_direction(router(), image, moment.predict), moment) if held else None
     for beside in live.experts_beside(router(), image, n_max, moment, classes()):
-        yield *drawn, beside
+        yield *drawn, beside, known, "", gr.update(interactive=held)
+
+
+def move(known: Any, radii: float) -> str:
+    """The image moved by so many of its radii."""
+    return "" if known is None else live.moved(router(), known[0], known[1], known[2], radii, classes())
 
 
 def build() -> gr.Blocks:
@@ -84,10 +105,11 @@ def build() -> gr.Blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
-                gr.Markdown("**Pick** a bundled test image")
+                gr.Markdown("**Pick** a test image", visible=bool(examples()))
                 gallery = gr.Gallery(
                     examples(),
                     show_label=False,
+                    visible=bool(examples()),
                     columns=4,
                     height=290,
                     allow_preview=False,
@@ -113,11 +135,23 @@ def build() -> gr.Blocks:
                 chart = gr.HTML(live.curve(nothing, BUDGETS["10,000"]), elem_id="curve")
                 stages = gr.HTML(live.stages(nothing, router(), classes()), elem_id="stages")
                 beside = gr.HTML(elem_id="beside")
+                slider = gr.Slider(
+                    0,
+                    2,
+                    value=0,
+                    step=0.05,
+                    label="Move the image against its class, by this many certified radii",
+                    elem_id="slider",
+                    interactive=False,
+                )
+                there = gr.HTML(elem_id="moved")
                 noisy = gr.HTML(elem_id="noisy")
+                known = gr.State()
         gr.Markdown(SMALL_PRINT)
         gallery.select(pick, None, picture)
         picture.change(show_noise, picture, noisy)
-        button.click(certify, [picture, budget], [verdict, stages, chart, beside], show_progress="hidden")
+        button.click(certify, [picture, budget], [verdict, stages, chart, beside, known, there, slider], show_progress="hidden")
+        slider.release(move, [known, slider], there, show_progress="hidden")
     return page
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -137,6 +138,49 @@ def experts_beside(routed: RoutedSmooth, image: Tensor, n_max: int, moment: Mome
         yield f'<section class="beside"><h4>The experts by themselves</h4><table>{"".join(rows)}</table></section>'
 
 
+def stage_names(routed: RoutedSmooth) -> dict[str, str]:
+    """Stages as people call them: an expert by its name, a head by the experts it reads."""
+    names: dict[str, str] = {}
+    for stage in reversed(routed.tree.order):
+        read = [e.name for e in routed.pool if e.name in re.split(r"[+@/]", stage)]
+        names[stage] = stage if stage in routed.pool.names or not read else f"head on {' and '.join(read)}"
+    return names
+
+
+def worst_direction(routed: RoutedSmooth, image: Tensor, predict: int, copies: int = 16) -> Tensor:
+    """Unit vector `(C, H, W)` along which the experts, under their noise, soonest leave the class `predict`."""
+    generator = torch.Generator().manual_seed(secrets.randbits(60))
+    away = torch.zeros_like(image)
+    for expert in routed.pool:
+        noise = expert.sigma * torch.randn((copies, *image.shape), generator=generator)
+        x = image.clone().requires_grad_(True)
+        with torch.enable_grad():
+            loss = torch.nn.functional.cross_entropy(expert.network()(x + noise), torch.full((copies,), predict))
+            (gradient,) = torch.autograd.grad(loss, x)
+        away += gradient / gradient.norm().clamp_min(1e-12)
+    return away / away.norm().clamp_min(1e-12)
+
+
+def moved(
+    routed: RoutedSmooth, image: Tensor, direction: Tensor, moment: Moment, radii: float, classes: Sequence[str], n: int = 1000
+) -> str:
+    """The image moved by so many of its radii along `direction`, and what the deployed classifier says of it, as HTML."""
+    there = (image + radii * moment.radius * direction).clamp(0, 1)
+    distance = float((there - image).norm())  # pixels end at 0 and 1, which shortens the way
+    (answer,) = routed.predict(there[None], n=n, alpha=ALPHA).tolist()
+    inside = distance < moment.radius
+    said = "the votes do not decide" if answer == ABSTAIN else f"<b>{escape(classes[answer])}</b>"
+    if inside:
+        words = f"inside the certified radius: the ideal answer is still {escape(classes[moment.predict])}"
+    else:
+        words = "outside the certified radius: nothing is promised here"
+    state = "inside" if inside else "outside"
+    return (
+        f'<section class="moved" data-state="{state}">{_inline(there)}<p>Distance {distance:.3f}, {words}.<br>'
+        f"{n:,} fresh votes a stage: {said}.</p></section>"
+    )
+
+
 def _answer(predict: int, classes: Sequence[str]) -> str:
     return "abstains" if predict == ABSTAIN else escape(classes[predict])
 
@@ -195,9 +239,10 @@ def _down(radius: float) -> str:
 def stages(moment: Moment, routed: RoutedSmooth, classes: tuple[str, ...]) -> str:
     """One card per stage in the order in which they are asked: its votes, and whether it decided."""
     cards = []
+    titles = stage_names(routed)
     for name in reversed(routed.tree.order):
         stage, votes = routed.tree.stages[name], moment.counts.get(name)
-        labels = [classes[t] if isinstance(t, int) and t >= 0 else "invalid" if t == ABSTAIN else str(t) for t in stage.leads_to]
+        labels = [f"ask {titles[t]}" if isinstance(t, str) else "invalid" if t == ABSTAIN else classes[t] for t in stage.leads_to]
         decided = bool(moment.path) and name == moment.path[-1]
         role = "decided" if decided else "passed it on" if name in moment.path else "asked too" if votes else "not asked"
         bars = ""
@@ -214,7 +259,7 @@ def stages(moment: Moment, routed: RoutedSmooth, classes: tuple[str, ...]) -> st
         threshold = f" · answers from {100 * stage.tau:g}%, else defers" if stage.tau is not None else ""
         limit = " · limits the radius" if moment.done and name == moment.limit else ""
         kind = "decided" if decided else "on" if name in moment.path else "off"
-        head = f"<header><b>{escape(name)}</b><em>{role}</em></header>"
+        head = f"<header><b>{escape(titles[name])}</b><em>{role}</em></header>"
         cards.append(f'<li class="{kind}">{head}<small>sigma {stage.sigma:g}{threshold}{limit}</small>{bars}</li>')
     return f'<ol class="stages">{"".join(cards)}</ol>'
 

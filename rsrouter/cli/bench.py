@@ -67,17 +67,13 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     title = f"{result['device']}, {result['threads']} threads, torch {result['torch']}, {result['seconds']:.0f} s in all"
-    table = Table("figure", "median", "lowest", "highest", "meant to be", title=title, title_justify="left")
+    table = Table("figure", "median", "lowest", "highest", title=title, title_justify="left")
     for figure in result["figures"]:
         unit = figure["unit"]
         digits = "{:,.0f}" if unit.startswith("votes") else "{:.3f}" if unit in ("s", "") else "{:.2f}"
-        meant = (
-            "" if figure["met"] is None else (f">= {figure['least']:g}" if figure["most"] is None else f"<= {figure['most']:g}")
-        )
         table.add_row(
             figure["name"],
             *(digits.format(figure[key]) + (f" {unit}" if unit else "") for key in ("value", "low", "high")),
-            meant if figure["met"] is not False else f"{meant} (missed)",
         )
     console.print(table)
     scaling = Table(

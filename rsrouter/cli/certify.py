@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from copy import copy
@@ -30,6 +31,7 @@ from rsrouter.cli.options import (
     DEFAULT_RADII,
     DEFAULT_VOTES,
     Alpha,
+    Data,
     Device,
     Format,
     OutputFormat,
@@ -45,7 +47,6 @@ from rsrouter.core.errors import InputError
 Source = Annotated[
     str, typer.Argument(metavar="NAME_OR_DIR", help="A router's folder or Hub repository, or a pool.json with --expert.")
 ]
-Data = Annotated[str, typer.Option("--data", help="npz, parquet, image folder, or hf-hub:org/name@revision.")]
 ExpertName = Annotated[str | None, typer.Option("--expert", help="Certify this expert alone, without the router.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
 
@@ -59,7 +60,7 @@ CERTIFY_PANELS = {
     ),
     "Workers": ("workers", "threads", "device", "ray", "ray_address", "shard", "estimate"),
     "Execution": ("execution", "dtype", "execution_batch", "batch_size", "expert", "revision"),
-    "Output": ("out", "name", "format"),
+    "Output": ("out", "experts", "name", "format"),
 }
 
 
@@ -147,14 +148,23 @@ def certify(
     expert: ExpertName = None,
     revision: Revision = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run in reports.")] = None,
+    experts: Annotated[
+        bool,
+        typer.Option(
+            "--experts", help="Fill a run, the folder --out: the router, its table, and each expert's at the radii it can reach."
+        ),
+    ] = False,
     format: OutputFormat = Format.text,
     *,
     reading: dict[str, Any],
 ) -> None:
     """Certify a data set into a results table (TSV and JSON); run it again to resume an unfinished table.
 
-    Example: rsrouter certify demo/router --data test.npz --out run/certificates.tsv --n 10000 --count 200
+    Examples: rsrouter certify demo/router --data test.npz --out run/certificates.tsv --n 10000 --count 200
+
+    rsrouter certify router --data test.npz --n 10000 --experts --out run
     """
+    from rsrouter import RoutedSmooth, Smooth
     from rsrouter.cli.options import parse_radii
     from rsrouter.core.terms import Terms
     from rsrouter.jobs import certify_table, estimate_table
@@ -187,25 +197,68 @@ def certify(
     if shard is not None and threads is None and workers is None and job["ray"] is None and on_cpu(device):
         typer.echo("note: shards merge only with equal numbers of threads; set --threads where machines differ", err=True)
     shown = tuple(r for r in parse_radii(radii) if r in (0.0, 0.5, 1.0)) or (0.0,)
-    with closing(Display("certify", shown)) as display:
-        table = certify_table(
-            smoothed,
-            images,
-            out,
-            terms,
-            seed_from=seed_from,
-            name=name,
-            data={"name": images.name},
-            radii=shown,
-            progress=display,
-            **job,
-        )
-    summary = summarise(table, radii=parse_radii(radii))
+    alone = list(smoothed.pool) if experts and isinstance(smoothed, RoutedSmooth) else []
+    if experts:
+        out = _run_folder(source, smoothed, out)
+
+    def filled(what: Any, terms: Terms, path: Path, title: str, name: str | None) -> Any:
+        with closing(Display(title, shown)) as display:
+            return certify_table(
+                what,
+                images,
+                path,
+                terms,
+                seed_from=seed_from,
+                name=name,
+                data={"name": images.name},
+                radii=shown,
+                progress=display,
+                **job,
+            )
+
+    tables = [filled(smoothed, terms, out, "certify", name)]
+    for k, e in enumerate(alone):
+        one = Smooth(e, execution=smoothed.execution, noise=smoothed.noise)
+        own = one.routed.within_reach(Terms(terms.plan, alpha, seed=seed))
+        title = f"expert {k + 1}/{len(alone)}, {e.name}"
+        tables.append(filled(one, own, out.with_name("experts") / f"{e.name}.tsv", title, None))
+    summary = summarise(tables, radii=parse_radii(radii))
     if format is Format.json:
-        echo_json({**summary.to_dict(), "table": out, "rows": len(table)})
+        echo_json({**summary.to_dict(), "table": out, "rows": len(tables[0])})
         return
     print_summary(summary)
     typer.echo(f"table: {out}")
+    if experts:
+        typer.echo(f"next: rsrouter report {out.parent} --out {out.parent / 'report'}")
+
+
+def _run_folder(source: str, smoothed: Any, out: Path) -> Path:
+    """Where a run has its table; the router is copied beside it, where it lies on this machine."""
+    from rsrouter import RoutedSmooth
+    from rsrouter.serialise import router_folder
+
+    if not isinstance(smoothed, RoutedSmooth):
+        raise InputError(
+            "A run is a router's", expected="a router without --expert", received=source, remedy="leave --experts or --expert out"
+        )
+    table = out if out.suffix == ".tsv" else out / "certificates.tsv"
+    if table.name != "certificates.tsv":
+        raise InputError(
+            "A run has its tables under fixed names",
+            expected="a folder, or certificates.tsv in one",
+            received=str(out),
+            remedy="--out run",
+        )
+    router, given = table.parent / "router", router_folder(Path(source).expanduser())
+    if given.is_dir() and given.resolve() != router.resolve():
+        if not router.exists():
+            router.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(given, router, ignore=shutil.ignore_patterns("certificates", "README.md"))
+        elif RoutedSmooth.from_pretrained(router).digest != smoothed.digest:
+            raise InputError(
+                "The run is another router's", expected=f"{given}", received=str(router), remedy="give another folder as --out"
+            )
+    return table
 
 
 @data_options

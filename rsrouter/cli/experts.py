@@ -72,7 +72,7 @@ def wrap(
         )
     x = y = None
     if data is not None:
-        found = read_data(data, reading)
+        found = read_data(data, reading, "validation")
         step = max(1, len(found) // max(1, images))
         x, y = found.batch(readable_rows(found, list(range(0, len(found), step))[:images]))
     if out.exists():

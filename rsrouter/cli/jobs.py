@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from shutil import get_terminal_size
 from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from rsrouter.cli.options import Format, echo_json
 from rsrouter.core.errors import InputError
@@ -88,19 +88,28 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def _to_go(running: Any) -> str:
+    """The time to go, at most so much while no image is finished."""
+    if running.remaining == running.remaining:
+        return f"{duration(running.remaining)} to go"
+    return f"at most {duration(running.most)} to go" if running.most == running.most else "? to go"
+
+
 class Display:
-    """Live progress of a job on stderr: a bar on a terminal, a line every half minute elsewhere.
+    """Live progress of a job on stderr: a bar on a terminal; elsewhere a line after five seconds, then every half minute.
 
     Takes its times from the job, which counts on a clock that never jumps.
     """
 
     def __init__(self, title: str, shown: tuple[float, ...] = ()) -> None:
+        from tqdm import tqdm
+
         self._title, self._shown = title, shown
         self._live = sys.stderr.isatty()
         self._bar: Any = tqdm(
             total=1, file=sys.stderr, mininterval=0, disable=not self._live, bar_format="{desc}|{bar}|{postfix}"
         )
-        self._last = -1e9 if self._live else time.monotonic()
+        self._last = -1e9 if self._live else time.monotonic() - 25.0
 
     def __call__(self, running: Any) -> None:
         """Takes a `rsrouter.jobs.Running`."""
@@ -115,7 +124,7 @@ class Display:
                 f"{running.finished}/{running.total} images",
                 f"{running.votes:,} votes",
                 f"{rate:,.0f}/s",
-                f"{duration(running.remaining)} to go",
+                _to_go(running),
                 *([" ".join(accuracy)] if accuracy else []),
             ]
         )
@@ -123,6 +132,8 @@ class Display:
             typer.echo(f"{self._title}: {text}", err=True)
             return
         self._bar.total, self._bar.n = running.total, running.finished
+        if get_terminal_size().columns < 100:
+            text = text.rpartition(", ")[0] if accuracy else text  # room for the bar
         self._bar.set_description_str(f"{self._title} ", refresh=False)
         self._bar.set_postfix_str(text, refresh=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,9 @@ DEFAULT_VOTES = 100_000
 MOST_RADII = 10_000
 
 
-Data = Annotated[str, typer.Option("--data", help="npz, parquet, image folder, or hf-hub:org/name@revision.")]
+#: The bundled images, in place of a path; a folder of that name is ./demo.
+DEMO = "demo"
+Data = Annotated[str, typer.Option("--data", help="npz, parquet, image folder, hf-hub:org/name@revision, or demo.")]
 Start = Annotated[int, typer.Option("--start", min=0, help="First image.")]
 Count = Annotated[int | None, typer.Option("--count", min=1, help="How many images; default all.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
@@ -125,6 +128,44 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+#: Arguments in Python that are options with the same name.
+_OPTIONS = (
+    *("architecture", "channels", "classes", "filename", "image", "input_shape", "label", "licence", "mean", "normalisation"),
+    *("num_classes", "radii", "sigma", "size", "skip_unreadable", "split", "std", "stream", "validation", "weights_key"),
+)
+_ARGUMENT = re.compile(
+    rf"(?<![\w.-])(?:({'|'.join(_OPTIONS)})=|({'|'.join(o for o in _OPTIONS if '_' in o)})\b)(?:(['\"])(.*?)\3)?"
+)
+#: What else reads otherwise in a shell.
+_PYTHON = {
+    "pass token=": "set HF_TOKEN",
+    "router='auto'": "--kind auto",
+    "(unset HF_HUB_OFFLINE, local_files_only=False)": "(unset HF_HUB_OFFLINE)",
+    "images they share (common)": "images they share (--common)",
+    "merge what there is with partial": "merge what there is (--partial)",
+}
+
+
+def shell_words(remedy: str) -> str:
+    """A remedy with options in place of the arguments of Python.
+
+    >>> shell_words("name it: image= (--image)"), shell_words("or give filename="), shell_words("check input_shape")
+    ('name it: --image', 'or give --filename', 'check --input-shape')
+    >>> shell_words("leave weights_key out, or give size=224")
+    'leave --weights-key out, or give --size 224'
+    """
+    for python, shell in _PYTHON.items():
+        remedy = remedy.replace(python, shell)
+    remedy = re.sub(r"\b\w+=\S* \((--[^)]+)\)", r"\1", remedy)  # where both are said
+
+    def option(found: re.Match[str]) -> str:
+        value = found[4] if found[3] else ""
+        more = value or (found[1] and remedy[found.end() : found.end() + 1].strip(" ,;.)"))
+        return f"--{(found[1] or found[2]).replace('_', '-')}" + (" " if more else "") + value
+
+    return _ARGUMENT.sub(option, remedy)
 
 
 def echo_json(value: Any) -> None:
@@ -269,10 +310,14 @@ def _class_names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")]
 
 
-def read_data(source: str, reading: Mapping[str, Any]) -> Any:
-    """`load_data` with a verb's data options; its warnings are told on stderr."""
+def read_data(source: str, reading: Mapping[str, Any], demo: str = "test") -> Any:
+    """`load_data` with a verb's data options, its warnings told on stderr; "demo" is a bundled slice, `--split` or `demo`."""
     from rsrouter.data import load_data
 
+    if source == DEMO:
+        from rsrouter.demo import load_slice
+
+        return load_slice(reading.get("split") or demo)
     with told_warnings():
         return load_data(source, **reading)
 

@@ -141,13 +141,7 @@ def audit(
     from rsrouter.inputs import check_count
 
     check_out(out)
-    images: Any = data
-    if data == "demo":
-        from rsrouter.demo import load_slice
-
-        images = load_slice("test")
-    elif data is not None:
-        images = read_data(data, reading)
+    images: Any = None if data is None else read_data(data, reading)
     report = check(
         source,
         data=images,

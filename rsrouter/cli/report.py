@@ -14,8 +14,8 @@ from rsrouter.core.errors import InputError
 
 
 def named_tables(sources: list[str]) -> dict[str, str] | list[str]:
-    """`NAME=PATH` or `PATH` arguments; a mapping where every table is named, else a list with the names applied."""
-    pairs = [_split(source) for source in sources]
+    """`NAME=PATH`, `PATH` or run folders; a mapping where every table is named, else a list with the names applied."""
+    pairs = [pair for source in sources for pair in _tables_of(source)]
     if all(name for name, _ in pairs):
         names = [str(name) for name, _ in pairs]
         if len(set(names)) < len(names):
@@ -24,6 +24,23 @@ def named_tables(sources: list[str]) -> dict[str, str] | list[str]:
             )
         return dict(zip(names, (path for _, path in pairs), strict=True))
     return [path for _, path in pairs] if not any(name for name, _ in pairs) else _mixed(pairs)
+
+
+def _tables_of(source: str) -> list[tuple[str | None, str]]:
+    """One table, or those of a run's folder."""
+    from rsrouter.serialise import find_tables
+
+    if not Path(source).is_dir():
+        return [_split(source)]
+    found = find_tables(Path(source))
+    if not found:
+        raise InputError(
+            "There are no tables there",
+            expected="a run: certificates.tsv, and experts/*.tsv beside it",
+            received=source,
+            remedy="rsrouter certify ROUTER --data DATA --experts --out RUN fills one",
+        )
+    return [(None, str(path)) for path in found]
 
 
 def _split(source: str) -> tuple[str | None, str]:
@@ -66,7 +83,8 @@ class _Lazy(Mapping[int, Any]):
 @data_options
 def report(
     tables: Annotated[
-        list[str], typer.Argument(help="Results tables: PATH or NAME=PATH, ours or the field's TSV.", metavar="TABLE")
+        list[str],
+        typer.Argument(help="Results tables: PATH or NAME=PATH, ours or the field's TSV; or a run's folder.", metavar="TABLE"),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("report"),
     routed: Annotated[
@@ -86,7 +104,9 @@ def report(
 ) -> None:
     """Make one self-contained page (and SVG, PNG, CSV) from results tables.
 
-    Example: rsrouter report routed=run/certificates.tsv run/sigma_0.25.tsv run/sigma_0.50.tsv --out run/report
+    Examples: rsrouter report run --data test.npz --out run/report
+
+    rsrouter report routed=run/certificates.tsv cohen=published/sigma_0.50.tsv --out run/report
     """
     from rsrouter.report import summarise, write_report
     from rsrouter.report.summary import load_tables

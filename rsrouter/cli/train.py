@@ -49,11 +49,11 @@ from rsrouter.core.errors import InputError
 Pool = Annotated[str, typer.Argument(metavar="POOL", help="pool.json or a spec file, as `rsrouter wrap` writes it.")]
 
 
-def _part(source: str, start: int, count: int | None, reading: dict[str, Any]) -> tuple[Any, Any, str]:
+def _part(source: str, start: int, count: int | None, reading: dict[str, Any], demo: str) -> tuple[Any, Any, str]:
     """Images, labels and name of a part of a data set; InputError where a label is missing."""
     import torch
 
-    data = read_data(source, reading)
+    data = read_data(source, reading, demo)
     rows = part_of(len(data), start, count, source)
     images, labels = data.batch(readable_rows(data, rows))
     classes = torch.as_tensor(labels)
@@ -116,7 +116,7 @@ def label(
         metadata, mean = store_tables(experts, named, out, n=TABLE_VOTES if n is None else n, alpha=alpha, unseen=unseen)
         _told(experts.names, mean, metadata, out, unseen, format)
         return
-    images = read_data(data, reading)
+    images = read_data(data, reading, "train")
     rows = part_of(len(images), start, count, data)
     with closing(Display("label")) as display:
         metadata = label_table(
@@ -176,7 +176,9 @@ def train(
     pool: Annotated[
         str | None, typer.Argument(metavar="[POOL]", help="pool.json or a spec file; with --from that router's own pool.")
     ] = None,
-    data: Annotated[str, typer.Option("--data", help="Training images, best ones that no expert has seen.")] = "",
+    data: Annotated[
+        str, typer.Option("--data", help="Training images, best ones that no expert has seen; demo: the bundled ones.")
+    ] = "",
     out: Out = Path("router"),
     kind: Annotated[str, typer.Option("--kind", help="auto, deferral, cascade or flat.")] = "auto",
     validation: Annotated[
@@ -254,12 +256,12 @@ def train(
         )
     else:
         experts = ExpertPool.load(pool)
-    images, classes, name = _part(data, start, count, reading)
+    images, classes, name = _part(data, start, count, reading, "train")
     notes["data"] = name
     chosen = None
     if validation is not None:
         held, held_classes, notes["validation_data"] = _part(
-            validation, 0, None, {**reading, "split": validation_split or reading["split"]}
+            validation, 0, None, {**reading, "split": validation_split or reading["split"]}, "validation"
         )
         chosen = (held, held_classes)
     routing = None
@@ -363,7 +365,7 @@ def _next(routed: Any, out: Path, n: int, radii: str, alpha: float) -> str:
     reached = radii if max(grid) <= reach else ",".join(f"{r:g}" for r in grid if r <= reach)
     words = ["rsrouter", "certify", str(out), "--data", "TEST", "--n", str(n), "--radii", reached]
     words += ["--alpha", f"{alpha:g}"] if alpha != 1e-3 else []
-    return shlex.join([*words, "--out", f"{out}-run/certificates.tsv"])
+    return shlex.join([*words, "--experts", "--out", f"{out}-run"])
 
 
 def _explain(routed: Any) -> list[str]:

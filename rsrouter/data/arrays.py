@@ -50,8 +50,9 @@ def from_arrays(
     Raises:
         InputError: another dtype or shape, values outside the range, NaN, or counts that differ.
 
-    >>> from_arrays(np.zeros((2, 8, 8, 3), np.uint8), [0, 1])[1][0].shape
-    torch.Size([3, 8, 8])
+    >>> image, label = from_arrays(np.zeros((2, 8, 8, 3), np.uint8), [0, 1])[1]
+    >>> tuple(image.shape), label
+    ((3, 8, 8), 1)
     """
     array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
     if array.ndim == 3 and (array.shape[2] == 3 or (labels is None and array.shape[0] in (1, 3))):

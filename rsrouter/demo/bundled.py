@@ -28,4 +28,4 @@ def load_slice(name: str) -> ImageData:
         raise InputError(
             "Unknown slice", expected=f"one of {SLICES}", received=repr(name), remedy="rsrouter.demo.load_slice('test')"
         )
-    return load_data(ASSETS / "images" / f"{name}.npz")
+    return load_data(ASSETS / "images" / f"{name}.npz", classes=CLASSES)

@@ -114,17 +114,21 @@ def _prepare(out: Path, settings: Settings) -> None:
 
 
 class _Bars:
-    """Progress bars on the terminal, or silence."""
+    """Progress bars on a terminal, a line for each step in a log, or silence."""
 
     def __init__(self, show: bool) -> None:
-        self.show = show
+        self.show, self._live = show, sys.stderr.isatty()
 
     def say(self, text: str) -> None:
         if self.show:
             tqdm.write(text, file=sys.stderr)
 
     def votes(self, title: str, total: int | None = None) -> tqdm:
-        return tqdm(total=total, desc=title, unit="vote", unit_scale=True, disable=not self.show, file=sys.stderr)
+        if not self._live:
+            self.say(title)
+        return tqdm(
+            total=total, desc=title, unit="vote", unit_scale=True, disable=not (self.show and self._live), file=sys.stderr
+        )
 
 
 def estimates(bar: tqdm) -> Callable[[Running], None]:

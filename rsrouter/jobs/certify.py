@@ -313,4 +313,5 @@ def certify_table(
             seed=asked.seed,
             radii=radii,
             progress=progress,
+            most=(asked.plan.n0 + asked.plan.n_max) * len(smoothed.tree.stages),
         )

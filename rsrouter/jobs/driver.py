@@ -122,6 +122,7 @@ class Running:
         seconds: since the first vote of this run, on a clock that only goes forward.
         remaining: seconds still to go at this pace, if the other images need as many votes as the finished ones; NaN
             before anything is known.
+        most: seconds still to go if every other image needed all the votes it may take; NaN where that is not known.
     """
 
     votes: int
@@ -130,6 +131,7 @@ class Running:
     accuracy: tuple[float, ...]
     seconds: float = 0.0
     remaining: float = float("nan")
+    most: float = float("nan")
 
 
 class Tally:
@@ -139,9 +141,11 @@ class Tally:
         radii: at which to count.
         total: images of the job.
         earlier: the rows of earlier runs.
+        most: votes that an image may take; None: not known.
     """
 
-    def __init__(self, radii: Sequence[float], total: int, earlier: Table | None = None) -> None:
+    def __init__(self, radii: Sequence[float], total: int, earlier: Table | None = None, most: int | None = None) -> None:
+        self._most = most
         self._edges = np.maximum(np.asarray(radii, dtype=np.float64), np.nextafter(0.0, 1.0))
         self._hits, self._labelled, self._rows, self._drawn = np.zeros(len(self._edges)), 0, 0, 0
         self._total, self._votes, self._before = total, 0, 0
@@ -166,11 +170,15 @@ class Tally:
         self._votes += votes
         seconds = time.monotonic() - self._start
         shares = self._hits / self._labelled if self._labelled else np.full(len(self._edges), np.nan)
-        remaining = float("nan")
+        remaining = most = float("nan")
+        if self._votes and self._most is not None:
+            most = seconds * max(0.0, self._most * self._total - self._before - self._votes) / self._votes
         if self._rows and self._votes:
             expected = self._drawn / self._rows * self._total - self._before
-            remaining = seconds * max(0.0, expected - self._votes) / self._votes if self._rows < self._total else 0.0
-        return Running(self._votes, self._rows, self._total, tuple(float(s) for s in shares), seconds, remaining)
+            begun = self._votes - (self._drawn - self._before)  # on images that are not finished: as many again, at a guess
+            left = max(0.0, expected - self._votes, begun) if self._rows < self._total else 0.0
+            remaining = seconds * left / self._votes
+        return Running(self._votes, self._rows, self._total, tuple(float(s) for s in shares), seconds, remaining, most)
 
 
 def on_cpu(device: str | None) -> bool:
@@ -232,6 +240,7 @@ def run_job(
     seed: int | None = None,
     radii: Sequence[float] = (),
     progress: Callable[[Running], None] | None = None,
+    most: int | None = None,
     retries: int = RETRIES,
 ) -> Table:
     """Fills the table `out` with the rows of `order`, resuming what it holds; `executor` has been entered.
@@ -245,6 +254,7 @@ def run_job(
         block: images of one task at most.
         rule, seed: of the certificates, for their rows.
         radii, progress: `progress` is called after every word from a worker, with the accuracy at `radii`.
+        most: votes that an image may take, for a first estimate of the time.
         retries: how often an image, or a slot, may lose its worker.
 
     Returns:
@@ -256,7 +266,7 @@ def run_job(
     """
     with ResultsWriter(out, metadata) as writer:
         earlier = read_table(out) if writer.done() else None
-        tally, rows = Tally(radii, len(order), earlier), list[Row]()
+        tally, rows = Tally(radii, len(order), earlier, most), list[Row]()
         labels: dict[int, int] = {}
 
         def load(ids: tuple[int, ...]) -> Task:

@@ -153,6 +153,7 @@ def label_table(
             block=block,
             seed=seed,
             progress=progress,
+            most=n * len(pool),
         )
     votes = np.zeros((len(mine), len(pool), pool.num_classes + 1), dtype=np.int64)
     for i in range(len(table)):

@@ -115,7 +115,7 @@ def collect(
         shutil.copyfile(metadata_path(path), metadata_path(target))
         loaded.append(check_table(read_table(target), routed))
         names += [f"certificates/{path.name}", f"certificates/{metadata_path(path).name}"]
-    figure = _figure(loaded, fresh, title or repo_id)
+    figure = _figure(loaded, fresh, title)
     card = render_card(routed, repo_id, loaded, licence=licence, title=title, figure=figure, needs=config.needs, imports=imports)
     text = card.text
     if (folder / README).is_file():
@@ -202,12 +202,14 @@ def check_table(table: Table, saved: Saved) -> Table:
     return require_sound(require_whole(table), subject.tree)
 
 
-def _figure(tables: list[Table], fresh: Path, title: str) -> str | None:
+def _figure(tables: list[Table], fresh: Path, title: str | None) -> str | None:
     """Draws the curve into the folder; its path, None where there is nothing to draw."""
     if not tables:
         return None
     from rsrouter.report import summarise
     from rsrouter.report.charts import curve_file
+    from rsrouter.report.page import default_title
 
-    (fresh / FIGURE).write_bytes(curve_file(summarise(tables, common=True), title))
+    summary = summarise(tables, common=True)
+    (fresh / FIGURE).write_bytes(curve_file(summary, title or default_title(summary)))
     return FIGURE

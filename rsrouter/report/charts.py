@@ -215,10 +215,15 @@ def lost(found: Losses, titles: dict[str, str], radii: Array | None = None) -> M
 
 
 def curve_file(summary: Summary, title: str) -> bytes:
-    """The curve as an SVG file with its legend; the same tables give the same bytes."""
+    """The curve as an SVG file with its legend and standings; the same tables give the same bytes."""
     colour = colours(summary)
     legend = [(s.name, colour.get(s.name, s.role)) for s in summary.series]
-    return standalone(curve(summary), legend, title).encode()
+    lines = [
+        f"{'best single expert, ' if s is summary.best_single else ''}{s.name}: coverage {100 * s.coverage:.1f}% of the "
+        f"envelope, least ratio {100 * s.least:.1f}% (at radius {s.at:g})"
+        for s in summary.standings
+    ]
+    return standalone(curve(summary), legend, title, lines).encode()
 
 
 def lost_file(found: Losses, title: str, titles: dict[str, str] | None = None) -> bytes:

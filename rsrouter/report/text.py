@@ -19,7 +19,6 @@ def summary_tables(summary: Summary, width: int = 80) -> list[RichTable]:
 
     Names are folded, never cut.
     """
-    what = "Certified accuracy" if summary.labelled else "Certified share"
     columns = [(f"{r:g}", [f"{100 * s.at[i]:.1f}" for s in summary.series]) for i, r in enumerate(summary.radii)]
     columns.append(("abst.", ["" if s.abstention is None else f"{100 * s.abstention:.1f}" for s in summary.series]))
     if summary.labelled:
@@ -28,18 +27,15 @@ def summary_tables(summary: Summary, width: int = 80) -> list[RichTable]:
     for each in range(len(columns), 0, -1):
         each = -(-len(columns) // -(-len(columns) // each))  # even shares: no table of one column
         blocks = [columns[start : start + each] for start in range(0, len(columns), each)]
-        tables = [_block(summary, block, min(longest, _NAME), f"{what}, % of {len(summary.main):,} images") for block in blocks]
+        tables = [_block(summary, block, min(longest, _NAME)) for block in blocks]
         measure = Console(width=1000)
         if all(Measurement.get(measure, measure.options, table).maximum <= width for table in tables):
             break
     return tables
 
 
-def _block(summary: Summary, columns: list[tuple[str, list[str]]], name: int, title: str) -> RichTable:
-    first = columns[0][0] == f"{summary.radii[0]:g}"
+def _block(summary: Summary, columns: list[tuple[str, list[str]]], name: int) -> RichTable:
     table = RichTable(
-        title=title if first else None,
-        title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
         show_edge=False,
@@ -60,8 +56,12 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     for name, note in summary.notes:
         loud = note.startswith("UNFINISHED")
         console.print(Text(f"{'WARNING' if loud else 'note'}: {name}{': ' if name else ''}{note}", style="bold" if loud else ""))
-    for table in summary_tables(summary, console.width):
-        console.print()
+    console.print()
+    what = "Certified accuracy" if summary.labelled else "Certified share"
+    console.print(Text(f"{what}, % of {len(summary.main):,} images"))
+    for k, table in enumerate(summary_tables(summary, console.width)):
+        if k:
+            console.print()
         console.print(table)
     console.print()
     for standing in summary.standings:

@@ -83,7 +83,7 @@ def test_a_cascade_goes_on_from_its_parent(call: Any, files: Path, tmp_path: Pat
     assert "as shares of the experts' envelope" in text
     assert text.count("\n  * ") == 1  # where the choice stopped, on the frontier
     last, router = text.splitlines()[-1], tmp_path / "router"
-    assert last == f"next: rsrouter certify {router} --data TEST --n 1000 --radii 0,0.5 --out {router}-run/certificates.tsv"
+    assert last == f"next: rsrouter certify {router} --data TEST --n 1000 --radii 0,0.5 --experts --out {router}-run"
     command = last.removeprefix("next: rsrouter ").replace("TEST", str(files / "train.npz")).split()
     status, text, err = call(*command, "--count", 2)  # what is printed works when it is followed
     assert status == 0, err

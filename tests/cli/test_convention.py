@@ -124,6 +124,10 @@ BAD = {
     "calibrate, dtype": "calibrate {files}/router --dtype float8",
     "calibrate, a Hub name cannot be saved": "calibrate org/name --save",
     "doctor, device": "doctor --device quantum",
+    "plan, no such option": "plan --colour red",
+    "predict, nothing said": "predict",
+    "certify, a run of one expert": "certify {files}/pool.json --expert sigma_1 --experts --data {files}/test.npz --out {new}",
+    "report, a folder without tables": "report {files}/empty --out {new}",
 }
 
 
@@ -135,10 +139,9 @@ def test_what_a_user_can_mend_exits_with_2_and_no_traceback(call, files, tmp_pat
     assert "Traceback" not in out + err
     assert status == 2
     assert err.strip()
-    if out:  # wrong usage is told by the parser, on stderr alone
-        error = json.loads(out)["error"]
-        assert error["message"]
-        assert error["remedy"] or error["expected"]
+    error = json.loads(out)["error"]
+    assert error["message"]
+    assert error["remedy"] or error["expected"]
     assert sorted((p.relative_to(files), p.stat().st_size) for p in files.rglob("*")) == before
 
 

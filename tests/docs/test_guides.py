@@ -148,9 +148,7 @@ SMALLER = {
         "--radii 0:2:0.25 --out router\n": "--out router\n",
         "--recipe quick --n 600 --radii 0:0.5:0.25 --data train.npz --kind flat": "--data train.npz --kind flat",
         "certify router ": "certify router --n 600 --count 3 ",
-        "--radii 0:0.75:0.25": "--radii 0:0.25:0.25",
-        "--radii 0:2:0.25": "--radii 0:0.5:0.25",
-        "--data test.npz --out run/certificates": "--radii 0:0.5:0.25 --data test.npz --out run/certificates",
+        "--radii 0:2:0.25 --experts": "--radii 0:0.5:0.25 --experts",
         "--data test.npz --shard": "--radii 0:0.5:0.25 --data test.npz --shard",
         "--n 100 --unseen": "--n 20 --unseen",
     },
@@ -251,3 +249,18 @@ def test_every_public_name_is_in_the_reference():
 def test_every_public_name_explains_itself():
     for name in sorted({*rsrouter.__all__} - {"__version__", "ABSTAIN", "core"}):
         assert (getattr(rsrouter, name).__doc__ or "").strip(), name
+
+
+def test_tutorials_are_scripts_whose_commands_parse():
+    """They are executed when the site is built (`.docs/build.py`)."""
+    verbs, commands = get_command(app).commands, 0
+    scripts = sorted((ROOT / ".docs" / "tutorials").glob("*.py"))
+    assert len(scripts) >= 5
+    for script in scripts:
+        text = script.read_text(encoding="utf-8")
+        compile(text, str(script), "exec")
+        for line in re.findall(r"^# !rsrouter (.*)$", text.replace("\\\n#", ""), flags=re.MULTILINE):
+            words = shlex.split(re.split(r" (?:\d?> |\|\| )", line)[0])
+            verbs[words[0]].make_context(words[0], words[1:])
+            commands += 1
+    assert commands > 10

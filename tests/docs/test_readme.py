@@ -5,24 +5,51 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-#: What the test scales down.
-SMALLER = {"range(300)": "range(40)", "AdaptivePlan(10_000, radii)": "AdaptivePlan(1_000, radii)"}
+import numpy as np
+
 README = Path(__file__).resolve().parents[2] / "README.md"
+#: What the test scales down.
+SMALLER = {"range(200)": "range(40)", "predict(images, n=1000": "predict(images[:2], n=100"}
 
 
 def test_snippets_run(tmp_path, monkeypatch, capsys, small_batches):
+    """And the first prints what stands below it, to the last digits, which depend on the processor."""
     text = README.read_text(encoding="utf-8")
     for old, new in SMALLER.items():
         assert old in text
         text = text.replace(old, new)
     snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(snippets) >= 2
+    assert len(snippets) >= 3
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_cards").symlink_to(README.parent / "model_cards")
     namespace: dict[str, object] = {}
-    for snippet in snippets:
+    for k, snippet in enumerate(snippets):
         exec(compile(snippet, str(README), "exec"), namespace)
-    assert capsys.readouterr().out.strip()
+        printed = capsys.readouterr().out
+        assert printed.strip()
+        if k == 0:
+            shown = re.search(r"<!-- printed: the lines above -->\n```text\n(.*?)```", text, flags=re.DOTALL)
+            assert shown is not None
+            pairs = [[line.split() for line in block.splitlines()] for block in (printed, shown[1])]
+            assert [word for word, _ in pairs[0]] == [word for word, _ in pairs[1]]
+            assert np.allclose([float(r) for _, r in pairs[0]], [float(r) for _, r in pairs[1]], atol=0.02)
     assert (tmp_path / "my-router" / "config.json").is_file()
+
+
+def test_the_first_screen_is_short():
+    """One sentence, one picture, the two commands and the lines that certify come before anything else."""
+    first = README.read_text(encoding="utf-8").split("\n")[:42]
+    text = "\n".join(first)
+    assert text.index("![") < text.index("$ python -m pytest") < text.index("from_pretrained") < text.index("<!-- /printed -->")
+    picture = re.search(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert picture is not None
+    assert (README.parent / picture[1]).is_file()
+    assert "(missed)" not in README.read_text(encoding="utf-8")
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text(encoding="utf-8")):
+        assert (README.parent / target).exists(), target
 
 
 def test_shell_snippets_name_real_verbs():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import sys
 import time
@@ -77,6 +78,26 @@ def test_the_experts_stand_beside_with_names(live, routed) -> None:
     assert "4 x 4 pixels" in live.certified_pixels(image)
 
 
+def test_a_moved_image_is_told_from_inside_and_outside(live, routed) -> None:
+    image = small.images().image(1)
+    moment = list(live.watch(routed, image, 500))[-1]
+    direction = live.worst_direction(routed, image, moment.predict)
+    assert abs(float(direction.norm()) - 1) < 1e-5
+    classes = ("left", "<b>middle</b>", "right")
+    near, far = (live.moved(routed, image, direction, moment, r, classes, n=200) for r in (0.5, 8.0))
+    assert 'data-state="inside"' in near
+    assert 'data-state="outside"' in far
+    assert "<b>middle" not in near.replace("<b>&lt;b&gt;middle", "")
+    assert "nothing is promised" in far
+
+
+def test_stages_have_names_for_people(live, routed) -> None:
+    assert live.stage_names(routed) == {name: name for name in routed.tree.stages}
+    demo = live.demo_router(SPACE)
+    assert all("@" not in title for title in live.stage_names(demo).values())
+    assert "head on" in "".join(live.stage_names(demo).values())
+
+
 def test_classes_are_called_by_their_names(live, routed) -> None:
     assert live.class_names(routed) == ("class 0", "class 1", "class 2")
     assert live.class_names(routed, ("a", "b")) == ("class 0", "class 1", "class 2")
@@ -145,6 +166,12 @@ def test_in_a_browser(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             assert page.inner_text("#class") == "Pullover"
             assert float(page.inner_text("#radius")) > 0.25
             assert page.locator(".stages li.decided").count() == 1
+            page.locator(".beside tr").nth(3).wait_for(timeout=120_000)  # routed and three experts
+            page.locator("#slider input[type=range]:not([disabled])").wait_for(timeout=60_000)
+            for place, state in ((0.3, "inside"), (0.95, "outside")):
+                box = page.locator("#slider input[type=range]").bounding_box()
+                page.mouse.click(box["x"] + place * box["width"], box["y"] + box["height"] / 2)
+                page.locator(f".moved[data-state={state}]").wait_for(timeout=60_000)
             page.locator("#budget input").first.check()
             page.locator("#picture button[aria-label^='Remove'], #picture button[aria-label^='Clear']").first.click()
             page.locator("#picture input[type=file]").set_input_files(str(tmp_path / "upload.png"))
@@ -153,10 +180,12 @@ def test_in_a_browser(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             page.locator("#certify").click()
             page.locator(".verdict.live").wait_for(timeout=30_000)
             page.locator(".verdict.done").wait_for(timeout=120_000)
-            page.screenshot(path=tmp_path / "space.png", full_page=True)
+            shots = Path(os.environ.get("RSROUTER_SCREENSHOTS", tmp_path))
+            page.screenshot(path=shots / "space-1280.png", full_page=True)
             assert not errors
             assert not outside
             page.set_viewport_size({"width": 390, "height": 844})
+            page.screenshot(path=shots / "space-390.png", full_page=True)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
             browser.close()
     finally:
