@@ -4,11 +4,12 @@ from rsrouter.experts.config import NORMALISATIONS
 from rsrouter.experts.convert import convert, save_expert
 from rsrouter.experts.denoising import Denoiser, Diffusion, at_sigmas, denoised, load_denoiser
 from rsrouter.experts.ensembles import Ensemble, ensemble
-from rsrouter.experts.expert import Expert, Normalise
+from rsrouter.experts.expert import Expert
 from rsrouter.experts.identity import ModuleIdentity, module_digest, module_identity, unique_digest
 from rsrouter.experts.loaders import LOADERS, Sources, load_expert
 from rsrouter.experts.noisy_accuracy import NoisyCheck, check_expert
 from rsrouter.experts.pool import ExpertPool
+from rsrouter.experts.preprocessing import Normalise, Resize
 from rsrouter.experts.probe import Probe
 from rsrouter.experts.provenance import Provenance
 from rsrouter.experts.registry import architectures, build_architecture, register_architecture
@@ -28,6 +29,7 @@ __all__ = [
     "Normalise",
     "Probe",
     "Provenance",
+    "Resize",
     "Selection",
     "Sources",
     "Wrapped",

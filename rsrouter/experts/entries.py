@@ -12,8 +12,9 @@ from pydantic import Field
 from rsrouter.core.errors import InputError, IntegrityError
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.loaders import Sources, make_expert
+from rsrouter.experts.preprocessing import Resize
 from rsrouter.experts.probe import Probe, take_probe
-from rsrouter.experts.provenance import REMEDY, Channels, Name, Provenance, Sha256, Width
+from rsrouter.experts.provenance import REMEDY, Channels, Name, Order, Provenance, Sha256, Width
 from rsrouter.stored import Stored, validated
 
 SCHEMA_VERSION = 2
@@ -26,6 +27,8 @@ class Entry(Stored):
     sigma: float
     mean: Channels | None
     std: Channels | None
+    resize: Resize | None = None
+    order: Order | None = None
     num_classes: Width
     input_shape: tuple[Width, Width, Width]
     labels: tuple[Name, ...] | None = None
@@ -67,6 +70,8 @@ def expert_to_dict(expert: Expert, folder: Path | None = None) -> dict[str, Any]
         sigma=expert.sigma,
         mean=expert.mean,
         std=expert.std,
+        resize=expert.resize,
+        order=expert.order,
         num_classes=expert.num_classes,
         input_shape=expert.input_shape,
         labels=expert.labels,
@@ -121,7 +126,8 @@ def _expert(entry: Entry, sources: Sources, lazy: bool) -> Expert:
             remedy=REMEDY,
         )
     provenance = _absolute(entry.provenance, Path(os.path.abspath(sources.folder or Path())))
-    settings = {key: getattr(entry, key) for key in ("name", "sigma", "mean", "std", "num_classes", "input_shape", "labels")}
+    told = ("name", "sigma", "mean", "std", "resize", "order", "num_classes", "input_shape", "labels")
+    settings = {key: getattr(entry, key) for key in told}
     expert = make_expert(provenance, settings, sources, probe=entry.probe)
     if expert.digest != entry.digest:
         raise IntegrityError(

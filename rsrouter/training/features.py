@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.pool import ExpertPool
+from rsrouter.experts.preprocessing import has_trunk
 from rsrouter.process import fixed_kernels
-from rsrouter.router.trunk import FusedTrunk, has_trunk
+from rsrouter.router.trunk import FusedTrunk
 from rsrouter.sampling.execution import Execution, default_batch, prepare, resolve_device
 from rsrouter.sampling.noise import stream_key
 from rsrouter.training.resume import ResumeStore, unit_key
