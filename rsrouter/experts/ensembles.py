@@ -112,7 +112,7 @@ class _Heads(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         widths = self.widths if all(self.widths) else [features.shape[1] // len(self.heads)] * len(self.heads)
-        logits = [head(part) for head, part in zip(self.heads, features.split(widths, 1), strict=True)]
+        logits = [head(part) for head, part in zip(self.heads, torch.split(features, widths, 1), strict=True)]
         total = torch.stack(logits).sum(0)
         if self.consensus is None:
             return total / len(logits)

@@ -220,6 +220,8 @@ class Expert:
         if provenance is not None and provenance.source != "composite" and not provenance.tensors and module is not None:
             provenance = provenance.model_copy(update={"tensors": tensors_digest(module)})
         self.provenance, self.probe = provenance, probe
+        #: weight files that were made with the expert (text features), by name; written where its pool is saved
+        self.beside: dict[str, bytes] = {}
         self._module, self._load = module, load
         self._token = ""
         self._known: str | None = None
@@ -325,7 +327,7 @@ class Expert:
         """
         kept = ("sigma", "num_classes", "input_shape", "mean", "std", "resize", "order", "name", "labels", "provenance", "probe")
         made = Expert(self.module, **{**{key: getattr(self, key) for key in kept}, **changes})
-        made._token = self._token
+        made._token, made.beside = self._token, self.beside
         return made
 
     def __getstate__(self) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def check_expert(expert: Expert, images: Tensor, labels: Tensor, *, seed: int = 
             f"The images do not fit expert {expert.name!r}",
             expected=f"(N, {', '.join(map(str, expert.input_shape))})",
             received=str(tuple(images.shape)),
-            remedy="where the network sees images of another size than the data: --input-size HxW (of the data); or resize the data: --size",
+            remedy="--input-size of the data, where the network sees images of another size; or resize the data: --size",
         )
     if tuple(labels.shape) != (len(images),) or int(labels.min()) < 0 or int(labels.max()) >= expert.num_classes:
         raise InputError(

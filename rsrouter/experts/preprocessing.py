@@ -6,7 +6,8 @@ size at which the network looks at them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rsrouter.core.errors import CheckpointError
 from rsrouter.stored import Stored
 
 Side = Annotated[int, Field(ge=1, le=100_000)]
@@ -50,13 +52,44 @@ class Resize(Stored):
 
 
 def short_edge(shape: Sequence[int], side: int) -> tuple[int, int]:
-    """`(height, width)` of an image whose short edge becomes `side`; the long one is cut off to a whole number, as in torchvision.
+    """`(height, width)` of an image whose short edge becomes `side`; the long one is cut off to a whole number.
 
     >>> short_edge((3, 32, 48), 64)
     (64, 96)
     """
     height, width = shape[-2:]
     return (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
+
+
+def timm_resize(seen: tuple[int, int], data: tuple[int, int], told: Mapping[str, Any]) -> Resize:
+    """What timm's transform for evaluation does to images of the size `data` for a network of the size `seen`.
+
+    Args:
+        told: `interpolation`, `crop_pct` and `crop_mode`, as in timm's data config.
+
+    Raises:
+        CheckpointError: a mode without a counterpart here.
+
+    >>> timm_resize((224, 224), (32, 48), {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}).size
+    (256, 384)
+    """
+    mode = told.get("crop_mode") or "center"
+    interpolation: Any = told.get("interpolation") or "bilinear"
+    share = told.get("crop_pct") or 0.875
+    if mode not in ("center", "squash") or interpolation not in ("nearest", "bilinear", "bicubic"):
+        raise CheckpointError(
+            "The network's own resizing has no counterpart here",
+            expected="crop_mode center or squash, interpolation nearest, bilinear or bicubic",
+            received=f"crop_mode {mode}, interpolation {interpolation}",
+            remedy=f"say what is to be done: --resize {seen[0]}x{seen[1]}:bicubic",
+        )
+    size = (math.floor(seen[0] / share), math.floor(seen[1] / share))
+    if mode == "center" and size[0] == size[1]:
+        size = short_edge(data, size[0])
+    elif mode == "center":  # the image covers the size, and keeps its proportions
+        ratio = min(data[0] / size[0], data[1] / size[1])
+        size = (round(data[0] / ratio), round(data[1] / ratio))
+    return Resize(size=size, crop=None if size == seen else seen, interpolation=interpolation)
 
 
 class Resized(nn.Module):

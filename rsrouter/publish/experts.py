@@ -19,7 +19,8 @@ from rsrouter.core.errors import InputError
 from rsrouter.experts.convert import save_expert
 from rsrouter.experts.entries import expert_to_dict
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.loaders import WEIGHTS, load_network
+from rsrouter.experts.loaders import load_network
+from rsrouter.experts.places import WEIGHTS
 from rsrouter.experts.provenance import Provenance
 from rsrouter.files import sha256_of
 from rsrouter.hub import explained

@@ -1,0 +1,460 @@
+"""Image classifiers of transformers, as `save_pretrained` writes them and the Hub holds them.
+
+transformers 5 renames keys while it loads, so its own `from_pretrained` places the tensors, from bytes that were verified; it reads
+no file, and no code comes along. The identity is that of the files: the tensors as they are stored and the model's
+configuration, so that it outlives releases that name things otherwise.
+
+What the network sees follows from the repository's image processor: resizing, crop and normalisation become the expert's, and are
+compared with what the processor itself makes of an image.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rsrouter.core.errors import CheckpointError, InputError
+from rsrouter.experts.checkpoints import WeightFile, check_tensor
+from rsrouter.experts.config import class_names
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.loaders import (
+    IMPORTERS,
+    LOADERS,
+    Sources,
+    check_tensors,
+    make_expert,
+    merge,
+    read_pinned,
+    shared,
+    weights_of,
+)
+from rsrouter.experts.places import SAFE_NAMES, Place
+from rsrouter.experts.preprocessing import Resize, around, short_edge
+from rsrouter.experts.probe import probe_batch
+from rsrouter.experts.provenance import Provenance
+from rsrouter.experts.structure import named_tensors_digest
+from rsrouter.stored import parse_json, read_json
+
+LOADER = "transformers"
+#: entries of a config.json that decide nothing about the logits
+_NOTES = {
+    *(
+        "architectures",
+        "auto_map",
+        "dtype",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "torch_dtype",
+    ),
+    *("transformers_version", "use_cache", "_commit_hash", "_name_or_path", "_attn_implementation", "attn_implementation"),
+}
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+#: largest difference of a processed pixel, in units of its standard deviation
+TOLERANCE = 1e-4
+_NAMES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's
+
+
+class TransformersClassifier(nn.Module):
+    """Pixels to the logits of a transformers model.
+
+    Args:
+        model: its output has `.logits`; where `head` is split off, these are what the head reads.
+        head: the last layer; None: it cannot be told apart, and no features are exposed.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module | None) -> None:
+        super().__init__()
+        self.model, self.head = model, head
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the last layer could be split off."""
+        return self.head is not None
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """What the last layer reads, `(B, F)`."""
+        features: Tensor = self.model(x).logits
+        return features if self.head is None or isinstance(self.head, nn.Linear) else torch.flatten(features, 1)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits, or with `pre_logits` the features as they are."""
+        return features if pre_logits else self.get_classifier()(features)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return nn.Identity() if self.head is None else self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.get_classifier()(self.forward_features(x))
+        return logits
+
+
+def library() -> Any:
+    """transformers, or CheckpointError with the pip command."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise CheckpointError(
+            "This model needs transformers",
+            expected="transformers 5 or later",
+            received=str(error),
+            remedy='pip install "rsrouter[transformers]"',
+        ) from error
+    return transformers
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and notes."""
+    logging: Any = library().utils.logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def is_transformers(content: Any) -> bool:
+    """Whether a config.json is that of a transformers model.
+
+    >>> is_transformers({"model_type": "vit"}), is_transformers({"architecture": "resnet18"})
+    (True, False)
+    """
+    return isinstance(content, dict) and "pretrained_cfg" not in content and isinstance(content.get("model_type"), str)
+
+
+def _import(place: Place, config: Path | None, filename: str | None, overrides: Mapping[str, Any]) -> Expert | None:
+    if config is None or overrides.get("architecture") is not None:
+        return None
+    remedy = "fetch the repository again"
+    content = read_json(config, config.name, error=CheckpointError, remedy=remedy)
+    if not is_transformers(content):
+        return None
+    name = _architecture(content)
+    if filename is None and place.only is None and not any(place.find(known) for known in SAFE_NAMES):
+        raise CheckpointError(
+            "This transformers model has no safetensors file",
+            expected=" or ".join(SAFE_NAMES),
+            received="pickled weights (pytorch_model.bin)" if place.find("pytorch_model.bin") else "no weights",
+            remedy="save_pretrained where you trust it writes safetensors; on the Hub, ask the repository's owner for them",
+        )
+    where, sha256, parse = weights_of(place, filename, SAFE_NAMES)
+    if not where["filename"].endswith((".safetensors", ".json")):
+        raise CheckpointError(
+            "Weights of transformers are read from safetensors only",
+            expected=" or ".join(SAFE_NAMES),
+            received=where["filename"],
+            remedy="save_pretrained where you trust it writes them",
+        )
+    file = parse()
+    labels = class_names(content, config.name, remedy)
+    count = len(content["id2label"]) if isinstance(content.get("id2label"), dict) else content.get("num_labels", 2)
+    known: dict[str, Any] = {"architecture": name, "num_classes": count, **({} if labels is None else {"labels": labels})}
+    size = overrides.get("input_size")
+    told = "resize" in overrides and bool({"mean", "std", "normalisation"} & overrides.keys())
+    known |= _preprocessing(place, content, None if size is None else tuple(size), told)
+    settings = merge(known, {key: value for key, value in overrides.items() if key != "input_size"}, file, where["filename"])
+    if settings["num_classes"] != count:
+        raise InputError(
+            "num_classes contradicts the model's configuration",
+            expected=f"{count}, as its id2label says",
+            received=str(settings["num_classes"]),
+            remedy="leave it out",
+        )
+    seen = settings["resize"].output if settings.get("resize") is not None else settings["input_shape"][1:]
+    provenance = Provenance(
+        **where,
+        sha256=sha256,
+        tensors=named_tensors_digest(file.states[""]),
+        loader=LOADER,
+        architecture=name,
+        kwargs={
+            "config": {key: value for key, value in content.items() if key not in _NOTES},
+            "input": [settings["input_shape"][0], *seen],
+        },
+        licence=settings.get("licence"),
+    )
+    make_expert(provenance, settings)
+    return make_expert(provenance, settings, module=shared(provenance, count, lambda: file, _build))
+
+
+def _architecture(content: Mapping[str, Any]) -> str:
+    """The class that the configuration names: one of transformers' image classifiers."""
+    name = str(content["model_type"])
+    if "auto_map" in content:
+        raise CheckpointError(
+            "This repository brings its own code, which is never run",
+            expected="an architecture of transformers itself",
+            received=f"auto_map: {content['auto_map']}"[:200],
+            remedy="use a repository whose model_type transformers knows without trust_remote_code",
+        )
+    if "quantization_config" in content:
+        raise CheckpointError(
+            "This model is quantised",
+            expected="dense weights",
+            received=str(content["quantization_config"])[:200],
+            remedy="use the repository it was made of",
+        )
+    library()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as KNOWN
+
+    fitting = KNOWN.get(name, ())
+    names = [fitting] if isinstance(fitting, str) else list(fitting)
+    stated = content.get("architectures") or []
+    found = next((a for a in stated if a in names), None)
+    if found is None:
+        raise CheckpointError(
+            "This transformers model is no image classifier",
+            expected=f"architectures: one of {names}" if names else "a model type with an image classifier",
+            received=f"model_type {name!r}, architectures {stated}",
+            remedy="use a repository with a trained classification head; a bare backbone has no classes",
+        )
+    return str(found)
+
+
+def _build(provenance: Provenance, num_classes: int, file: WeightFile) -> nn.Module:
+    transformers = library()
+    config = dict(provenance.kwargs.get("config") or {})
+    name, shape = provenance.architecture, tuple(provenance.kwargs.get("input") or ())
+    if name != _architecture({**config, "architectures": [name]}):
+        raise CheckpointError(
+            "Another class than was pinned", expected=name, received=str(config.get("model_type")), remedy="wrap it anew"
+        )
+    tensors = dict(file.states[""])
+    for key, tensor in tensors.items():
+        check_tensor(key, tensor, provenance.filename)
+    kind = config.pop("model_type")
+    try:
+        made = transformers.AutoConfig.for_model(kind, **config, num_labels=num_classes)
+        with _quiet():
+            model, told = getattr(transformers, name).from_pretrained(
+                None, config=made, state_dict=tensors, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            )
+    except Exception as error:  # a constructor that gets what it was not made for may raise anything
+        raise CheckpointError(
+            f"transformers cannot load this {name}",
+            expected="weights and a configuration that fit",
+            received=f"{type(error).__name__}: {str(error).strip()}"[:400],
+            remedy="upgrade transformers, or use another repository",
+        ) from error
+    wrong = {key: sorted(map(str, told[key])) for key in ("missing_keys", "mismatched_keys", "error_msgs") if told.get(key)}
+    if wrong:
+        raise CheckpointError(
+            f"{provenance.filename} does not fit {name}",
+            expected="every tensor of the network",
+            received="; ".join(f"{key.replace('_', ' ')}: {', '.join(names[:4])}" for key, names in wrong.items())[:400],
+            remedy="config.json and weights belong to different models, or the classification head was never trained",
+        )
+    if left := sorted(map(str, told.get("unexpected_keys") or ())):
+        warnings.warn(f"{provenance.filename}: left over: {', '.join(left[:6])}", stacklevel=2)
+    return _split(model.eval().requires_grad_(False), shape)
+
+
+def _split(model: Any, shape: tuple[int, ...]) -> nn.Module:
+    """The model with its last layer apart, where that gives the same logits."""
+    x = probe_batch(shape)[:2]
+    try:
+        with torch.inference_mode():
+            whole: Tensor = model(x).logits
+    except Exception as error:  # a forward pass may raise anything
+        raise CheckpointError(
+            "Image processor and network disagree",
+            expected=f"a network that takes the processor's images, {' x '.join(map(str, shape))}",
+            received=f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}",
+            remedy="use a repository whose preprocessor_config.json is that of the network; or say what the network sees: "
+            "--resize HxW:bicubic with --input-size of the data",
+        ) from error
+    head = getattr(model, "classifier", None)
+    if isinstance(head, nn.Module):
+        model.classifier = nn.Identity()
+        made = TransformersClassifier(model, head)
+        with torch.inference_mode():
+            if torch.equal(made(x), whole):
+                return made.eval()
+        model.classifier = head
+    return TransformersClassifier(model, None).eval()
+
+
+def _load(provenance: Provenance, num_classes: int, sources: Sources) -> nn.Module:
+    parse = read_pinned(provenance, sources)
+
+    def verified() -> WeightFile:
+        file = parse()
+        check_tensors(provenance, named_tensors_digest(file.states[""]))
+        return file
+
+    return shared(provenance, num_classes, verified, _build)
+
+
+def _preprocessing(place: Place, config: Mapping[str, Any], data: tuple[int, ...] | None, told: bool) -> dict[str, Any]:
+    """Data size, resizing and normalisation as the repository's image processor has them; nothing where it
+    has none, or where the user says all of that."""
+    path = next((found for name in _PROCESSORS if (found := place.find(name)) is not None), None)
+    if path is None or told:
+        size = _pair(config.get("image_size"))
+        shape = None if data is None and size is None else (config.get("num_channels", 3), *(data or size or ()))
+        return {} if shape is None else {"input_shape": shape}
+    processor = _processor(path)
+    mean, std = _numbers(processor, "image_mean"), _numbers(processor, "image_std")
+    channels = int(config.get("num_channels", 3))
+    if not getattr(processor, "do_normalize", False):
+        mean = std = None
+    if mean is not None and std is not None and not (len(mean) == len(std) == channels):
+        raise CheckpointError(
+            "Image processor and network disagree",
+            expected=f"mean and std of {channels} channels, as config.json says",
+            received=f"{len(mean)} and {len(std)} in {path.name}",
+            remedy="use a repository whose preprocessor_config.json is that of the network",
+        )
+    factor = getattr(processor, "rescale_factor", None)
+    if not getattr(processor, "do_rescale", True) or factor is None or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise CheckpointError(
+            "The image processor takes pixels of another range",
+            expected="do_rescale with 1/255: pixels in [0,1]",
+            received=f"do_rescale {getattr(processor, 'do_rescale', None)}, rescale_factor {factor}",
+            remedy="say mean and std for pixels in [0,1] in a folder without preprocessor_config.json",
+        )
+    target = _target(processor) or _pair(config.get("image_size"))
+    shown = data or target
+    if shown is None:
+        raise CheckpointError(
+            "Neither the image processor nor the model says a size",
+            expected="size in preprocessor_config.json, or image_size in config.json",
+            received=str(getattr(processor, "size", None)),
+            remedy="--input-size of the data",
+        )
+    resize = _resize(processor, (int(shown[0]), int(shown[1])))
+    _compare(processor, (channels, *shown), mean, std, resize)
+    return {"input_shape": (channels, *shown), "mean": mean, "std": std, "resize": resize}
+
+
+def _processor(path: Path) -> Any:
+    transformers = library()
+    content = parse_json(path.read_bytes(), path.name, error=CheckpointError, remedy="fetch the repository again")
+    text = str(content)
+    if isinstance(content, dict) and "image_processor" in content:
+        content = content["image_processor"]
+    if not isinstance(content, dict) or "'auto_map'" in text:
+        raise CheckpointError(
+            f"{path.name} brings its own code, or is no image processor",
+            expected="an image processor of transformers itself",
+            received=text[:200],
+            remedy="use a repository without remote code",
+        )
+    import json
+
+    with TemporaryDirectory() as folder, _quiet():  # transformers reads files; it gets this one and nothing else
+        (Path(folder) / _PROCESSORS[0]).write_text(json.dumps(content), encoding="utf-8")
+        try:
+            return transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # an unknown type, or settings that do not fit it
+            raise CheckpointError(
+                f"transformers cannot make an image processor of {path.name}",
+                expected="image_processor_type of transformers, with its settings",
+                received=f"{type(error).__name__}: {str(error).strip()}"[:300],
+                remedy="upgrade transformers, or use another repository",
+            ) from error
+
+
+def _numbers(processor: Any, name: str) -> tuple[float, ...] | None:
+    value = getattr(processor, name, None)
+    return None if value is None else tuple(float(v) for v in value)
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if isinstance(size, int):
+        return size, size
+    return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) and len(size) == 2 else None
+
+
+def _side(size: Any, key: str) -> int | None:
+    value = size.get(key) if isinstance(size, Mapping) else getattr(size, key, None)
+    return None if value is None else int(value)
+
+
+def _target(processor: Any) -> tuple[int, int] | None:
+    """`(height, width)` that comes out, where that is one size."""
+    if getattr(processor, "do_center_crop", None):
+        return _exact(processor.crop_size)
+    if not getattr(processor, "do_resize", False):
+        return None
+    edge = _side(processor.size, "shortest_edge")
+    return _exact(processor.size) or (None if edge is None else (edge, edge))
+
+
+def _exact(size: Any) -> tuple[int, int] | None:
+    height, width = _side(size, "height"), _side(size, "width")
+    return None if height is None or width is None else (height, width)
+
+
+def _resize(processor: Any, data: tuple[int, int]) -> Resize | None:
+    """What the processor does to images of that size; None where it leaves them as they are."""
+    size, crop = data, None
+    if getattr(processor, "do_resize", False):
+        edge, share = _side(processor.size, "shortest_edge"), getattr(processor, "crop_pct", None)
+        exact = _exact(processor.size)
+        if exact is not None:
+            size = exact
+        elif edge is not None and share is not None and edge < 384:  # ConvNeXt's
+            size, crop = short_edge(data, int(edge / share)), (edge, edge)
+        elif edge is not None:
+            size = (edge, edge) if share is not None else short_edge(data, edge)
+    if getattr(processor, "do_center_crop", None):
+        crop = _exact(processor.crop_size)
+    if crop == size:
+        crop = None
+    if size == data and crop is None:
+        return None
+    number = getattr(processor, "resample", None)
+    name = _NAMES.get(-1 if number is None else int(number))
+    if (name is None and size != data) or (crop is not None and (crop[0] > size[0] or crop[1] > size[1])):
+        raise CheckpointError(
+            "The image processor's resizing has no counterpart here",
+            expected="nearest, bilinear or bicubic, and a crop inside the image",
+            received=f"resample {number}, {size[0]} x {size[1]}, crop {crop}",
+            remedy=f"say what is to be done: --resize {size[0]}x{size[1]}:bicubic with --input-size {data[0]}x{data[1]}",
+        )
+    return Resize.model_validate({"size": size, "crop": crop, "interpolation": name or "bicubic"})
+
+
+def _compare(
+    processor: Any, shape: tuple[int, ...], mean: tuple[float, ...] | None, std: tuple[float, ...] | None, resize: Resize | None
+) -> None:
+    """CheckpointError where the processor makes something else of an image than the expert will."""
+    picture = probe_batch(shape)
+    ours = around(nn.Identity(), mean, std, resize)(picture)
+    try:
+        theirs: Tensor = processor(picture, do_rescale=False, return_tensors="pt")["pixel_values"]
+        apart = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else math.inf
+    except Exception as error:  # whatever a processor raises
+        received = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:200]}"
+    else:
+        if apart <= TOLERANCE:
+            return
+        received = f"pixels that differ by {apart:.2g}" if math.isfinite(apart) else f"shape {tuple(theirs.shape)}"
+    raise CheckpointError(
+        "The image processor does more than resize, crop and normalise",
+        expected=f"the same pixels from {type(processor).__name__}, within {TOLERANCE:g}",
+        received=received,
+        remedy="use another repository, or say mean, std and --resize in a folder without preprocessor_config.json",
+    )
+
+
+LOADERS[LOADER] = _load
+IMPORTERS.append(_import)
