@@ -37,7 +37,7 @@ def map_labels(
                 f"Expert {expert.name!r} does not say the names of its classes",
                 expected="names, to reorder by",
                 received="none",
-                remedy="give labels (--labels), in the order of its logits",
+                remedy="give labels (--class-names), in the order of its logits",
             )
         own = [(names or {}).get(label, label) for label in expert.labels]
         wanted = tuple(order or own)

@@ -209,6 +209,13 @@ def merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: We
             + (f"; arch {arch!r} is neither registered nor one of timm's" if unknown_arch else ""),
             remedy="; ".join(f"{names.get(key, key)}: {asked[key]}" for key in missing),
         )
+    if "templates" in merged:
+        raise InputError(
+            f"{who} takes no templates",
+            expected="an open_clip model",
+            received=str(merged["architecture"]),
+            remedy="leave --template out; prompts make the classes of a zero-shot classifier only",
+        )
     merged.setdefault("std", None)
     return _sized(merged, who)
 

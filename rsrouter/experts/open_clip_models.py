@@ -7,8 +7,11 @@ other, so that nothing of the text side is needed again.
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -22,8 +25,20 @@ from torch.nn import functional as F
 from rsrouter.core.errors import CheckpointError, InputError
 from rsrouter.experts.checkpoints import WeightFile
 from rsrouter.experts.composite import composite, networks
+from rsrouter.experts.config import checked
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.loaders import IMPORTERS, LOADERS, Sources, check_tensors, fitted, merge, read_pinned, shared, weights_of
+from rsrouter.experts.loaders import (
+    IMPORTERS,
+    LOADERS,
+    Sources,
+    check_tensors,
+    fitted,
+    make_expert,
+    merge,
+    read_pinned,
+    shared,
+    weights_of,
+)
 from rsrouter.experts.places import Place
 from rsrouter.experts.preprocessing import Resize, short_edge
 from rsrouter.experts.provenance import Channels, Part, Provenance
@@ -102,6 +117,17 @@ def library() -> Any:
     return open_clip
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings about a model that is made before its weights are placed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _import(place: Place, config: Path | None, filename: str | None, overrides: Mapping[str, Any]) -> Expert | None:
     if overrides.get("architecture") is not None:
         return None
@@ -123,7 +149,7 @@ def _import(place: Place, config: Path | None, filename: str | None, overrides: 
             "A zero-shot classifier needs the names of its classes",
             expected="at least two names, in the order of the data's labels",
             received=repr(names),
-            remedy="--labels cat,dog (or a file with a name a line), and --template 'a photo of a {}.'",
+            remedy="--class-names cat,dog (or a file with a name a line), and --template 'a photo of a {}.'",
         )
     library()
     where, sha256, parse = weights_of(place, filename, SAFE_NAMES)
@@ -137,7 +163,7 @@ def _import(place: Place, config: Path | None, filename: str | None, overrides: 
     tower_args = _tower_arguments(read.model_cfg)
     seen = read.preprocess_cfg.size or tower_args["vision_cfg"].get("image_size", 224)
     seen = (seen, seen) if isinstance(seen, int) else (int(seen[0]), int(seen[1]))
-    data = tuple(overrides.get("input_size") or seen)
+    data = checked({"input_size": overrides.get("input_size")}, CONFIG)["input_size"] or seen
     settings: dict[str, Any] = {
         "architecture": "zero_shot",
         "num_classes": len(names),
@@ -176,11 +202,9 @@ def _import(place: Place, config: Path | None, filename: str | None, overrides: 
         Part(role=role, num_classes=count, mean=None, std=None, provenance=found)
         for role, count, found in (("tower", 2, origin), ("head", len(names), head_origin))
     ]
-    expert = Expert(
-        ZeroShot(tower, head).eval(),
-        provenance=composite("zero_shot", {"templates": list(templates)}, parts),
-        **{key: settings.get(key) for key in ("sigma", "num_classes", "input_shape", "mean", "std", "resize", "name", "labels")},
-    )
+    whole = composite("zero_shot", {"templates": list(templates)}, parts)
+    assert whole is not None
+    expert = make_expert(whole, settings, module=ZeroShot(tower, head).eval())
     expert.beside = {beside: data_of_head}
     return expert
 
@@ -251,9 +275,7 @@ def _text_features(
             "A template has no place for the class", expected="text with {}", received=bad[0], remedy="such as 'a photo of a {}.'"
         )
     open_clip = library()
-    import json
-
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, _quiet():
         here = Path(folder)
         (here / CONFIG).write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}), encoding="utf-8")
         if model["text_cfg"].get("hf_tokenizer_name"):

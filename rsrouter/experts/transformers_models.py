@@ -1,7 +1,7 @@
 """Image classifiers of transformers, as `save_pretrained` writes them and the Hub holds them.
 
-transformers 5 renames keys while it loads, so its own `from_pretrained` places the tensors, from bytes that were verified; it reads
-no file, and no code comes along. The identity is that of the files: the tensors as they are stored and the model's
+transformers 5 renames keys while it loads, so its own `from_pretrained` places the tensors, from bytes that were verified; it
+reads no file, and no code comes along. The identity is that of the files: the tensors as they are stored and the model's
 configuration, so that it outlives releases that name things otherwise.
 
 What the network sees follows from the repository's image processor: resizing, crop and normalisation become the expert's, and are
@@ -10,6 +10,7 @@ compared with what the processor itself makes of an image.
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from rsrouter.core.errors import CheckpointError, InputError
 from rsrouter.experts.checkpoints import WeightFile, check_tensor
-from rsrouter.experts.config import class_names
+from rsrouter.experts.config import checked, class_names
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.loaders import (
     IMPORTERS,
@@ -166,9 +167,9 @@ def _import(place: Place, config: Path | None, filename: str | None, overrides: 
     labels = class_names(content, config.name, remedy)
     count = len(content["id2label"]) if isinstance(content.get("id2label"), dict) else content.get("num_labels", 2)
     known: dict[str, Any] = {"architecture": name, "num_classes": count, **({} if labels is None else {"labels": labels})}
-    size = overrides.get("input_size")
+    size = checked({"input_size": overrides.get("input_size")}, "The expert")["input_size"]
     told = "resize" in overrides and bool({"mean", "std", "normalisation"} & overrides.keys())
-    known |= _preprocessing(place, content, None if size is None else tuple(size), told)
+    known |= _preprocessing(place, content, size, told)
     settings = merge(known, {key: value for key, value in overrides.items() if key != "input_size"}, file, where["filename"])
     if settings["num_classes"] != count:
         raise InputError(
@@ -357,8 +358,6 @@ def _processor(path: Path) -> Any:
             received=text[:200],
             remedy="use a repository without remote code",
         )
-    import json
-
     with TemporaryDirectory() as folder, _quiet():  # transformers reads files; it gets this one and nothing else
         (Path(folder) / _PROCESSORS[0]).write_text(json.dumps(content), encoding="utf-8")
         try:
