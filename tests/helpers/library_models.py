@@ -21,9 +21,7 @@ def transformers_folder(folder: Path, kind: str, *, side: int = 32, labels: tupl
         "vit": lambda: T.ViTConfig(intermediate_size=32, patch_size=8, **tiny),
         "dinov2": lambda: T.Dinov2Config(patch_size=8, mlp_ratio=2, **tiny),
         "convnext": lambda: T.ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], **names),
-        "resnet": lambda: T.ResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **names, **more
-        ),
+        "resnet": lambda: T.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **names),
     }
     processors = {
         "vit": lambda: T.ViTImageProcessor(size={"height": side, "width": side}),
@@ -37,8 +35,8 @@ def transformers_folder(folder: Path, kind: str, *, side: int = 32, labels: tupl
     return folder
 
 
-def open_clip_folder(folder: Path, *, side: int = 16) -> Path:
-    """A model of two towers, as `push_to_hf_hub` lays it out."""
+def open_clip_folder(folder: Path, *, side: int = 16, turned: bool = False) -> Path:
+    """A model of two towers, as `push_to_hf_hub` lays it out; turned: it likes least what it liked most."""
     import open_clip
     from safetensors.torch import save_file
 
@@ -50,5 +48,7 @@ def open_clip_folder(folder: Path, *, side: int = 16) -> Path:
     (folder / "open_clip_config.json").write_text(json.dumps(content))
     torch.manual_seed(0)
     state = open_clip.CLIP(**model).state_dict()
+    if turned:
+        state["visual.proj"] = -state["visual.proj"]
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "open_clip_model.safetensors")
     return folder
