@@ -113,4 +113,4 @@ def test_from_a_repository_to_an_audited_router(kind: str, hub: HubServer, rsrou
     assert set(needs) == {"timm" if kind.startswith("timm") else "open_clip_torch" if kind == "open_clip" else "transformers"}
     checks = ("--rows", 1, "--fresh-votes", 200, "--attack-steps", 2)
     audited = json.loads(rsrouter("audit", "org/router", "--data", data["test"], *checks, "--format", "json"))
-    assert audited["passed"]
+    assert audited["ok"]
