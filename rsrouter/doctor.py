@@ -259,7 +259,7 @@ def duration(seconds: float) -> str:
 def _speed(report: Report, where: torch.device) -> None:
     """Votes of the demo's network, bf16 against float32 there, and forward passes of the field's networks."""
     from rsrouter.experts import load_expert
-    from rsrouter.experts.loaders import ASSETS
+    from rsrouter.experts.places import ASSETS
 
     expert = load_expert(ASSETS / "experts" / "sigma_0.50")
     speed = measure_speed(Smooth(expert), device=str(where), n=100, repeats=1)
@@ -297,7 +297,7 @@ def _speed(report: Report, where: torch.device) -> None:
 def _experts(report: Report) -> None:
     """Whether the bundled weights are the ones that were shipped."""
     from rsrouter.experts import load_expert
-    from rsrouter.experts.loaders import ASSETS
+    from rsrouter.experts.places import ASSETS
 
     folder = ASSETS / "experts"
     try:

@@ -23,7 +23,7 @@ from rsrouter._version import __version__
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
 from rsrouter.experts.describe import describe_module
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.loaders import check_relative, expanded
+from rsrouter.experts.places import check_relative, expanded
 from rsrouter.experts.pool import ExpertPool, pool_from_dict, pool_to_dict
 from rsrouter.experts.provenance import Provenance
 from rsrouter.experts.registry import package_of

@@ -136,7 +136,8 @@ class Smoothed:
     def _state(self) -> dict[str, str]:
         networks = {f"network {m.name!r}": module_digest(m.module) for m in self.routed.models}
         settings = {
-            f"expert {e.name!r}": repr((e.name, e.sigma, e.num_classes, e.input_shape, e.mean, e.std)) for e in self.experts
+            f"expert {e.name!r}": repr((e.name, e.sigma, e.num_classes, e.input_shape, e.mean, e.std, e.resize, e.order))
+            for e in self.experts
         }
         return {**networks, **settings, **self._settings()}
 

@@ -15,6 +15,7 @@ from rsrouter.cli.options import (
     checkpoint_options,
     data_options,
     echo_json,
+    parse_label_map,
     parse_numbers,
     parse_radii,
     read_data,
@@ -34,6 +35,13 @@ def wrap(
     sigma: Sigma = None,
     data: Annotated[str | None, typer.Option(help="Labelled images on which to measure noisy accuracy.")] = None,
     images: Annotated[int, typer.Option("--images", help="How many images, spread evenly over the data.")] = 300,
+    label_map: Annotated[
+        str | None,
+        typer.Option(
+            "--label-map",
+            help="Reorder classes by name: first (as the first expert has them), names in order, or a JSON file of new names.",
+        ),
+    ] = None,
     format: OutputFormat = Format.text,
     *,
     settings: dict[str, Any],
@@ -45,6 +53,12 @@ def wrap(
 
     rsrouter wrap a/checkpoint.pth.tar b/checkpoint.pth.tar --sigma 0.25,0.5 --architecture cifar_resnet110
     --normalisation cifar10
+
+    rsrouter wrap hf-hub:org/vit@main --sigma 0.25,0.5 --input-size 32 --out pool.json
+
+    rsrouter wrap timm/resnet18.a1_in1k --sigma 0.25
+
+    rsrouter wrap hf-hub:org/clip --sigma 0.25 --class-names cat,dog --template "a photo of a {}."
     """
     from rsrouter.experts import wrap as wrap_spec
 
@@ -82,7 +96,7 @@ def wrap(
             received=str(out),
             remedy="choose another --out, or delete it; nothing is overwritten",
         )
-    wrapped = wrap_spec(spec, images=x, labels=y)
+    wrapped = wrap_spec(spec, images=x, labels=y, label_map=None if label_map is None else parse_label_map(label_map))
     wrapped.pool.save(out)
     checks = {c.name: c for c in wrapped.checks}
     if format is Format.json:

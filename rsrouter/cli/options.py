@@ -209,6 +209,31 @@ def _shape(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _sides(text: str, what: str) -> list[int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"--{what} cannot be read", expected="SIDE or HEIGHTxWIDTH", received=repr(text), remedy="32, or 32x48")
+    return [int(parts[0]), int(parts[-1])]
+
+
+def _resize(text: str) -> dict[str, Any] | None:
+    """`SIZE[:CROP][:INTERPOLATION]`, or none."""
+    if text == "none":
+        return None
+    *sizes, last = text.split(":")
+    named = not last[:1].isdecimal()
+    sides = [_sides(part, "resize") for part in (sizes if named else [*sizes, last])]
+    if not 1 <= len(sides) <= 2:
+        raise InputError(
+            "--resize cannot be read",
+            expected="SIZE, SIZE:CROP or SIZE:CROP:INTERPOLATION, or none",
+            received=repr(text),
+            remedy="such as 256:224:bicubic",
+        )
+    crop = {"crop": sides[1]} if len(sides) == 2 else {}
+    return {"size": sides[0], **crop, **({"interpolation": last} if named else {})}
+
+
 _Numbers = Annotated[str | None, typer.Option(help="One number per channel, such as 0.49,0.48,0.45.")]
 
 
@@ -252,6 +277,19 @@ def _checkpoint(
         str | None, typer.Option("--weights-key", help="Which weights are meant, where a file holds several (raw, averaged).")
     ] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the weights, as their publisher states it.")] = None,
+    input_size: Annotated[
+        str | None, typer.Option("--input-size", help="Size of the data, 32 or 32x48, where the network sees another.")
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option("--resize", help="How data become what the network sees, if its files do not say: 256:224:bicubic, none."),
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option("--class-names", help="Names of the classes, in the order of the logits: 'cat,dog', or a file.")
+    ] = None,
+    template: Annotated[
+        list[str] | None, typer.Option("--template", help="Prompt of a zero-shot classifier, {} for the class (repeatable).")
+    ] = None,
 ) -> dict[str, Any]:
     given: dict[str, Any] = {
         "filename": filename,
@@ -263,7 +301,12 @@ def _checkpoint(
         "mean": None if mean is None else parse_numbers(mean, "mean"),
         "std": None if std is None else parse_numbers(std, "std"),
         "input_shape": None if input_shape is None else _shape(input_shape),
+        "input_size": None if input_size is None else _sides(input_size, "input-size"),
+        "labels": _class_names(class_names),
+        "templates": template or None,
     }
+    if resize is not None:
+        return {**{key: value for key, value in given.items() if value is not None}, "resize": _resize(resize)}
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -308,6 +351,30 @@ def _class_names(text: str | None) -> list[str] | None:
         content = read_bytes(path, "--classes").decode("utf-8-sig", "surrogateescape")
         return [line.strip() for line in content.splitlines() if line.strip()]
     return [name.strip() for name in text.split(",")]
+
+
+def parse_label_map(text: str) -> dict[str, Any]:
+    """Arguments of `rsrouter.experts.map_labels` from `--label-map`.
+
+    Raises:
+        InputError: a file that holds something else.
+    """
+    if text == "first":
+        return {}
+    path = Path(text)
+    if path.is_file() and path.suffix == ".json":
+        from rsrouter.stored import read_json
+
+        names = read_json(path, "--label-map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise InputError(
+                "--label-map cannot be read",
+                expected='{"its name": "the name"}',
+                received=type(names).__name__,
+                remedy="names of an expert's classes, and what they are to be called",
+            )
+        return {"names": names}
+    return {"order": _class_names(text)}
 
 
 def read_data(source: str, reading: Mapping[str, Any], demo: str = "test") -> Any:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from rsrouter.experts.expert import Expert, Normalise
+from rsrouter.experts.expert import Expert
 from rsrouter.experts.loaders import Sources, load_network
+from rsrouter.experts.preprocessing import around
 from rsrouter.experts.provenance import Part, Provenance
 
 
@@ -16,7 +17,15 @@ def part(role: str, expert: Expert) -> Part | None:
     """One classifier of a composite expert; None where it was made in memory."""
     if expert.provenance is None:
         return None
-    return Part(role=role, num_classes=expert.num_classes, mean=expert.mean, std=expert.std, provenance=expert.provenance)
+    return Part(
+        role=role,
+        num_classes=expert.num_classes,
+        mean=expert.mean,
+        std=expert.std,
+        resize=expert.resize,
+        order=expert.order,
+        provenance=expert.provenance,
+    )
 
 
 def composite(kind: str, kwargs: dict[str, Any], parts: Sequence[Part | None]) -> Provenance | None:
@@ -39,11 +48,9 @@ def composite(kind: str, kwargs: dict[str, Any], parts: Sequence[Part | None]) -
 
 
 def networks(provenance: Provenance, sources: Sources) -> list[nn.Module]:
-    """The parts of a composite expert, loaded and verified, each with its own normalisation."""
+    """The parts of a composite expert, loaded and verified, each with what stands around it."""
     networks = []
     for found in provenance.parts:
         module = load_network(found.provenance, found.num_classes, sources)
-        if found.mean is not None and found.std is not None:
-            module = nn.Sequential(Normalise(found.mean, found.std), module)
-        networks.append(module)
+        networks.append(around(module, found.mean, found.std, found.resize, found.order))
     return networks

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rsrouter.core.errors import CheckpointError, InputError
-from rsrouter.experts.provenance import Channels, Name, Width
+from rsrouter.experts.preprocessing import Resize
+from rsrouter.experts.provenance import Channels, Name, Order, Width
 from rsrouter.stored import Stored, read_json, validated
 
 CONFIG = "config.json"
@@ -38,6 +39,9 @@ class Settings(Stored):
             `Provenance`.
         normalisation: a name in `NORMALISATIONS`, instead of `mean` and `std`.
         weights_key: which of several sets of weights in the file is meant.
+        resize, order: as in `Expert`.
+        input_size: `(height, width)` of the data, where `input_shape` is what the network sees.
+        templates: of an open_clip model's prompts, with `{}` for the class name.
     """
 
     name: Name | None = None
@@ -52,6 +56,10 @@ class Settings(Stored):
     labels: Annotated[tuple[Name, ...], Field(max_length=1_000_000)] | None = None
     licence: Name | None = None
     weights_key: Name | None = None
+    resize: Resize | None = None
+    order: Order | None = None
+    input_size: tuple[Width, Width] | None = None
+    templates: Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)] | None = None
 
 
 class ExpertConfig(Settings):
@@ -68,6 +76,9 @@ class ExpertConfig(Settings):
 #: names of settings, as Python and spec files take them
 SETTINGS = tuple(Settings.model_fields)
 
+#: under which `read_expert_config` gives what timm does to images of another size
+EVAL = "timm_eval"
+
 
 class _TimmCfg(Stored):
     architecture: Name | None = None
@@ -77,6 +88,9 @@ class _TimmCfg(Stored):
     std: Channels | None = None
     license: Name | None = None
     label_names: tuple[Name, ...] | None = None
+    interpolation: Name | None = None
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    crop_mode: Name | None = None
 
 
 class _TimmConfig(Stored):
@@ -108,7 +122,7 @@ def read_expert_config(path: Path) -> dict[str, Any]:
         )
     if "pretrained_cfg" in content:
         return _timm_settings(content, path.name, remedy)
-    labels = {} if (names := _id2label(content, path.name, remedy)) is None else {"labels": names}
+    labels = {} if (names := class_names(content, path.name, remedy)) is None else {"labels": names}
     if "model_type" in content or "transformers_version" in content:
         return labels
     own = {key: value for key, value in content.items() if key not in ("id2label", "label2id")}
@@ -124,7 +138,7 @@ def read_expert_config(path: Path) -> dict[str, Any]:
     return {**labels, **given(config)}
 
 
-def _id2label(content: Mapping[str, Any], what: str, remedy: str) -> tuple[str, ...] | None:
+def class_names(content: Mapping[str, Any], what: str, remedy: str) -> tuple[str, ...] | None:
     """Class names in the order of their numbers, where the config has them; transformers' LABEL_0, LABEL_1 are none."""
     found = content.get("id2label")
     if found is None:
@@ -161,6 +175,7 @@ def _timm_settings(content: Mapping[str, Any], what: str, remedy: str) -> dict[s
         "std": inner.std,
         "labels": read.label_names or inner.label_names,
         "licence": inner.license,
+        EVAL: {"interpolation": inner.interpolation, "crop_pct": inner.crop_pct, "crop_mode": inner.crop_mode},
     }
     return {key: value for key, value in settings.items() if value is not None}
 
@@ -183,6 +198,8 @@ def checked(settings: Mapping[str, Any], what: str) -> dict[str, Any]:
         )
     numbers = {key: value for key, value in settings.items() if key in _NUMBERS}  # `Expert` says what is wrong with them
     texts = {key: value for key, value in settings.items() if key not in _NUMBERS}
+    if isinstance(texts.get("resize"), Resize):
+        texts["resize"] = texts["resize"].model_dump(mode="json")
     return {**given(validated(Settings, texts, what, error=InputError, remedy="see rsrouter.load_expert")), **numbers}
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
 from rsrouter.experts.config import CONFIG, SCHEMA_VERSION
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.loaders import WEIGHTS, load_expert
+from rsrouter.experts.loaders import load_expert
+from rsrouter.experts.places import WEIGHTS
 from rsrouter.experts.registry import find_architecture
 from rsrouter.files import sync_folder
 
@@ -87,6 +88,10 @@ def save_expert(expert: Expert, folder: str | os.PathLike[str], *, origin: dict[
         "labels": None if expert.labels is None else list(expert.labels),
         "licence": expert.provenance.licence if expert.provenance else None,
     }
+    if expert.resize is not None:
+        config["resize"] = expert.resize.model_dump(mode="json")
+    if expert.order is not None:
+        config["order"] = list(expert.order)
     if origin:
         config["converted_from"] = origin
     target.parent.mkdir(parents=True, exist_ok=True)

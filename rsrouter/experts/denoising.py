@@ -18,6 +18,7 @@ from rsrouter.experts.composite import composite, networks, part
 from rsrouter.experts.config import checked
 from rsrouter.experts.expert import Expert, check_sigma
 from rsrouter.experts.loaders import LOADERS, Sources, load_network, open_checkpoint
+from rsrouter.experts.preprocessing import ClassifierFeatures
 from rsrouter.experts.provenance import Part, Provenance, Width
 from rsrouter.experts.registry import is_denoiser
 from rsrouter.experts.structure import tensors_digest
@@ -118,7 +119,7 @@ def _prediction(output: Any, like: Tensor) -> Tensor:
     return predicted
 
 
-class DiffusionDenoised(nn.Module):
+class DiffusionDenoised(ClassifierFeatures, nn.Module):
     """One-shot diffusion denoising before a classifier (Carlini et al. 2023, arXiv 2206.10550).
 
     The noisy image z = x + sigma * noise on [0,1] becomes x_t = sqrt(abar_t) (2 z - 1), one call of the denoiser gives
@@ -158,23 +159,32 @@ class DiffusionDenoised(nn.Module):
         pixels: Tensor = (x_0.clamp(-1, 1) + 1) / 2
         return pixels
 
-    def forward(self, z: Tensor) -> Tensor:
+    def shown(self, z: Tensor) -> Tensor:
+        """What the classifier sees."""
         clean = self.denoise(z)
         if self.size is not None:
             clean = F.interpolate(clean, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-        logits: Tensor = self.classifier(clean)
+        return clean
+
+    def forward(self, z: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.shown(z))
         return logits
 
 
-class DirectDenoised(nn.Module):
+class DirectDenoised(ClassifierFeatures, nn.Module):
     """Denoised smoothing (Salman et al. 2020, arXiv 2003.01908): denoiser on [0,1] pixels, then the classifier."""
 
     def __init__(self, denoiser: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
         self.denoiser, self.classifier = denoiser, classifier
 
+    def shown(self, z: Tensor) -> Tensor:
+        """What the classifier sees."""
+        clean: Tensor = self.denoiser(z)
+        return clean
+
     def forward(self, z: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.denoiser(z))
+        logits: Tensor = self.classifier(self.shown(z))
         return logits
 
 

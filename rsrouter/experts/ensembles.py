@@ -12,6 +12,7 @@ from rsrouter.core.errors import InputError
 from rsrouter.experts.composite import composite, networks, part
 from rsrouter.experts.expert import Expert, same_labels
 from rsrouter.experts.loaders import LOADERS, Sources
+from rsrouter.experts.preprocessing import has_trunk
 from rsrouter.experts.provenance import Provenance
 
 
@@ -57,6 +58,24 @@ class Ensemble(nn.Module):
     def extra_repr(self) -> str:
         return f"consensus={self.consensus}, chunk={self.chunk}"
 
+    @property
+    def has_features(self) -> bool:
+        """Whether every member exposes features."""
+        return all(has_trunk(member) for member in self.members)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """What the last layers of all members read, side by side; every member is asked."""
+        members: list[Any] = list(self.members)
+        return torch.cat([m.forward_head(m.forward_features(x), pre_logits=True) for m in members], 1)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits, or with `pre_logits` the features as they are."""
+        return features if pre_logits else self.get_classifier()(features)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layers of all members, and the mean of what they give."""
+        return _Heads([m.get_classifier() for m in list[Any](self.members)], self.consensus)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.consensus is None:
             total: Tensor = self.members[0](x)
@@ -65,8 +84,7 @@ class Ensemble(nn.Module):
             return total / len(self.members)
         first = [member(x) for member in list(self.members)[: self.consensus]]
         total = torch.stack(first).sum(0)
-        tops = torch.stack([logits.argmax(1) for logits in first])
-        undecided = (tops != tops[0]).any(0).nonzero().flatten()
+        undecided = _differ(first).nonzero().flatten()
         # where all agree, the mean of the first K has the same argmax as each of them
         mean = total / self.consensus
         for rows in torch.split(undecided, self.chunk) if len(undecided) else ():
@@ -76,6 +94,36 @@ class Ensemble(nn.Module):
                 more = more + member(part)
             mean = mean.index_copy(0, rows, (more / len(self.members))[: len(rows)])
         return mean
+
+
+def _differ(logits: Sequence[Tensor]) -> Tensor:
+    """`(B,)`: whether some name another class than the first."""
+    tops = torch.stack([each.argmax(1) for each in logits])
+    return (tops != tops[0]).any(0)
+
+
+class _Heads(nn.Module):
+    """The last layers of an ensemble's members on their features side by side; logits as the ensemble's own."""
+
+    def __init__(self, heads: Sequence[nn.Module], consensus: int | None) -> None:
+        super().__init__()
+        self.heads, self.consensus = nn.ModuleList(heads), consensus
+        self.widths = [_width(head) for head in heads]
+
+    def forward(self, features: Tensor) -> Tensor:
+        widths = self.widths if all(self.widths) else [features.shape[1] // len(self.heads)] * len(self.heads)
+        logits = [head(part) for head, part in zip(self.heads, torch.split(features, widths, 1), strict=True)]
+        total = torch.stack(logits).sum(0)
+        if self.consensus is None:
+            return total / len(logits)
+        first = logits[: self.consensus]
+        asked = _differ(first)[:, None]
+        return torch.where(asked, total / len(logits), torch.stack(first).sum(0) / self.consensus)
+
+
+def _width(head: nn.Module) -> int:
+    """How many features a last layer reads; 0 where it does not say."""
+    return next((int(m.in_features) for m in head.modules() if isinstance(m, nn.Linear)), 0)
 
 
 def ensemble(

@@ -12,8 +12,10 @@ from pydantic import Field
 from rsrouter.core.errors import InputError, IntegrityError
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.loaders import Sources, make_expert
+from rsrouter.experts.preprocessing import Resize
 from rsrouter.experts.probe import Probe, take_probe
-from rsrouter.experts.provenance import REMEDY, Channels, Name, Provenance, Sha256, Width
+from rsrouter.experts.provenance import REMEDY, Channels, Name, Order, Provenance, Sha256, Width
+from rsrouter.files import write_atomically
 from rsrouter.stored import Stored, validated
 
 SCHEMA_VERSION = 2
@@ -26,6 +28,8 @@ class Entry(Stored):
     sigma: float
     mean: Channels | None
     std: Channels | None
+    resize: Resize | None = None
+    order: Order | None = None
     num_classes: Width
     input_shape: tuple[Width, Width, Width]
     labels: tuple[Name, ...] | None = None
@@ -60,6 +64,8 @@ def expert_to_dict(expert: Expert, folder: Path | None = None) -> dict[str, Any]
             received="a module made in memory",
             remedy="write it with rsrouter.experts.save_expert and load that folder",
         )
+    if expert.beside:
+        _settle(expert, folder)
     if expert.probe is None:
         expert.probe = take_probe(expert.network(), expert.input_shape, f"expert {expert.name!r}")
     entry = Entry(
@@ -67,6 +73,8 @@ def expert_to_dict(expert: Expert, folder: Path | None = None) -> dict[str, Any]
         sigma=expert.sigma,
         mean=expert.mean,
         std=expert.std,
+        resize=expert.resize,
+        order=expert.order,
         num_classes=expert.num_classes,
         input_shape=expert.input_shape,
         labels=expert.labels,
@@ -75,6 +83,29 @@ def expert_to_dict(expert: Expert, folder: Path | None = None) -> dict[str, Any]
         probe=expert.probe,
     )
     return entry.model_dump(mode="json")
+
+
+def _settle(expert: Expert, folder: Path | None) -> None:
+    """Writes the weight files that were made with an expert, whole or not at all, and points at them."""
+    assert expert.provenance is not None
+    if folder is None:
+        raise InputError(
+            f"Expert {expert.name!r} has weights that lie nowhere yet",
+            expected="a pool that is saved",
+            received=", ".join(expert.beside),
+            remedy="save the pool first (ExpertPool.save), and load it from there",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in expert.beside.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != data:
+            write_atomically(folder / name, data)
+    parts = tuple(
+        part.model_copy(update={"provenance": part.provenance.model_copy(update={"location": str(folder)})})
+        if part.provenance.source == "local" and part.provenance.filename in expert.beside
+        else part
+        for part in expert.provenance.parts
+    )
+    expert.provenance, expert.beside = expert.provenance.model_copy(update={"parts": parts}), {}
 
 
 def moved(provenance: Provenance, folder: Path | None) -> Provenance:
@@ -121,7 +152,8 @@ def _expert(entry: Entry, sources: Sources, lazy: bool) -> Expert:
             remedy=REMEDY,
         )
     provenance = _absolute(entry.provenance, Path(os.path.abspath(sources.folder or Path())))
-    settings = {key: getattr(entry, key) for key in ("name", "sigma", "mean", "std", "num_classes", "input_shape", "labels")}
+    told = ("name", "sigma", "mean", "std", "resize", "order", "num_classes", "input_shape", "labels")
+    settings = {key: getattr(entry, key) for key in told}
     expert = make_expert(provenance, settings, sources, probe=entry.probe)
     if expert.digest != entry.digest:
         raise IntegrityError(

@@ -10,36 +10,17 @@ from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from rsrouter.core.errors import InputError, NetworkError
 from rsrouter.experts.identity import module_record
+from rsrouter.experts.preprocessing import Resize, around
 from rsrouter.experts.probe import Probe, check_probe
 from rsrouter.experts.provenance import Provenance
 from rsrouter.experts.structure import digest_of, structure_of, tensors_digest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
-
-
-class Normalise(nn.Module):
-    """`(x - mean) / std` per channel, the usual first layer of a classifier on [0,1] pixels.
-
-    >>> Normalise([0.5], [0.25])(torch.ones(1, 1, 1, 1)).item()
-    2.0
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
 
 
 def check_sigma(sigma: object, who: str) -> float:
@@ -114,7 +95,8 @@ def same_labels(experts: Sequence[Expert], who: str) -> tuple[str, ...] | None:
                 f"{who[0].upper()}{who[1:]} must agree on the names of the classes",
                 expected=f"one list of names in one order; class {at} of {told[0].name!r} is {first[at : at + 1]}",
                 received=f"class {at} of {other.name!r} is {second[at : at + 1]}{order}",
-                remedy="use experts trained with the same label order; where only the spelling differs, give labels=",
+                remedy="`rsrouter wrap --label-map first` puts equal names in one order, and --label-map FILE renames them "
+                "(in Python: rsrouter.experts.map_labels)",
             )
     return told[0].labels if told else None
 
@@ -127,8 +109,10 @@ class Expert:
             and never changed.
         sigma: noise level it is used at, standard deviation for pixels in [0,1].
         num_classes: width of the logits.
-        input_shape: `(C, H, W)` of one image.
+        input_shape: `(C, H, W)` of one image of the data; radii are distances between such images.
         mean, std: per-channel normalisation applied before the module; None for both: it normalises itself.
+        resize: how such an image becomes one of the network's size, before the normalisation; None: it is that size.
+        order: which of the module's logits each class reads; None: as they come.
         name: unique in its pool; default `sigma_<sigma>`.
         labels: class names in the order of the logits; None where they are not known.
         provenance: where the weights came from; None for a module made in memory, which cannot be published.
@@ -152,6 +136,8 @@ class Expert:
         input_shape: Sequence[int],
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        resize: Resize | None = None,
+        order: Sequence[int] | None = None,
         name: str | None = None,
         labels: Sequence[str] | None = None,
         provenance: Provenance | None = None,
@@ -217,8 +203,16 @@ class Expert:
                     received=repr(values),
                     remedy="one value per channel",
                 )
+        if order is not None and sorted(order) != list(range(num_classes)):
+            raise InputError(
+                f"The order of expert {self.name!r}'s classes does not fit",
+                expected=f"each of 0 to {num_classes - 1} once",
+                received=repr(order)[:200],
+                remedy="reorder by name: `rsrouter wrap --label-map`",
+            )
         if module is not None:
             check_values(module, self.name)
+        self.resize, self.order = resize, None if order is None else tuple(order)
         self.num_classes, self.input_shape = num_classes, shape
         self.mean = None if mean is None else tuple(float(m) for m in mean)
         self.std = None if std is None else tuple(float(s) for s in std)
@@ -226,6 +220,8 @@ class Expert:
         if provenance is not None and provenance.source != "composite" and not provenance.tensors and module is not None:
             provenance = provenance.model_copy(update={"tensors": tensors_digest(module)})
         self.provenance, self.probe = provenance, probe
+        #: weight files that were made with the expert (text features), by name; written where its pool is saved
+        self.beside: dict[str, bytes] = {}
         self._module, self._load = module, load
         self._token = ""
         self._known: str | None = None
@@ -249,10 +245,10 @@ class Expert:
         return self._module
 
     def _normalised(self, module: nn.Module) -> nn.Module:
-        return module if self.mean is None or self.std is None else nn.Sequential(Normalise(self.mean, self.std), module)
+        return around(module, self.mean, self.std, self.resize, self.order)
 
     def network(self) -> nn.Module:
-        """Pixels in [0,1] to logits: the normalisation, if any, and the module (shared, not copied)."""
+        """Pixels in [0,1] to logits: the module (shared, not copied) with what stands around it."""
         return self._normalised(self.module)
 
     @property
@@ -292,6 +288,10 @@ class Expert:
         told: dict[str, Any] = {"network": record, "num_classes": self.num_classes, "input_shape": self.input_shape}
         if self.mean is not None:
             told |= {"mean": self.mean, "std": self.std}
+        if self.resize is not None:
+            told["resize"] = self.resize.model_dump(mode="json")
+        if self.order is not None:
+            told["order"] = self.order
         if opaque:
             self._token = self._token or uuid.uuid4().hex
             told["token"] = self._token
@@ -320,14 +320,14 @@ class Expert:
         """The same network as another expert.
 
         Args:
-            changes: `sigma`, `name`, `labels`, `provenance`.
+            changes: `sigma`, `name`, `labels`, `order`, `provenance`, `probe`.
 
         >>> Expert(nn.Flatten(), sigma=0.5, num_classes=4, input_shape=(1, 2, 2)).with_settings(sigma=1.0, name=None)
         Expert('sigma_1', sigma=1, num_classes=4, input_shape=(1, 2, 2))
         """
-        kept = ("sigma", "num_classes", "input_shape", "mean", "std", "name", "labels", "provenance", "probe")
+        kept = ("sigma", "num_classes", "input_shape", "mean", "std", "resize", "order", "name", "labels", "provenance", "probe")
         made = Expert(self.module, **{**{key: getattr(self, key) for key in kept}, **changes})
-        made._token = self._token
+        made._token, made.beside = self._token, self.beside
         return made
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,42 +12,21 @@ from typing import Any
 from torch import nn
 
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
-from rsrouter.experts.checkpoints import LEGACY_SUFFIXES, WeightFile, parse_weights, read_verified
-from rsrouter.experts.config import CONFIG, NORMALISATIONS, checked, read_expert_config
+from rsrouter.experts.checkpoints import WeightFile
+from rsrouter.experts.config import CONFIG, EVAL, NORMALISATIONS, checked, read_expert_config
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.fitting import build_fitted, file_width
+from rsrouter.experts.places import ASSETS, WEIGHT_NAMES, Place, check_relative, open_place, read_weights
+from rsrouter.experts.preprocessing import timm_resize
 from rsrouter.experts.probe import Probe
 from rsrouter.experts.provenance import Provenance
 from rsrouter.experts.registry import canonical_name, input_shape_of, known_architecture
 from rsrouter.experts.structure import canonical, structure_of, tensors_digest
-from rsrouter.files import sha256_of
-from rsrouter.hub import Hub, is_hub_reference
+from rsrouter.hub import Hub
 from rsrouter.process import usual_settings
-
-#: folder of the weights that ship with the package (`source="bundled"`)
-ASSETS = Path(__file__).resolve().parent.parent / "demo" / "assets"
-WEIGHTS = "model.safetensors"
-WEIGHT_NAMES = (WEIGHTS, "pytorch_model.bin", "checkpoint.pth.tar")
 
 #: one module per pinned content: entries at several sigmas, and pools loaded twice, hold the weights once
 _MODULES: weakref.WeakValueDictionary[bytes, nn.Module] = weakref.WeakValueDictionary()
-
-
-def check_relative(filename: str, who: str) -> str:
-    """A file name from somebody's config: relative, inside its folder; InputError otherwise.
-
-    >>> check_relative("weights/model.safetensors", "The provenance")
-    'weights/model.safetensors'
-    """
-    path = PurePosixPath(filename)
-    if not filename or path.is_absolute() or ".." in path.parts or "\\" in filename or ":" in filename or "\0" in filename:
-        raise InputError(
-            f"{who} names a file outside its folder",
-            expected="a relative path without '..'",
-            received=repr(filename),
-            remedy="do not use this configuration unless you know who wrote it",
-        )
-    return filename
 
 
 @dataclass(frozen=True)
@@ -76,8 +55,8 @@ class Sources:
                     remedy="ask its publisher to publish it again with `rsrouter publish`",
                 )
 
-    def locate(self, provenance: Provenance) -> Path:
-        """The weight file of a plain provenance on this machine, fetched from the Hub where needed.
+    def locate(self, provenance: Provenance, beside: str | None = None) -> Path:
+        """The weight file of a plain provenance on this machine, fetched from the Hub where needed; or a file beside it.
 
         Raises:
             InputError: no usable place. IntegrityError: a place that is not allowed.
@@ -85,6 +64,8 @@ class Sources:
         """
         self.check(provenance, "An expert")
         filename = check_relative(provenance.filename, "The provenance")
+        if beside is not None:
+            filename = PurePosixPath(filename).with_name(check_relative(beside, "An index")).as_posix()
         if provenance.source == "hub":
             return self.hub.fetch_pinned(provenance.location, filename, provenance.revision)
         if provenance.source == "bundled":
@@ -92,28 +73,52 @@ class Sources:
         return (self.folder or Path()) / provenance.location / filename
 
 
-def _plain(provenance: Provenance, num_classes: int, sources: Sources) -> nn.Module:
+def read_pinned(provenance: Provenance, sources: Sources) -> Callable[[], WeightFile]:
+    """The verified weights of a plain provenance, to be parsed when they are needed.
+
+    Raises:
+        IntegrityError: not what was pinned. CheckpointError, HubError: not to be had.
+    """
     path = sources.locate(provenance)
-    data = read_verified(path, provenance.sha256)  # also where the module is in memory: a damaged file must show
-    module = _shared(provenance, num_classes, lambda: parse_weights(data, path.name))
-    if provenance.tensors and (found := tensors_digest(module)) != provenance.tensors:
+    return read_weights(path, provenance.sha256, lambda name: sources.locate(provenance, name))[1]
+
+
+def check_tensors(provenance: Provenance, found: str) -> None:
+    """Raises IntegrityError where the tensors that were read are not those that were pinned."""
+    if provenance.tensors and found != provenance.tensors:
         raise IntegrityError(
-            f"{path.name} does not hold the weights that were pinned",
+            f"{provenance.filename} does not hold the weights that were pinned",
             expected=f"tensors with digest {provenance.tensors}",
             received=f"digest {found}",
             remedy="its entry was edited, or an architecture of that name now has other tensors: wrap it again",
         )
+
+
+def _plain(provenance: Provenance, num_classes: int, sources: Sources) -> nn.Module:
+    # read also where the module is in memory: a damaged file must show
+    module = shared(provenance, num_classes, read_pinned(provenance, sources))
+    check_tensors(provenance, tensors_digest(module))
     return module
 
 
-def _shared(provenance: Provenance, num_classes: int, parse: Callable[[], WeightFile]) -> nn.Module:
-    """The module of a verified file; equal content of equal architecture is one module, unless somebody changed it."""
+def fitted(provenance: Provenance, num_classes: int, file: WeightFile) -> nn.Module:
+    """The module of a registered architecture with a file's weights."""
+    name = provenance.filename
+    return build_fitted(provenance.architecture, num_classes, provenance.kwargs, file, name, provenance.weights_key)
+
+
+def shared(
+    provenance: Provenance,
+    num_classes: int,
+    parse: Callable[[], WeightFile],
+    build: Callable[[Provenance, int, WeightFile], nn.Module] = fitted,
+) -> nn.Module:
+    """The module of verified weights; equal content of equal architecture is one module, unless somebody changed it."""
     told = (provenance.sha256, provenance.weights_key, provenance.architecture, num_classes, provenance.kwargs)
     key = canonical(told)
     module = _MODULES.get(key)
     if module is None or _TAKEN.get(module) != (tensors_digest(module), structure_of(module).digest):
-        name = provenance.filename
-        module = build_fitted(provenance.architecture, num_classes, provenance.kwargs, parse(), name, provenance.weights_key)
+        module = build(provenance, num_classes, parse())
         _MODULES[key] = module
         _TAKEN[module] = tensors_digest(module), structure_of(module).digest
     return module
@@ -123,6 +128,10 @@ _TAKEN: weakref.WeakKeyDictionary[nn.Module, tuple[str, str]] = weakref.WeakKeyD
 
 #: how the module of a provenance is built, by `Provenance.loader`; "checkpoint" reads one weight file
 LOADERS: dict[str, Callable[[Provenance, int, Sources], nn.Module]] = {"checkpoint": _plain, "rsrouter": _plain}
+
+#: what reads a model of another library: given its place, its config.json if it has one, the weight file that was named and
+#: what the user says, an expert, or None where it is none of that library's
+IMPORTERS: list[Callable[[Place, Path | None, str | None, Mapping[str, Any]], Expert | None]] = []
 
 
 @usual_settings()
@@ -144,30 +153,19 @@ def load_network(provenance: Provenance, num_classes: int, sources: Sources | No
     return LOADERS[provenance.loader](provenance, num_classes, sources or Sources())
 
 
-def _find_weights(folder: Path, filename: str | None) -> Path:
-    if filename is not None:
-        return folder / check_relative(filename, "The argument")
-    named = [folder / name for name in WEIGHT_NAMES if (folder / name).is_file()]
-    others = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", *LEGACY_SUFFIXES} and p not in named)
-    if named or len(others) == 1:
-        return (named or others)[0]
-    raise CheckpointError(
-        "The folder has no weight file that can be told apart",
-        expected=f"{WEIGHTS}, or exactly one weight file",
-        received=f"{[p.name for p in others]} in {folder}",
-        remedy="give filename=",
-    )
+def merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: WeightFile, who: str) -> dict[str, Any]:
+    """Settings of an expert: what the file says, what the user says (which wins), and no guesses.
 
-
-def _merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: WeightFile, who: str) -> dict[str, Any]:
-    """Settings of an expert: what the file says, what the user says (which wins), and no guesses."""
+    Raises:
+        InputError: something that decides the votes is said nowhere, or twice.
+    """
     merged = dict(settings)
     if {"mean", "std", "normalisation"} & overrides.keys():  # one statement about the normalisation replaces the whole of it
         for key in ("mean", "std", "normalisation"):
             merged.pop(key, None)
     merged.update(checked(overrides, who))
     # None is a statement about the normalisation and the class names; elsewhere it says nothing
-    merged = {key: value for key, value in merged.items() if value is not None or key in ("mean", "std", "labels")}
+    merged = {key: value for key, value in merged.items() if value is not None or key in ("mean", "std", "labels", "resize")}
     arch = checkpoint.metadata.get("arch")
     if "architecture" not in merged and isinstance(arch, str) and known_architecture(arch):
         merged["architecture"] = arch  # the file's own statement
@@ -211,8 +209,34 @@ def _merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: W
             + (f"; arch {arch!r} is neither registered nor one of timm's" if unknown_arch else ""),
             remedy="; ".join(f"{names.get(key, key)}: {asked[key]}" for key in missing),
         )
+    if "templates" in merged:
+        raise InputError(
+            f"{who} takes no templates",
+            expected="an open_clip model",
+            received=str(merged["architecture"]),
+            remedy="leave --template out; prompts make the classes of a zero-shot classifier only",
+        )
     merged.setdefault("std", None)
-    return merged
+    return _sized(merged, who)
+
+
+def _sized(merged: dict[str, Any], who: str) -> dict[str, Any]:
+    """The settings with the data's size as `input_shape`, and how the network's is made of it."""
+    data, told = merged.pop("input_size", None), merged.pop(EVAL, None)
+    if data is None:
+        return merged
+    channels, *seen = merged["input_shape"]
+    if "resize" not in merged:
+        if told is None and tuple(seen) != tuple(data):
+            raise InputError(
+                f"{who} does not say how images of another size are resized",
+                expected=f"how {data[0]} x {data[1]} becomes {seen[0]} x {seen[1]}",
+                received="--input-size alone",
+                remedy=f"--resize {seen[0]}x{seen[1]}:bicubic (or bilinear), as the network was trained; --resize none: it sees "
+                "them as they are",
+            )
+        merged["resize"] = None if tuple(seen) == tuple(data) else timm_resize(tuple(seen), tuple(data), told)
+    return {**merged, "input_shape": (channels, *data)}
 
 
 def open_checkpoint(
@@ -228,39 +252,34 @@ def open_checkpoint(
         `(where, settings, sha256, checkpoint)`: the location fields of a `Provenance`, what `config.json` beside it
         says, and the file's digest and content.
     """
-    text = os.fspath(source)
-    if is_hub_reference(text):
-        hub = Hub(**hub_settings)
-        reference = hub.reference(text, revision)
-        config_path = hub.try_fetch(reference, CONFIG)
-        settings = read_expert_config(config_path) if config_path else {}
-        if filename is not None:
-            path = hub.fetch(reference, check_relative(filename, "The argument"))
-        else:
-            path = hub.fetch_first(reference, WEIGHT_NAMES)
-        where: dict[str, Any] = {
-            "source": "hub",
-            "location": reference.repo_id,
-            "revision": reference.revision,
-            "filename": filename or path.name,
-        }
-    else:
-        given = expanded(text)
-        if not os.path.exists(given):
-            raise CheckpointError(
-                "No such checkpoint",
-                expected="a folder, a weight file or hf-hub:org/name@revision",
-                received=text,
-                remedy="check the path; Hub repositories are written hf-hub:org/name",
-            )
-        path = _find_weights(given, filename) if given.is_dir() else given
-        settings = read_expert_config(path.parent / CONFIG)
-        folder = Path(os.path.abspath(path.parent))
-        where = {"source": "local", "location": str(folder), "revision": None, "filename": path.name}
-        if folder.is_relative_to(ASSETS):
-            where |= {"source": "bundled", "location": folder.relative_to(ASSETS).as_posix()}
-    data = read_verified(path, None)
-    return where, settings, sha256_of(data), parse_weights(data, path.name)
+    place = open_place(source, revision, **hub_settings)
+    found = _read(place, place.find(CONFIG), filename)
+    return found[0], found[1], found[2], found[3]()
+
+
+def _read(
+    place: Place, config: Path | None, filename: str | None
+) -> tuple[dict[str, Any], dict[str, Any], str, Callable[[], WeightFile]]:
+    where, sha256, parse = weights_of(place, filename)
+    if place.folder is not None:
+        config = Path(where["location"]) / CONFIG if where["source"] == "local" else ASSETS / where["location"] / CONFIG
+    return where, read_expert_config(config) if config is not None else {}, sha256, parse
+
+
+def weights_of(
+    place: Place, filename: str | None, names: Sequence[str] = WEIGHT_NAMES
+) -> tuple[dict[str, Any], str, Callable[[], WeightFile]]:
+    """The weight file of a place (`Place.weights`): the location fields of a `Provenance`, its digest, and what parses it."""
+    name, path = place.weights(filename, names)
+    sha256, parse = read_weights(path, None, lambda shard: _need(place, PurePosixPath(name).with_name(shard).as_posix()))
+    return place.where(name), sha256, parse
+
+
+def _need(place: Place, name: str) -> Path:
+    found = place.find(name)
+    if found is None:
+        raise CheckpointError("A shard is missing", expected=name, received="no such file", remedy="fetch the repository again")
+    return found
 
 
 def load_expert(
@@ -283,7 +302,9 @@ def load_expert(
         **overrides: what the files do not say, or say differently: `name`, `architecture`, `kwargs`, `sigma`,
             `num_classes`, `input_shape`, `mean` and `std` (None for both: it normalises itself), or `normalisation`,
             a name in `NORMALISATIONS`; `labels`, the class names in order; `licence`; `weights_key`, which of several sets
-            of weights in the file is meant.
+            of weights in the file is meant; `input_size`, `(height, width)` of the data where the network sees images of
+            another size, and `resize`, a `Resize` (or its settings), where the files do not say how; `templates`, of an
+            open_clip model's prompts.
 
     Returns:
         The expert, with its provenance; equal weights that are already in memory are shared.
@@ -293,11 +314,14 @@ def load_expert(
         CheckpointError: a file that cannot be read, would run code, or does not fit.
         HubError, IntegrityError: see `rsrouter.hub.fetch`.
     """
-    where, settings, sha256, checkpoint = open_checkpoint(
-        source, filename=filename, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
-    shown = where["filename"]
-    merged = _merge(settings, overrides, checkpoint, shown)
+    place = open_place(source, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    config = place.find(CONFIG)
+    for importer in IMPORTERS:
+        if (expert := importer(place, config, filename, overrides)) is not None:
+            return expert
+    where, settings, sha256, parse = _read(place, config, filename)
+    checkpoint, shown = parse(), where["filename"]
+    merged = merge(settings, overrides, checkpoint, shown)
     provenance = Provenance(
         **where,
         sha256=sha256,
@@ -308,7 +332,7 @@ def load_expert(
         weights_key=merged.get("weights_key"),
     )
     make_expert(provenance, merged)  # checks sigma, shapes and normalisation before any weight is placed
-    module = _shared(provenance, merged["num_classes"], lambda: checkpoint)
+    module = shared(provenance, merged["num_classes"], lambda: checkpoint)
     return make_expert(provenance, merged, module=module)
 
 
@@ -324,7 +348,7 @@ def make_expert(
 
     Args:
         provenance: where from.
-        settings: `sigma`, `num_classes`, `input_shape`, `mean`, `std` and optionally `name` and `labels`.
+        settings: `sigma`, `num_classes`, `input_shape`, `mean`, `std` and optionally `resize`, `order`, `name` and `labels`.
         sources: where files are looked for.
         probe: logits it gave when it was wrapped.
         module: its module; None: read and verified when first needed.
@@ -337,17 +361,11 @@ def make_expert(
         input_shape=settings["input_shape"],
         mean=settings.get("mean"),
         std=settings.get("std"),
+        resize=settings.get("resize"),
+        order=settings.get("order"),
         name=settings.get("name"),
         labels=settings.get("labels"),
         provenance=provenance,
         probe=probe,
         load=None if module is not None else lambda: load_network(provenance, num_classes, sources),
     )
-
-
-def expanded(text: str) -> Path:
-    """A path with `~` as the home folder."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # ~ of a user that does not exist
-        return Path(text)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
 from rsrouter.experts.config import NORMALISATIONS
-from rsrouter.experts.expert import Expert, Normalise
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.preprocessing import around
 
 #: a better normalisation is reported from this many standard errors of the paired difference ...
 STANDARD_ERRORS = 3.0
@@ -82,7 +83,7 @@ def check_expert(expert: Expert, images: Tensor, labels: Tensor, *, seed: int = 
             f"The images do not fit expert {expert.name!r}",
             expected=f"(N, {', '.join(map(str, expert.input_shape))})",
             received=str(tuple(images.shape)),
-            remedy="check input_shape, or resize the data",
+            remedy="--input-size of the data, where the network sees images of another size; or resize the data: --size",
         )
     if tuple(labels.shape) != (len(images),) or int(labels.min()) < 0 or int(labels.max()) >= expert.num_classes:
         raise InputError(
@@ -92,7 +93,7 @@ def check_expert(expert: Expert, images: Tensor, labels: Tensor, *, seed: int = 
             remedy="check num_classes and the data",
         )
     module = copy.deepcopy(expert.module).eval()  # the expert's own module keeps its mode
-    networks = {"": _normalised(module, expert.mean, expert.std), **_alternatives(expert, module)}
+    networks = {"": _normalised(expert, module, expert.mean, expert.std), **_alternatives(expert, module)}
     right = {name: torch.zeros(len(images), dtype=torch.bool) for name in networks}
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(images), batch):
@@ -112,8 +113,10 @@ def check_expert(expert: Expert, images: Tensor, labels: Tensor, *, seed: int = 
     return NoisyCheck(expert.name, expert.sigma, len(images), own, 1 / expert.num_classes, accuracy, better)
 
 
-def _normalised(module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
-    return module if mean is None or std is None else nn.Sequential(Normalise(mean, std), module)
+def _normalised(
+    expert: Expert, module: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> nn.Module:
+    return around(module, mean, std, expert.resize, expert.order)
 
 
 def _alternatives(expert: Expert, module: nn.Module) -> dict[str, nn.Module]:
@@ -123,7 +126,7 @@ def _alternatives(expert: Expert, module: nn.Module) -> dict[str, nn.Module]:
     for name, values in NORMALISATIONS.items():
         if values is None:
             if expert.mean is not None:
-                networks[name] = module
+                networks[name] = _normalised(expert, module)
         elif len(values[0]) == expert.input_shape[0] and values != (expert.mean, expert.std):
-            networks[name] = _normalised(module, *values)
+            networks[name] = _normalised(expert, module, *values)
     return networks

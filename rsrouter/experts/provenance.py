@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rsrouter.core.errors import InputError
+from rsrouter.experts.preprocessing import Resize
 from rsrouter.stored import Stored, validated
 
 #: bounds of what a stored form may say; larger is a mistake or an attack
 Name = Annotated[str, Field(max_length=1_000)]
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
 Channels = Annotated[tuple[float, ...], Field(max_length=1_000)]
+Order = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=1_000_000)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 REMEDY = "write pools with `rsrouter wrap` or ExpertPool.save"
 
@@ -25,6 +27,7 @@ class Part(Stored):
         role: `"member"`, `"denoiser"` or `"classifier"`.
         num_classes: width of its logits (2 for a denoiser, which has none).
         mean, std: per-channel normalisation before it; None: none.
+        resize, order: as in `Expert`.
         provenance: where it came from.
     """
 
@@ -32,7 +35,17 @@ class Part(Stored):
     num_classes: Width
     mean: Channels | None
     std: Channels | None
+    resize: Resize | None = None
+    order: Order | None = None
     provenance: Provenance
+
+    def record(self) -> dict[str, Any]:
+        """What pins it, as JSON-ready values."""
+        network = self.provenance.network_record(self.num_classes)
+        told: dict[str, Any] = {"role": self.role, "mean": self.mean, "std": self.std, "network": network}
+        if self.resize is not None:
+            told["resize"] = self.resize.model_dump(mode="json")
+        return told if self.order is None else {**told, "order": self.order}
 
 
 class Provenance(Stored):
@@ -92,10 +105,7 @@ class Provenance(Stored):
     def network_record(self, num_classes: int) -> dict[str, Any]:
         """What pins the network, as JSON-ready values; not where it lies."""
         if self.source == "composite":
-            parts = [
-                {"role": p.role, "mean": p.mean, "std": p.std, "network": p.provenance.network_record(p.num_classes)}
-                for p in self.parts
-            ]
+            parts = [part.record() for part in self.parts]
             return {"composite": self.loader, "kwargs": self.kwargs, "parts": parts}
         return network_record(self.architecture, self.kwargs, num_classes, self.tensors)
 

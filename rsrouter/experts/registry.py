@@ -1,8 +1,8 @@
 """Architectures by name: what a `config.json` or a spec file may ask for.
 
-Only names registered here, timm's own, or those that an installed package announces are ever built; a checkpoint cannot bring
-code along. A user adds a module in one line, `register_architecture("my_net", MyNet)`; a package announces one in its
-pyproject.toml, and whoever installs the package can load what is built of it:
+Only names registered here, timm's own, torchvision's (`torchvision:resnet18`), or those that an installed package announces are
+ever built; a checkpoint cannot bring code along. A user adds a module in one line, `register_architecture("my_net", MyNet)`; a
+package announces one in its pyproject.toml, and whoever installs the package can load what is built of it:
 
     [project.entry-points."rsrouter.architectures"]
     my_net = "my_package.nets:MyNet"
@@ -87,6 +87,17 @@ def register_architecture(
     return build
 
 
+#: before the names of torchvision's models
+TORCHVISION = "torchvision:"
+
+
+def _torchvision(model: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    from torchvision import models
+
+    built: nn.Module = models.get_model(model, weights=None, num_classes=num_classes, **kwargs)
+    return built
+
+
 @cache
 def _announced(name: str) -> metadata.EntryPoints:
     return metadata.entry_points(group=ENTRY_POINTS, name=name)
@@ -94,6 +105,13 @@ def _announced(name: str) -> metadata.EntryPoints:
 
 def _find(name: str) -> Callable[..., nn.Module] | None:
     """What builds `name`, looked for among the announcements of installed packages where it is not registered yet."""
+    if name.startswith(TORCHVISION) and name not in _ARCHITECTURES:
+        from torchvision import models
+
+        plain = name.removeprefix(TORCHVISION)
+        if plain not in models.list_models(module=models):
+            return None
+        register_architecture(name, partial(_torchvision, plain))
     if name not in _ARCHITECTURES:
         for announced in _announced(name):
             build = announced.load()

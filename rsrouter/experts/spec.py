@@ -41,7 +41,8 @@ from rsrouter.experts.config import SETTINGS
 from rsrouter.experts.denoising import Denoiser, at_sigmas, denoised, load_denoiser, make_diffusion
 from rsrouter.experts.ensembles import ensemble
 from rsrouter.experts.expert import Expert, check_sigma
-from rsrouter.experts.loaders import expanded, load_expert
+from rsrouter.experts.loaders import load_expert
+from rsrouter.experts.places import expanded, hub_name
 from rsrouter.hub import Hub, is_hub_reference
 from rsrouter.stored import read_bytes
 
@@ -216,6 +217,7 @@ def _source(entry: Mapping[str, Any], base: Path) -> str:
             received=repr(source),
             remedy="say where its weights are",
         )
+    source = hub_name(source, base)
     return source if is_hub_reference(source) else str(base / expanded(source))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rsrouter.experts.label_order import map_labels
 from rsrouter.experts.noisy_accuracy import NoisyCheck, check_expert
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.experts.probe import take_probe
@@ -41,6 +44,7 @@ def wrap(
     folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
     hub: Hub | None = None,
+    label_map: Mapping[str, Any] | None = None,
 ) -> Wrapped:
     """A pinned pool from a spec; revisions become commit hashes, files are hashed, and nothing is guessed.
 
@@ -51,12 +55,15 @@ def wrap(
         folder: where relative paths count from; default the spec's folder, else the working directory.
         seed: of the noise in that check.
         hub: how the Hub is read (token, cache, offline).
+        label_map: arguments of `map_labels` (`{}`: equal names in the order of the first expert); None: experts that disagree
+            about names or order are refused.
 
     Raises:
         InputError: unknown keys, or something that decides the votes is missing.
         CheckpointError, HubError, IntegrityError: as `load_expert`.
     """
-    pool = ExpertPool(experts_of_spec(spec, folder=folder, hub=hub))
+    experts = experts_of_spec(spec, folder=folder, hub=hub)
+    pool = ExpertPool(experts if label_map is None else map_labels(experts, **label_map))
     for expert in pool:
         expert.probe = expert.probe or take_probe(expert.network(), expert.input_shape, f"expert {expert.name!r}")
     if images is None or labels is None:

@@ -19,7 +19,8 @@ from rsrouter.core.errors import InputError
 from rsrouter.experts.convert import save_expert
 from rsrouter.experts.entries import expert_to_dict
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.loaders import WEIGHTS, load_network
+from rsrouter.experts.loaders import Sources, load_network, read_pinned
+from rsrouter.experts.places import WEIGHTS
 from rsrouter.experts.provenance import Provenance
 from rsrouter.files import sha256_of
 from rsrouter.hub import explained
@@ -103,7 +104,8 @@ class Uploader:
 
     def _put(self, provenance: Provenance, repo_id: str, expert: Expert | None, num_classes: int) -> Provenance:
         folder = self.scratch / repo_id.split("/")[1]
-        if expert is not None:
+        own = provenance.loader in ("checkpoint", "rsrouter")
+        if expert is not None and own:
             save_expert(expert, folder, origin={"filename": provenance.filename, "sha256": provenance.sha256})
         else:
             _write_part(provenance, num_classes, folder)
@@ -120,16 +122,21 @@ class Uploader:
                 "revision": upload.commit,
                 "filename": WEIGHTS,
                 "sha256": sha256_of(folder / WEIGHTS),
-                "loader": "checkpoint",
+                "loader": "checkpoint" if own else provenance.loader,
                 "weights_key": None,
             }
         )
 
 
 def _write_part(provenance: Provenance, num_classes: int, folder: Path) -> None:
-    """The weights of a part (a denoiser, a member), and a few words about them."""
+    """The weights of a part (a denoiser, a member) or of another library's model, and a few words about them."""
     folder.mkdir()
-    state = load_network(provenance, num_classes).state_dict()
+    if "config" in provenance.kwargs:  # of transformers: tensors as they are stored, and what they belong to
+        state = read_pinned(provenance, Sources())().states[""]
+        config = {**provenance.kwargs["config"], "architectures": [provenance.architecture], "num_labels": num_classes}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    else:
+        state = load_network(provenance, num_classes).state_dict()
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     data = ModelCardData(license=provenance.licence, library_name="rsrouter", tags=["randomized-smoothing", "rsrouter"])

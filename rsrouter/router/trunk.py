@@ -11,12 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsrouter.core.errors import InputError
-from rsrouter.experts.expert import Expert, Normalise
-
-
-def has_trunk(module: nn.Module) -> bool:
-    """Whether features can be taken: timm's `forward_features`, `forward_head(pre_logits=)`, `get_classifier`."""
-    return all(callable(getattr(module, name, None)) for name in ("forward_features", "forward_head", "get_classifier"))
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.preprocessing import has_trunk
 
 
 def has_grid(expert: Expert, grid: int) -> bool:
@@ -77,19 +73,16 @@ class Trunk(nn.Module):
                 received=type(expert.module).__name__,
                 remedy="use a router with a backbone of its own, or a cascade",
             )
-        self.normalise: nn.Module = nn.Identity()
-        if expert.mean is not None and expert.std is not None:
-            self.normalise = Normalise(expert.mean, expert.std)
-        self.module: Any = expert.module
+        self.network: Any = expert.network()
         self._name, self._grid = expert.name, grid
 
     def extra_repr(self) -> str:
         return "" if self._grid == 1 else f"grid={self._grid}"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.module.forward_features(self.normalise(x))
-        pooled = self.module.forward_head(features, pre_logits=True)
-        logits = self.module.get_classifier()(pooled)
+        features = self.network.forward_features(x)
+        pooled = self.network.forward_head(features, pre_logits=True)
+        logits = self.network.get_classifier()(pooled)
         return pooled if self._grid == 1 else _cells(features, pooled, self._grid, self._name), logits
 
 

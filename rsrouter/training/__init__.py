@@ -11,6 +11,7 @@ from rsrouter.training.labels import Labels, label_images, label_votes
 from rsrouter.training.losses import consistency_loss, dual_rs_loss, good_sets, utility_loss
 from rsrouter.training.record import KINDS, Training
 from rsrouter.training.resume import ResumeStore
+from rsrouter.training.trackers import log_to
 from rsrouter.training.train import train_router
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "good_sets",
     "label_images",
     "label_votes",
+    "log_to",
     "train_deferral",
     "train_router",
     "tune_cascade",

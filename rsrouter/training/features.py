@@ -9,8 +9,10 @@ from torch import Tensor
 
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.pool import ExpertPool
+from rsrouter.experts.preprocessing import has_trunk
+from rsrouter.experts.registry import TORCHVISION
 from rsrouter.process import fixed_kernels
-from rsrouter.router.trunk import FusedTrunk, has_trunk
+from rsrouter.router.trunk import FusedTrunk
 from rsrouter.sampling.execution import Execution, default_batch, prepare, resolve_device
 from rsrouter.sampling.noise import stream_key
 from rsrouter.training.resume import ResumeStore, unit_key
@@ -23,9 +25,14 @@ def with_features(pool: ExpertPool) -> list[Expert]:
 
 def without_features(pool: ExpertPool) -> str:
     """Which experts expose no features, and what they would need to; empty where all do."""
-    blind = [f"{e.name} ({type(e.module).__name__})" for e in pool if not has_trunk(e.module)]
+    blind = [e for e in pool if not has_trunk(e.module)]
+    if not blind:
+        return ""
     needed = "forward_features(x), forward_head(x, pre_logits=True) and get_classifier(), as timm's models have"
-    return f"no features are exposed by {', '.join(blind)}: heads need {needed}" if blind else ""
+    if any(e.provenance is not None and any(f.architecture.startswith(TORCHVISION) for f in e.provenance.files()) for e in blind):
+        needed += "; timm has torchvision's ResNets under the same names: --architecture resnet18"
+    names = ", ".join(f"{e.name} ({type(e.module).__name__})" for e in blind)
+    return f"no features are exposed by {names}: heads need {needed}"
 
 
 @torch.inference_mode()

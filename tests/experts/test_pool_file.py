@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
 from rsrouter.experts import Expert, ExpertPool, Provenance, load_expert
 from rsrouter.experts.entries import expert_to_dict
-from rsrouter.experts.loaders import ASSETS
+from rsrouter.experts.places import ASSETS
 from rsrouter.experts.provenance import Part
 from rsrouter.experts.small_resnet import SmallResNet
 

@@ -28,7 +28,7 @@ from rsrouter.experts import (
     wrap,
 )
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.loaders import ASSETS
+from rsrouter.experts.places import ASSETS
 from tests.helpers.hub_server import HubServer
 from tests.helpers.legacy import MEAN, STD, NormalizeLayer, PaperResNet, save_like_cohen, scramble
 
