@@ -83,7 +83,7 @@ def test_spec_of_every_kind(cohen: Path) -> None:
         sigma = [0.25, 0.5]
         denoiser = { source = "unet.safetensors", architecture = "small_unet", kwargs = { image_channels = 3, width = 8 } }
         classifier = { source = "c.pth.tar" }
-        diffusion = { schedule = "cosine" }
+        diffusion = { schedule = "cosine", steps = 1000 }
     """,
     )
     pool = ExpertPool(spec)
