@@ -51,6 +51,9 @@ def wrap(
     denoiser_kwargs: Annotated[
         str | None, typer.Option("--denoiser-kwargs", help="Its arguments, as JSON: '{\"image_size\": 32, ...}'.")
     ] = None,
+    denoiser_filename: Annotated[
+        str | None, typer.Option("--denoiser-filename", help="Its weight file, where a folder or repository has several.")
+    ] = None,
     denoiser_licence: Annotated[str | None, typer.Option("--denoiser-licence", help="Licence of its weights.")] = None,
     data: Annotated[str | None, typer.Option(help="Labelled images on which to measure noisy accuracy.")] = None,
     images: Annotated[int, typer.Option("--images", help="How many images, spread evenly over the data.")] = 300,
@@ -73,6 +76,7 @@ def wrap(
 
     about = {
         "source": denoiser,
+        "filename": denoiser_filename,
         "architecture": denoiser_architecture,
         "kwargs": _json(denoiser_kwargs, "--denoiser-kwargs"),
         "licence": denoiser_licence,

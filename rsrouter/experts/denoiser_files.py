@@ -80,7 +80,7 @@ def load_denoiser(
         InputError: something that decides the result is neither in the files nor stated.
         HubError, IntegrityError: as `load_expert`.
     """
-    told = checked({"kwargs": None if kwargs is None else dict(kwargs), "licence": licence}, "the denoiser")
+    told = checked({"kwargs": dict(kwargs) if isinstance(kwargs, Mapping) else kwargs, "licence": licence}, "the denoiser")
     stated = diffusion.to_dict() if isinstance(diffusion, Diffusion) else diffusion
     reader = Hub(**hub)
     place = open_place(source, revision, **hub)

@@ -157,7 +157,7 @@ def denoised(
     if not told and origin is not None and (diffusion is None or origin.architecture == OPENAI):
         raise InputError(
             "The denoiser takes a time step, and how it was trained is not known",
-            expected="diffusion settings: schedule, steps, rescale_timesteps, ...",
+            expected="diffusion settings, such as schedule, steps and rescale_timesteps",
             received="none" if diffusion is None else "settings that came after it was loaded",
             remedy="load_denoiser(..., diffusion={...}), as the repository it comes from says; in a spec diffusion = { ... }",
         )
