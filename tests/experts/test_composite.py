@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from rsrouter.experts import (
     load_denoiser,
     load_expert,
 )
+from rsrouter.experts.preprocessing import Resize
 from rsrouter.experts.small_resnet import SmallResNet
 
 SMALL = {"width": 8, "blocks": [[8, 2]]}
@@ -260,12 +262,16 @@ def test_dncnn_before_a_classifier(members: list[Expert], x: Tensor) -> None:
 def test_resized_for_the_classifier() -> None:
     diffusion = Diffusion(learned_variance=True)
     clean = torch.full((1, 3, 8, 8), 0.25)
-    classifier = Expert(nn.Flatten(), sigma=0.5, num_classes=768, input_shape=(3, 16, 16))
-    expert = denoised(Oracle(clean, diffusion, "epsilon"), classifier, sigma=0.5, diffusion=diffusion, input_shape=(3, 8, 8))
+    oracle = Oracle(clean, diffusion, "epsilon")
+    told: dict[str, Any] = {"sigma": 0.5, "num_classes": 768}
+    classifier = Expert(nn.Flatten(), input_shape=(3, 8, 8), resize=Resize(size=(16, 16)), **told)
+    expert = denoised(oracle, classifier, sigma=0.5, diffusion=diffusion)
     assert expert.input_shape == (3, 8, 8)
     torch.testing.assert_close(expert.network()(clean + 0.1), torch.full((1, 768), 0.25), rtol=1e-3, atol=1e-3)
-    with pytest.raises(InputError, match="different images"):
-        denoised(nn.Identity(), classifier, sigma=0.5, input_shape=(3, 8, 8))
+    other = Expert(nn.Flatten(), input_shape=(3, 16, 16), **told)
+    with pytest.raises(InputError, match="different images") as caught:
+        denoised(oracle, other, sigma=0.5, diffusion=diffusion, input_shape=(3, 8, 8))
+    assert "input_size=(8, 8)" in caught.value.remedy
 
 
 def test_one_model_at_several_sigmas(members: list[Expert], tmp_path: Path) -> None:

@@ -235,7 +235,6 @@ def pipeline(folder: Path, unet: Any = UNET, scheduler: Any = DDPM, index: Any =
         ({"index": {**INDEX, "vqvae": ["diffusers", "VQModel"]}}, "latent diffusion"),
         ({"weights": "diffusion_pytorch_model.bin"}, "no UNet weights as safetensors"),
         ({"weights": "diffusion_pytorch_model.fp16.safetensors"}, "filename='unet/diffusion_pytorch_model.fp16.safetensors'"),
-        ({"weights": "diffusion_pytorch_model.safetensors.index.json"}, "in several files"),
     ],
 )
 def test_folders_that_are_refused(tmp_path: Path, changed: dict[str, Any], match: str) -> None:

@@ -133,7 +133,8 @@ def test_spec_pins_the_commit_a_tag_means(hub: HubServer, cohen: Path, tmp_path:
         ("[[expert]]\nkind = 'ensemble'\nsigma = 0.5\n", "needs members"),
         ("[[expert]]\nkind = 'denoised'\nsigma = 0.5\nclassifier = {source = 'a.pth.tar'}\n", "needs denoiser"),
         (
-            "[[expert]]\nkind = 'denoised'\nsigma = 0.5\nclassifier = {source = 'a.pth.tar'}\ndenoiser = {source = 'b'}\n",
+            "[[expert]]\nkind = 'denoised'\nsigma = 0.5\nclassifier = {source = 'a.pth.tar'}\n"
+            "denoiser = {source = 'b.pth.tar'}\n",
             "architecture",
         ),
         ("[[experts]]\nsource = 'a.pth.tar'\n[other]\n", "other"),

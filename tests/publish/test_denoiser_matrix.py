@@ -56,24 +56,39 @@ def done(*words: object) -> str:
     return out
 
 
+def pictures(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """8-bit images of three classes, told apart by the channel that is bright, more or less so."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    images = rng.integers(60, 120, (count, 3, 8, 8))
+    images[np.arange(count), labels] += rng.integers(3, 90, count)[:, None, None]
+    return torch.from_numpy(images).to(torch.uint8), torch.from_numpy(labels)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Three classes, told apart by the channel that is bright."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(18) % 3
-    images = rng.integers(0, 120, (18, 3, 8, 8))
-    images[np.arange(18), labels] += 130
-    np.savez(tmp_path / "data.npz", images=images.astype(np.uint8), labels=labels)
+    images, labels = pictures(30, 0)
+    np.savez(tmp_path / "data.npz", images=images.numpy(), labels=labels.numpy())
     return tmp_path / "data.npz"
 
 
-def put_classifier(hub: HubServer) -> None:
+@pytest.fixture(scope="module")
+def classifier() -> dict[str, bytes]:
+    """Files of a small network that tells the classes apart."""
     torch.manual_seed(0)
     kwargs = {"in_channels": 3, "width": 8, "blocks": [[8, 2]]}
+    net = build_architecture("small_resnet", 3, kwargs).train()
+    images, labels = pictures(120, 1)
+    optimiser = torch.optim.Adam(net.parameters(), 0.02)
+    for _ in range(40):
+        noisy = (images / 255 + 0.3 * torch.randn(images.shape)).clamp(0, 1)
+        loss = nn.functional.cross_entropy(net((noisy - 0.5) / 0.25), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
     config = {"architecture": "small_resnet", "kwargs": kwargs, "num_classes": 3, "input_shape": [3, 8, 8], "mean": [0.5] * 3}
-    weights = save(build_architecture("small_resnet", 3, kwargs).state_dict())
-    files = {"model.safetensors": weights, "config.json": json.dumps({**config, "std": [0.25] * 3, "licence": "mit"}).encode()}
-    hub.put("org/classifier", files, tag="v1")
+    told = json.dumps({**config, "std": [0.25] * 3, "licence": "mit", "labels": ["red", "green", "blue"]}).encode()
+    return {"model.safetensors": save(net.state_dict()), "config.json": told}
 
 
 def put_denoiser(hub: HubServer, row: str, scratch: Path) -> list[str]:
@@ -96,9 +111,9 @@ def put_denoiser(hub: HubServer, row: str, scratch: Path) -> list[str]:
     return []
 
 
-def trip(hub: HubServer, row: str, folder: Path, data: Path) -> dict[str, Any]:
+def trip(hub: HubServer, row: str, folder: Path, data: Path, classifier: dict[str, bytes]) -> dict[str, Any]:
     """Everything up to the published router; the pool's content."""
-    put_classifier(hub)
+    hub.put("org/classifier", classifier, tag="v1")
     told = put_denoiser(hub, row, folder)
     refs = ("--denoiser", "hf-hub:org/denoiser@v1", "--classifier", "hf-hub:org/classifier@v1", "--sigma", "0.25,0.5")
     said = done("wrap", *refs, *told, "--data", data, "--images", 6, "--out", folder / "pool.json")
@@ -121,8 +136,10 @@ def trip(hub: HubServer, row: str, folder: Path, data: Path) -> dict[str, Any]:
     return dict(pool)
 
 
-def test_one_cell_of_the_matrix(hub: HubServer, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = trip(hub, "improved-diffusion", tmp_path, data)
+def test_one_cell_of_the_matrix(
+    hub: HubServer, tmp_path: Path, data: Path, classifier: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = trip(hub, "improved-diffusion", tmp_path, data, classifier)
     monkeypatch.setattr(loaders, "_MODULES", {})
     loaded = RoutedSmooth.from_pretrained("org/flat", cache_dir=tmp_path / "empty")
     assert [e.digest for e in loaded.pool] == [e["digest"] for e in pool["experts"]]
@@ -138,10 +155,10 @@ def test_one_cell_of_the_matrix(hub: HubServer, tmp_path: Path, data: Path, monk
 
 @pytest.mark.libraries
 @pytest.mark.parametrize("row", [*DIFFUSERS, *OPENAI])
-def test_every_kind_of_denoiser(hub: HubServer, tmp_path: Path, data: Path, row: str) -> None:
+def test_every_kind_of_denoiser(hub: HubServer, tmp_path: Path, data: Path, classifier: dict[str, bytes], row: str) -> None:
     if row in DIFFUSERS:
         pytest.importorskip("diffusers")
-    trip(hub, row, tmp_path, data)
+    trip(hub, row, tmp_path, data, classifier)
     reading = ("--data", data, "--radii", "0,0.25", "--n", 100)
     done("train", tmp_path / "pool.json", *reading, "--kind", "deferral", "--recipe", "quick", "--out", tmp_path / "deferral")
     votes = ("--n", 200, "--n0", 20, "--plan", "fixed", "--count", 4)
