@@ -31,6 +31,7 @@ from rsrouter.core.tree import Tree
 from rsrouter.core.types import Certificate
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.identity import module_digest
+from rsrouter.experts.parts import composed
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_count, check_ids, check_images, check_seed
 from rsrouter.publish import Publication, publish
@@ -98,7 +99,8 @@ class Smoothed:
         experts = ", ".join(e.name for e in self.experts)
         count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
         lines = [f"{count} over {experts}, images of shape {self.shape}, {self.noise} noise, {self.execution.dtype}"]
-        return "\n".join([*lines, *(f"  {i}. {line}" for i, line in enumerate(stages, 1))])
+        lines += [f"  {i}. {line}" for i, line in enumerate(stages, 1)]
+        return "\n".join([*lines, *(f"  {line}" for line in composed(self.experts))])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "memo": None}

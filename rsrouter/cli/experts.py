@@ -23,16 +23,39 @@ from rsrouter.cli.options import (
 )
 from rsrouter.core.errors import InputError
 
-Source = Annotated[list[str], typer.Argument(help="A spec (.toml, .yaml), or checkpoints: file, folder, hf-hub:org/name@rev.")]
+Source = Annotated[list[str] | None, typer.Argument(help="A spec (.toml, .yaml), or checkpoints: file, folder, hf-hub:org/name.")]
 Sigma = Annotated[str | None, typer.Option(help="Noise level in [0,1] pixels; with several sources one each, such as 0.25,0.5.")]
 
 
 @checkpoint_options
 @data_options
 def wrap(
-    source: Source,
+    source: Source = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The pool file to write.")] = Path("pool.json"),
     sigma: Sigma = None,
+    denoiser: Annotated[
+        str | None, typer.Option(help="A denoiser before --classifier: hf-hub:org/name@rev or a folder (diffusers), or a file.")
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="The classifier behind --denoiser; the options about a checkpoint are about it.")
+    ] = None,
+    timestep: Annotated[
+        str | None,
+        typer.Option(help="Time step of the denoiser: first (whose noise is at least 2 sigma, the default) or nearest."),
+    ] = None,
+    diffusion: Annotated[
+        str | None, typer.Option(help='Schedule of a denoiser file, as JSON: \'{"schedule": "cosine", "steps": 4000, ...}\'.')
+    ] = None,
+    denoiser_architecture: Annotated[
+        str | None, typer.Option("--denoiser-architecture", help="openai_unet, dncnn, ...; not for diffusers.")
+    ] = None,
+    denoiser_kwargs: Annotated[
+        str | None, typer.Option("--denoiser-kwargs", help="Its arguments, as JSON: '{\"image_size\": 32, ...}'.")
+    ] = None,
+    denoiser_filename: Annotated[
+        str | None, typer.Option("--denoiser-filename", help="Its weight file, where a folder or repository has several.")
+    ] = None,
+    denoiser_licence: Annotated[str | None, typer.Option("--denoiser-licence", help="Licence of its weights.")] = None,
     data: Annotated[str | None, typer.Option(help="Labelled images on which to measure noisy accuracy.")] = None,
     images: Annotated[int, typer.Option("--images", help="How many images, spread evenly over the data.")] = 300,
     label_map: Annotated[
@@ -59,11 +82,26 @@ def wrap(
     rsrouter wrap timm/resnet18.a1_in1k --sigma 0.25
 
     rsrouter wrap hf-hub:org/clip --sigma 0.25 --class-names cat,dog --template "a photo of a {}."
+
+    rsrouter wrap --denoiser hf-hub:org/ddpm-cifar10 --classifier clean/model.safetensors --sigma 0.25,0.5,1
     """
     from rsrouter.experts import wrap as wrap_spec
+    from rsrouter.experts.parts import parts_of
 
-    spec: Any = source[0]
-    if len(source) > 1 or not source[0].endswith((".toml", ".yaml", ".yml")):
+    about = {
+        "source": denoiser,
+        "filename": denoiser_filename,
+        "architecture": denoiser_architecture,
+        "kwargs": _json(denoiser_kwargs, "--denoiser-kwargs"),
+        "licence": denoiser_licence,
+    }
+    of_denoiser = {key: value for key, value in about.items() if value is not None}
+    call = {"timestep": timestep, "diffusion": _json(diffusion, "--diffusion")}
+    call = {key: value for key, value in call.items() if value is not None}
+    spec: Any = source[0] if source else None
+    if of_denoiser or classifier is not None or call or not source:
+        spec = _denoised_spec(source or [], of_denoiser, classifier, call, sigma, settings)
+    elif len(source) > 1 or not source[0].endswith((".toml", ".yaml", ".yml")):
         sigmas: list[Any] = [None] * len(source)
         if sigma is not None:
             sigmas = list(parse_numbers(sigma, "sigma"))
@@ -120,11 +158,47 @@ def wrap(
     for expert in wrapped.pool:
         origin = expert.provenance
         where = "" if origin is None else f"{origin.location}@{origin.revision[:12]}" if origin.revision else origin.filename
+        if origin is not None and origin.source == "composite":
+            where = "; ".join(role for role, _ in parts_of(origin, expert.sigma))
         accuracy = f"  noisy accuracy {checks[expert.name].accuracy:.1%}" if expert.name in checks else ""
         typer.echo(f"{expert.name:24} sigma {expert.sigma:<6g} digest {expert.digest[:12]}  {where}{accuracy}")
     for warning in wrapped.warnings:
         typer.secho(f"warning: {warning}", err=True, fg="yellow")
     typer.echo(f"Pool: {out}")
+
+
+def _json(text: str | None, option: str) -> Any:
+    from rsrouter.stored import parse_json
+
+    return None if text is None else parse_json(text, option, remedy="an object in quotes: '{\"steps\": 1000}'")
+
+
+def _denoised_spec(
+    source: list[str],
+    denoiser: dict[str, Any],
+    classifier: str | None,
+    call: dict[str, Any],
+    sigma: str | None,
+    settings: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """The spec of one denoiser before one classifier, an expert at each sigma."""
+    given = [*source, *(["--denoiser"] if "source" in denoiser else []), *(["--classifier"] if classifier else [])]
+    if source or "source" not in denoiser or classifier is None:
+        raise InputError(
+            "Nothing to wrap" if not given else "A denoiser and a classifier go together",
+            expected="--denoiser REF --classifier REF --sigma 0.25,0.5,1, or checkpoints, or a spec",
+            received=", ".join(given) or "no source",
+            remedy="give both and no other source; plain experts can stand beside it in a spec",
+        )
+    if sigma is None:
+        raise InputError(
+            "A denoised expert needs its sigma",
+            expected="--sigma, one or several",
+            received="none",
+            remedy="--sigma 0.25,0.5,1: an expert at each, from the same two networks",
+        )
+    part = {"source": classifier, **settings}
+    return [{"kind": "denoised", "sigma": parse_numbers(sigma, "sigma"), "denoiser": denoiser, "classifier": part, **call}]
 
 
 @checkpoint_options

@@ -2,7 +2,8 @@
 
 from rsrouter.experts.config import NORMALISATIONS
 from rsrouter.experts.convert import convert, save_expert
-from rsrouter.experts.denoising import Denoiser, Diffusion, at_sigmas, denoised, load_denoiser
+from rsrouter.experts.denoiser_files import Denoiser, load_denoiser
+from rsrouter.experts.denoising import at_sigmas, denoised
 from rsrouter.experts.ensembles import Ensemble, ensemble
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.identity import ModuleIdentity, module_digest, module_identity, unique_digest
@@ -15,6 +16,7 @@ from rsrouter.experts.preprocessing import Normalise, Resize
 from rsrouter.experts.probe import Probe
 from rsrouter.experts.provenance import Provenance
 from rsrouter.experts.registry import architectures, build_architecture, register_architecture
+from rsrouter.experts.schedule import Diffusion
 from rsrouter.experts.select import Selection, select_experts
 from rsrouter.experts.transformers_models import TransformersClassifier
 from rsrouter.experts.wrap import Wrapped, wrap

@@ -3,118 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rsrouter.core.errors import CheckpointError, InputError
+from rsrouter.core.errors import InputError, NetworkError
 from rsrouter.experts.composite import composite, networks, part
-from rsrouter.experts.config import checked
+from rsrouter.experts.denoiser_files import OPENAI, TIMED, Denoiser
 from rsrouter.experts.expert import Expert, check_sigma
-from rsrouter.experts.loaders import LOADERS, Sources, load_network, open_checkpoint
+from rsrouter.experts.loaders import LOADERS, Sources
 from rsrouter.experts.preprocessing import ClassifierFeatures
-from rsrouter.experts.provenance import Part, Provenance, Width
-from rsrouter.experts.registry import is_denoiser
-from rsrouter.experts.structure import tensors_digest
-from rsrouter.hub import Hub
+from rsrouter.experts.provenance import Part, Provenance
+from rsrouter.experts.schedule import Diffusion, make_diffusion
 from rsrouter.stored import Stored, validated
 
 
-@dataclass(frozen=True)
-class Diffusion:
-    """What a diffusion denoiser was trained with; a checkpoint does not carry it.
-
-    Attributes:
-        schedule: `"linear"` (Ho et al. 2020) or `"cosine"` (Nichol and Dhariwal 2021).
-        steps: number of time steps T.
-        beta_start, beta_end: of the linear schedule.
-        prediction: what the network returns: `"epsilon"` (noise), `"x0"` (image) or `"v"` (Salimans and Ho 2022).
-    """
-
-    schedule: str = "linear"
-    steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    prediction: str = "epsilon"
-
-    def __post_init__(self) -> None:
-        if self.schedule not in {"linear", "cosine"} or self.prediction not in {"epsilon", "x0", "v"} or self.steps < 2:
-            raise InputError(
-                "Unknown diffusion settings",
-                expected="schedule linear or cosine, prediction epsilon, x0 or v, steps >= 2",
-                received=str(asdict(self)),
-                remedy="take them from the repository the denoiser comes from",
-            )
-
-    def alphas_cumprod(self) -> Tensor:
-        """abar_t for t = 0 ... T - 1, `(T,)` float64."""
-        if self.schedule == "linear":
-            betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
-        else:
-            t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
-            f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-        return torch.cumprod(1 - betas, 0)
-
-    def step_for(self, sigma: float) -> tuple[int, float]:
-        """`(t, abar_t)` whose noise is nearest to sigma on [0,1] pixels: (1 - abar_t) / abar_t = (2 sigma)^2.
-
-        Raises:
-            InputError: noise outside the schedule.
-        """
-        abar = self.alphas_cumprod()
-        noise = ((1 - abar) / abar).sqrt()  # per unit of signal on [-1,1]
-        if not float(noise[0]) / 2 <= 2 * sigma <= float(noise[-1]):
-            raise InputError(
-                "This sigma is outside the diffusion's schedule",
-                expected=f"{float(noise[0]) / 4:.4g} <= sigma <= {float(noise[-1]) / 2:.4g}",
-                received=f"{sigma:g}",
-                remedy="use another sigma, or check schedule and steps",
-            )
-        t = int((noise - 2 * sigma).abs().argmin())
-        return t, float(abar[t])
-
-
-class _Diffusion(Stored):
-    schedule: str = "linear"
-    steps: Annotated[int, Field(ge=2, le=100_000)] = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    prediction: str = "epsilon"
-
-
-def make_diffusion(content: Any) -> Diffusion:
-    """`Diffusion` from a spec or a stored entry.
-
-    Raises:
-        InputError: unknown settings, or of another kind.
-
-    >>> make_diffusion({"schedule": "cosine"}).schedule
-    'cosine'
-    """
-    known = {f.name for f in fields(Diffusion)}
-    if not isinstance(content, Mapping) or not content.keys() <= known:
-        raise InputError(
-            "Unknown diffusion settings",
-            expected="schedule, steps, beta_start, beta_end, prediction",
-            received=repr(content)[:200],
-            remedy="take them from the repository the denoiser comes from",
-        )
-    return Diffusion(**validated(_Diffusion, content, "The diffusion settings").model_dump())
-
-
-def _prediction(output: Any, like: Tensor) -> Tensor:
+def _prediction(output: Any, like: Tensor, learned_variance: bool) -> Tensor:
     """The predicted tensor, of as many channels as `like`, in what a denoiser returns."""
     if isinstance(output, tuple):
         output = output[0]
     elif not isinstance(output, Tensor):
         output = output.sample
+    expected = like.shape[1] * (2 if learned_variance else 1)
+    if output.shape[1] != expected:
+        raise NetworkError(
+            "The denoiser returns another number of channels",
+            expected=f"{expected}" + (", half of them variances" if learned_variance else ""),
+            received=str(output.shape[1]),
+            remedy="check learned_variance, and that it is a denoiser of such images",
+        )
     predicted: Tensor = output[:, : like.shape[1]]
     return predicted
 
@@ -126,45 +46,50 @@ class DiffusionDenoised(ClassifierFeatures, nn.Module):
     x_0, and the classifier sees (x_0 + 1) / 2. No noise is added inside, so this is an ordinary base classifier.
 
     Args:
-        denoiser: `(x_t (B, C, H, W), t (B,))` to its prediction, as a tensor, a tuple, or an object with `.sample`;
-            channels beyond C (learned variances) are ignored.
+        denoiser: `(x_t (B, C, H, W), t (B,))`, with a third argument for a class where it takes one, to its prediction: a
+            tensor, a tuple, or an object with `.sample`.
         classifier: pixels in [0,1] to logits.
         sigma: noise level, standard deviation on [0,1] pixels.
         diffusion: what the denoiser was trained with.
-        size: side to which x_0 is resized (bicubic, antialiased) for the classifier; None: as it is.
     """
 
-    def __init__(
-        self, denoiser: nn.Module, classifier: nn.Module, sigma: float, diffusion: Diffusion, size: int | None = None
-    ) -> None:
+    def __init__(self, denoiser: nn.Module, classifier: nn.Module, sigma: float, diffusion: Diffusion) -> None:
         super().__init__()
         self.t, self.abar = diffusion.step_for(sigma)
-        self.denoiser, self.classifier, self.prediction, self.size = denoiser, classifier, diffusion.prediction, size
+        self.scale = 1000 / diffusion.steps if diffusion.rescale_timesteps else None
+        self.prediction, self.clip, self.null_class = diffusion.prediction, diffusion.clip, diffusion.null_class
+        self.learned_variance = diffusion.learned_variance
+        self.denoiser, self.classifier = denoiser, classifier
 
     def extra_repr(self) -> str:
-        return f"t={self.t}, abar={self.abar!r}, prediction={self.prediction}, size={self.size}"
+        fed = f", fed as t * {self.scale:g}" if self.scale is not None else ""
+        return f"t={self.t}{fed}, abar={self.abar!r}, prediction={self.prediction}, clip={self.clip}"
 
     def denoise(self, z: Tensor) -> Tensor:
-        """Noisy pixels to denoised pixels in [0,1], same shape."""
+        """Noisy pixels to denoised pixels, same shape, in [0,1] where the diffusion clips to [-1,1]."""
         signal, noise = math.sqrt(self.abar), math.sqrt(1 - self.abar)
         x_t = signal * (2 * z - 1)
-        output = self.denoiser(x_t, torch.full((z.shape[0],), self.t, device=z.device, dtype=torch.long))
-        predicted = _prediction(output, z)
+        t = torch.full((z.shape[0],), self.t, device=z.device, dtype=torch.long)
+        if self.scale is not None:
+            t = t.to(torch.float32) * self.scale
+        call: list[Tensor] = [x_t, t]
+        if self.null_class is not None:
+            call.append(torch.full_like(t, self.null_class, dtype=torch.long))
+        predicted = _prediction(self.denoiser(*call), z, self.learned_variance)
         if self.prediction == "epsilon":
             x_0 = (x_t - noise * predicted) / signal
-        elif self.prediction == "v":
+        elif self.prediction == "v_prediction":
             x_0 = signal * x_t - noise * predicted
         else:
             x_0 = predicted
-        pixels: Tensor = (x_0.clamp(-1, 1) + 1) / 2
+        if self.clip is not None:
+            x_0 = x_0.clamp(-self.clip, self.clip)
+        pixels: Tensor = (x_0 + 1) / 2
         return pixels
 
     def shown(self, z: Tensor) -> Tensor:
         """What the classifier sees."""
-        clean = self.denoise(z)
-        if self.size is not None:
-            clean = F.interpolate(clean, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-        return clean
+        return self.denoise(z)
 
     def forward(self, z: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.shown(z))
@@ -188,75 +113,31 @@ class DirectDenoised(ClassifierFeatures, nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class Denoiser:
-    """A denoising network and where it came from (None: made in memory)."""
-
-    module: nn.Module
-    provenance: Provenance | None = None
-
-
-def load_denoiser(
-    source: str | Path,
-    *,
-    architecture: str,
-    kwargs: dict[str, Any] | None = None,
-    licence: str | None = None,
-    filename: str | None = None,
-    revision: str | None = None,
-    **hub: Any,
-) -> Denoiser:
-    """A pinned denoiser from a folder, a file or the Hub.
-
-    Args:
-        source: as in `load_expert`.
-        architecture: registered with `register_architecture(..., denoiser=True)`: `"dncnn"`, `"small_unet"`, or yours.
-        kwargs: its arguments.
-        licence: of the weights.
-
-    Raises:
-        CheckpointError: not a denoiser, or a file that does not fit. HubError, IntegrityError: as `load_expert`.
-    """
-    if not isinstance(architecture, str) or not is_denoiser(architecture):
-        raise CheckpointError(
-            f"{architecture!r} is not a denoiser",
-            expected="an architecture registered with denoiser=True",
-            received=repr(architecture),
-            remedy="register_architecture(name, YourDenoiser, denoiser=True)",
-        )
-    told = checked({"kwargs": kwargs, "licence": licence}, "the denoiser")
-    where, _, sha256, _ = open_checkpoint(source, filename=filename, revision=revision, **hub)
-    provenance = Provenance(
-        **where,
-        sha256=sha256,
-        loader="checkpoint",
-        architecture=architecture,
-        kwargs=told["kwargs"] or {},
-        licence=told["licence"],
-    )
-    module = load_network(provenance, 2, Sources(hub=Hub(**hub)))
-    return Denoiser(module, provenance.model_copy(update={"tensors": tensors_digest(module)}))
-
-
 def denoised(
     denoiser: Denoiser | nn.Module,
     classifier: Expert,
     *,
     sigma: float,
     diffusion: Diffusion | None = None,
+    timestep: str | None = None,
     input_shape: Sequence[int] | None = None,
     name: str | None = None,
 ) -> Expert:
     """A denoiser before a classifier that was trained on clean images.
 
-    One denoiser and one classifier serve every sigma: call this once for each, the weights are shared.
+    One denoiser and one classifier serve every sigma: call this once for each, the weights are shared. Images have the size
+    that the denoiser was trained for: to resize a noisy image would change its noise. A classifier of another size resizes what
+    the denoiser returns (`load_expert(..., input_size=)`), inside the certified function, so that radii stay in pixels of the
+    images.
 
     Args:
         denoiser: from `load_denoiser`, or a module.
-        classifier: its own sigma is not used; its normalisation is.
+        classifier: its own sigma is not used; its normalisation and resizing are.
         sigma: noise level of the result.
-        diffusion: the denoiser's schedule (one-shot diffusion); None: it maps noisy pixels to clean ones (DnCNN).
-        input_shape: `(C, H, W)` of the images; default the classifier's. Diffusion output is resized to the classifier's.
+        diffusion: the schedule of a denoiser that is a module (one-shot diffusion); None: what a loaded denoiser's files say,
+            and for a module that it maps noisy pixels to clean ones (DnCNN).
+        timestep: `"first"` or `"nearest"`, see `Diffusion`; None: as the diffusion says.
+        input_shape: `(C, H, W)` of the images; default the denoiser's, where that is known, else the classifier's.
         name: of the result.
 
     Raises:
@@ -264,20 +145,28 @@ def denoised(
     """
     sigma = check_sigma(sigma, "the denoised expert")
     source = denoiser if isinstance(denoiser, Denoiser) else Denoiser(denoiser)
-    shape = tuple(input_shape or classifier.input_shape)
-    size = None if shape == classifier.input_shape else classifier.input_shape[1]
-    if size is not None and (
-        diffusion is None or classifier.input_shape[1] != classifier.input_shape[2] or shape[0] != classifier.input_shape[0]
-    ):
+    if diffusion is not None and source.diffusion not in (None, diffusion):
         raise InputError(
-            "Denoiser and classifier take different images",
-            expected=str(classifier.input_shape),
-            received=str(shape),
-            remedy="use a classifier for this image size, or a diffusion denoiser, whose output is resized",
+            "Two statements about the diffusion",
+            expected=f"what the denoiser was loaded with: {source.diffusion}",
+            received=str(diffusion),
+            remedy="leave diffusion= out",
         )
-    kwargs = {"sigma": sigma, "size": size, "diffusion": None if diffusion is None else asdict(diffusion)}
-    module = _denoised_module(source.module, classifier.network(), kwargs)
     origin = source.provenance
+    told = source.diffusion is not None or origin is None or origin.architecture not in TIMED
+    if not told and origin is not None and (diffusion is None or origin.architecture == OPENAI):
+        raise InputError(
+            "The denoiser takes a time step, and how it was trained is not known",
+            expected="diffusion settings, such as schedule, steps and rescale_timesteps",
+            received="none" if diffusion is None else "settings that came after it was loaded",
+            remedy="load_denoiser(..., diffusion={...}), as the repository it comes from says; in a spec diffusion = { ... }",
+        )
+    diffusion = diffusion or source.diffusion
+    if diffusion is not None and timestep is not None:
+        diffusion = replace(diffusion, timestep=timestep)
+    shape = _shape(source, classifier, input_shape)
+    kwargs = {"sigma": sigma, "diffusion": None if diffusion is None else diffusion.to_dict()}
+    module = _denoised_module(source.module, classifier.network(), kwargs)
     first = None if origin is None else Part(role="denoiser", num_classes=2, mean=None, std=None, provenance=origin)
     return Expert(
         module,
@@ -288,6 +177,28 @@ def denoised(
         labels=classifier.labels,
         provenance=composite("denoised", kwargs, [first, part("classifier", classifier)]),
     )
+
+
+def _shape(denoiser: Denoiser, classifier: Expert, given: Sequence[int] | None) -> tuple[int, ...]:
+    """`(C, H, W)` of the images, which is that of what the denoiser returns."""
+    shape = tuple(given or denoiser.shape_for(classifier.input_shape))
+    trained = denoiser.shape_for(shape)
+    if trained != shape:
+        raise InputError(
+            "The denoiser was trained on other images",
+            expected=str(trained),
+            received=str(shape),
+            remedy="use images of that shape, or another denoiser: to resize a noisy image would change its noise",
+        )
+    if shape != classifier.input_shape:
+        told = shape[0] == classifier.input_shape[0]
+        raise InputError(
+            "Denoiser and classifier take different images",
+            expected=f"a classifier of images {shape}, as the denoiser returns them",
+            received=str(classifier.input_shape),
+            remedy=f"load it with input_size={shape[1:]}: it then resizes them itself" if told else "use a classifier for them",
+        )
+    return shape
 
 
 def at_sigmas(expert: Expert, sigmas: Sequence[float]) -> list[Expert]:
@@ -314,14 +225,13 @@ def at_sigmas(expert: Expert, sigmas: Sequence[float]) -> list[Expert]:
 def _denoised_module(denoiser: nn.Module, classifier: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
     if kwargs["diffusion"] is None:
         return DirectDenoised(denoiser, classifier)
-    return DiffusionDenoised(denoiser, classifier, kwargs["sigma"], make_diffusion(kwargs["diffusion"]), kwargs["size"])
+    return DiffusionDenoised(denoiser, classifier, kwargs["sigma"], make_diffusion(kwargs["diffusion"]))
 
 
 class _Kwargs(Stored):
     """How a denoised expert is put together."""
 
     sigma: float
-    size: Width | None
     diffusion: dict[str, Any] | None
 
 

@@ -133,6 +133,7 @@ class OpenAIUNet(nn.Module):
         use_new_attention_order: see guided-diffusion.
         learn_sigma: twice the channels come out; the second half (variances) is not used for denoising.
         image_channels: channels of an image.
+        class_cond: number of classes of a class-conditional network, which is then called with `y (B,)` too; 0: it takes none.
 
     Shapes: `(x_t (B, C, H, W) on [-1,1], t (B,))` to `(B, C, H, W)`, with `learn_sigma` `(B, 2 C, H, W)`.
 
@@ -156,6 +157,7 @@ class OpenAIUNet(nn.Module):
         use_new_attention_order: bool = False,
         learn_sigma: bool = False,
         image_channels: int = 3,
+        class_cond: int = 0,
     ) -> None:
         super().__init__()
         if channel_mult is None and image_size not in CHANNEL_MULT:
@@ -184,6 +186,7 @@ class OpenAIUNet(nn.Module):
             return _Attention(channels, heads, use_new_attention_order)
 
         self.time_embed = nn.Sequential(nn.Linear(num_channels, width), nn.SiLU(), nn.Linear(width, width))
+        self.label_emb = nn.Embedding(class_cond, width) if class_cond else None
         channels = int(mult[0] * num_channels)
         self.input_blocks = nn.ModuleList([_Stack(nn.Conv2d(image_channels, channels, 3, padding=1))])
         kept, factor = [channels], 1
@@ -215,8 +218,10 @@ class OpenAIUNet(nn.Module):
         outputs = image_channels * (2 if learn_sigma else 1)
         self.out = nn.Sequential(_Norm(channels), nn.SiLU(), nn.Conv2d(channels, outputs, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         time = self.time_embed(timestep_embedding(t, self.num_channels).to(x.dtype))
+        if self.label_emb is not None:
+            time = time + self.label_emb(y)
         kept = []
         for stack in self.input_blocks:
             x = stack(x, time)

@@ -23,6 +23,8 @@ from torch import nn
 from rsrouter.core.errors import ArchitectureError, CheckpointError
 from rsrouter.experts.cifar_resnet import DEPTHS, CifarResNet
 from rsrouter.experts.denoisers import DnCNN, SmallUNet
+from rsrouter.experts.diffusers_files import ARCHITECTURE as DIFFUSERS_UNET
+from rsrouter.experts.diffusers_files import unet2d
 from rsrouter.experts.openai_unet import OpenAIUNet
 from rsrouter.experts.papers import DenseNet40, LeNet
 from rsrouter.experts.small_cnn import SmallCNN
@@ -59,6 +61,7 @@ def register_architecture(
     *,
     input_shape: tuple[int, int, int] | None = None,
     denoiser: bool = False,
+    package: str | None = None,
 ) -> Callable[..., nn.Module]:
     """Makes `build(num_classes=..., **kwargs)` available under `name`; returns `build`.
 
@@ -68,6 +71,7 @@ def register_architecture(
             where it takes it. The name stands for what it computes: give a changed class another name.
         input_shape: `(C, H, W)` if the architecture takes only one.
         denoiser: it maps images to images and is built without `num_classes`.
+        package: the distribution whose networks `build` makes, where it is not the one that `build` lies in.
 
     Raises:
         CheckpointError: the name is taken by something else.
@@ -84,6 +88,8 @@ def register_architecture(
         _INPUT_SHAPES[name] = input_shape
     if denoiser:
         _DENOISERS.add(name)
+    if package is not None:
+        _PACKAGES[name] = package
     return build
 
 
@@ -132,7 +138,7 @@ def package_of(name: str) -> str | None:
     if build is None:
         return "timm" if _timm_model(name) is not None else None
     if _is_own(build):
-        return None
+        return _PACKAGES.get(name)
     module = str(getattr(build.func if isinstance(build, partial) else build, "__module__", "")).split(".")[0]
     return _PACKAGES.get(name) or (metadata.packages_distributions().get(module) or [module])[0]
 
@@ -261,6 +267,8 @@ def _build(name: str, num_classes: int | None, kwargs: Mapping[str, Any] | None)
         arguments["num_classes"] = num_classes
     try:
         module: nn.Module = build(**arguments)
+    except ArchitectureError:  # a library that is missing
+        raise
     except Exception as error:  # a constructor that gets what it was not made for may raise anything
         accepted = "" if isinstance(build, partial) else str(inspect.signature(build))
         raise ArchitectureError(
@@ -329,6 +337,7 @@ def _register_own() -> None:
     register_architecture("dncnn", DnCNN, denoiser=True)
     register_architecture("small_unet", SmallUNet, denoiser=True)
     register_architecture("openai_unet", OpenAIUNet, denoiser=True)
+    register_architecture(DIFFUSERS_UNET, unet2d, denoiser=True, package="diffusers")
 
 
 _register_own()

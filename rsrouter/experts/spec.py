@@ -22,10 +22,24 @@ A spec has one `[[expert]]` per expert; what several share stands under `[defaul
 
     [[expert]]
     kind = "denoised"
-    sigma = 0.5
-    denoiser = { source = "unet.safetensors", architecture = "small_unet" }
+    sigma = [0.25, 0.5, 1.0]                             # one denoiser, one classifier, an expert at each
+    denoiser = { source = "hf-hub:org/ddpm-cifar10" }    # a UNet of diffusers: its files say how it was trained
     classifier = { source = "clean.safetensors" }
-    diffusion = { schedule = "linear" }                  # leave out for a DnCNN-like denoiser
+    timestep = "first"                                   # or "nearest"
+
+    [[expert]]
+    kind = "denoised"
+    name = "openai"
+    sigma = 0.5
+    classifier = { source = "clean.safetensors" }
+    [expert.denoiser]
+    source = "cifar10_uncond_50M_500K.pt"
+    architecture = "openai_unet"                         # "dncnn": without diffusion
+    kwargs = { image_size = 32, num_channels = 128, num_res_blocks = 3, learn_sigma = true }
+    [expert.diffusion]
+    schedule = "cosine"
+    steps = 4000
+    rescale_timesteps = true
 """
 
 from __future__ import annotations
@@ -38,7 +52,8 @@ from typing import Any
 
 from rsrouter.core.errors import InputError
 from rsrouter.experts.config import SETTINGS
-from rsrouter.experts.denoising import Denoiser, at_sigmas, denoised, load_denoiser, make_diffusion
+from rsrouter.experts.denoiser_files import Denoiser, load_denoiser
+from rsrouter.experts.denoising import at_sigmas, denoised
 from rsrouter.experts.ensembles import ensemble
 from rsrouter.experts.expert import Expert, check_sigma
 from rsrouter.experts.loaders import load_expert
@@ -52,7 +67,7 @@ _FETCH = ("source", "filename", "revision", "cache_dir", "local_files_only")  # 
 _KEYS = {
     "plain": {*_FETCH, *SETTINGS, "kind"},
     "ensemble": {"kind", "name", "sigma", "consensus", "chunk", "members"},
-    "denoised": {"kind", "name", "sigma", "denoiser", "classifier", "diffusion", "input_shape"},
+    "denoised": {"kind", "name", "sigma", "denoiser", "classifier", "diffusion", "timestep", "input_shape"},
 }
 
 Spec = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -173,15 +188,18 @@ def _experts(entry: Mapping[str, Any], defaults: Mapping[str, Any], base: Path, 
         made = [one] if len(several) == 1 else at_sigmas(one, several)
     else:
         parts = {key: dict(_tables(entry, key)[0]) for key in ("denoiser", "classifier")}
-        network = _denoiser(parts["denoiser"], base, hub)
-        classifier = _load({"sigma": several[0], **parts["classifier"], "name": "classifier"}, defaults, base, hub)
-        diffusion = make_diffusion(entry["diffusion"]) if "diffusion" in entry else None
+        network = _denoiser(
+            {**parts["denoiser"], **({"diffusion": entry["diffusion"]} if "diffusion" in entry else {})}, base, hub
+        )
+        seen = {} if network.side is None else {"input_size": list(network.side)}  # what the denoiser returns
+        settings = {"sigma": several[0], **seen, **parts["classifier"], "name": "classifier"}
+        classifier = _load(settings, defaults, base, hub)
         made = [
             denoised(
                 network,
                 classifier,
                 sigma=check_sigma(s, "a denoised expert"),
-                diffusion=diffusion,
+                timestep=entry.get("timestep"),
                 input_shape=entry.get("input_shape"),
                 name=f"{name or 'denoised'}_{s:g}" if name is None or len(several) > 1 else name,
             )
@@ -239,12 +257,12 @@ def _load(entry: Mapping[str, Any], defaults: Mapping[str, Any], base: Path, hub
 
 def _denoiser(entry: dict[str, Any], base: Path, hub: Hub) -> Denoiser:
     allowed = {*_FETCH, "architecture", "kwargs", "licence"}
-    if (unknown := sorted(set(map(str, entry)) - allowed)) or "architecture" not in entry:
+    if unknown := sorted(set(map(str, entry)) - allowed - {"diffusion"}):
         raise InputError(
             "The denoiser's table does not fit",
-            expected=f"architecture, and some of {sorted(allowed)}",
-            received=str(unknown or sorted(entry)),
-            remedy="architecture = 'dncnn', 'small_unet' or one you registered",
+            expected=f"some of {sorted(allowed)}",
+            received=str(unknown),
+            remedy="check the spelling; the diffusion's settings stand in a table of their own",
         )
     source = _source(entry, base)
     return load_denoiser(source, **_hub(hub, {k: v for k, v in entry.items() if k != "source"}))

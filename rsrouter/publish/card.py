@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,9 +16,8 @@ from markupsafe import Markup
 
 from rsrouter._version import __version__
 from rsrouter.core.errors import InputError
-from rsrouter.experts.denoising import make_diffusion
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.provenance import Provenance
+from rsrouter.experts.parts import parts_of
 from rsrouter.hub import is_hub_reference, parse_reference
 from rsrouter.publish.commands import SAFE, certify_command, data_argument, freedom, images_in_words
 from rsrouter.publish.licences import restricted
@@ -174,21 +173,8 @@ def _expert(expert: Expert) -> list[dict[str, Any]]:
             "filename": text_of(p.filename),
             "licence": text_of(p.licence or "not stated"),
         }
-        for role, p in _parts(expert.provenance, expert.sigma)
+        for role, p in parts_of(expert.provenance, expert.sigma)
     ]
-
-
-def _parts(provenance: Provenance, sigma: float, role: str = "") -> Iterator[tuple[str, Provenance]]:
-    """Every weight file with what it is in the expert: `("denoiser, t = 57 of 1000 (linear)", provenance)`."""
-    if provenance.source != "composite":
-        yield role, provenance
-        return
-    for part in provenance.parts:
-        words, told = part.role, provenance.kwargs.get("diffusion")
-        if part.role == "denoiser" and told:
-            diffusion = make_diffusion(told)
-            words = f"denoiser, t = {diffusion.step_for(sigma)[0]} of {diffusion.steps} ({diffusion.schedule} schedule)"
-        yield from _parts(part.provenance, sigma, words)
 
 
 def _results(summary: Summary, tables: list[Table], routed: Saved, repo_id: str, figure: str | None) -> dict[str, Any]:

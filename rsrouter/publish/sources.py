@@ -39,6 +39,18 @@ PAPERS: dict[str, tuple[str, str, str]] = {
         "@inproceedings{salman2020, title={Denoised Smoothing: A Provable Defense for Pretrained Classifiers}, author={Salman, "
         "Hadi and Sun, Mingjie and Yang, Greg and Kapoor, Ashish and Kolter, J. Zico}, booktitle={NeurIPS}, year={2020}}",
     ),
+    "nichol2021": (
+        "The denoiser's network",
+        "Nichol and Dhariwal 2021 (improved-diffusion), arXiv:2102.09672",
+        "@inproceedings{nichol2021, title={Improved Denoising Diffusion Probabilistic Models}, "
+        "author={Nichol, Alexander Quinn and Dhariwal, Prafulla}, booktitle={ICML}, year={2021}}",
+    ),
+    "dhariwal2021": (
+        "The denoiser's network",
+        "Dhariwal and Nichol 2021 (guided-diffusion), arXiv:2105.05233",
+        "@inproceedings{dhariwal2021, title={Diffusion Models Beat {GAN}s on Image Synthesis}, "
+        "author={Dhariwal, Prafulla and Nichol, Alexander Quinn}, booktitle={NeurIPS}, year={2021}}",
+    ),
     "horvath2022": (
         "Experts that are ensembles",
         "Horváth et al. 2022, arXiv:2106.06946",
@@ -66,9 +78,15 @@ def cited(router_kind: str, noise: str, experts: Iterable[Provenance]) -> list[s
     for expert in experts:
         if expert.loader == "denoised":
             keys.append("carlini2023" if expert.kwargs.get("diffusion") else "salman2020")
+            keys += [_network(part.provenance) for part in expert.parts if part.provenance.architecture == "openai_unet"]
         if expert.loader == "ensemble":
             keys.append("horvath2022")
     return list(dict.fromkeys([*keys, *(["voracek2023"] if noise.startswith("sound") else [])]))
+
+
+def _network(denoiser: Provenance) -> str:
+    """Which of OpenAI's two repositories a UNet is of: guided-diffusion's networks resample in residual blocks."""
+    return "dhariwal2021" if denoiser.kwargs.get("resblock_updown") else "nichol2021"
 
 
 __all__ = ["OWN", "PAPERS", "cited"]

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from rsrouter.experts import (
     load_denoiser,
     load_expert,
 )
+from rsrouter.experts.preprocessing import Resize
 from rsrouter.experts.small_resnet import SmallResNet
 
 SMALL = {"width": 8, "blocks": [[8, 2]]}
@@ -184,16 +186,20 @@ class Oracle(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor) -> object:
         abar = self.abar[t].view(-1, 1, 1, 1)
         noise = (x_t - abar.sqrt() * self.clean) / (1 - abar).sqrt()
-        out = {"epsilon": noise, "v": abar.sqrt() * noise - (1 - abar).sqrt() * self.clean, "x0": self.clean.expand_as(x_t)}
+        out = {
+            "epsilon": noise,
+            "v_prediction": abar.sqrt() * noise - (1 - abar).sqrt() * self.clean,
+            "sample": self.clean.expand_as(x_t),
+        }
         value = out[self.how]
         return torch.cat([value, torch.zeros_like(value)], 1) if self.how == "epsilon" else (value,)
 
 
-@pytest.mark.parametrize("how", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize("how", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_one_shot_denoising_formula(how: str, schedule: str) -> None:
     """A perfect denoiser gives the clean image back, whatever it predicts (PEERS: Carlini et al.)."""
-    diffusion = Diffusion(schedule, prediction=how)
+    diffusion = Diffusion(schedule, prediction=how, learned_variance=how == "epsilon")
     clean = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     classifier = Expert(nn.Flatten(), sigma=0.5, num_classes=192, input_shape=(3, 8, 8), mean=(0.5,) * 3, std=(0.25,) * 3)
     expert = denoised(Oracle(clean, diffusion, how), classifier, sigma=0.5, diffusion=diffusion)
@@ -222,7 +228,7 @@ def test_sigma_outside_the_schedule() -> None:
     for sigma in (0.001, 200.0):
         with pytest.raises(InputError, match="schedule"):
             Diffusion().step_for(sigma)
-    with pytest.raises(InputError, match="Unknown diffusion"):
+    with pytest.raises(InputError, match="Unusable diffusion"):
         Diffusion("quadratic")
 
 
@@ -254,14 +260,18 @@ def test_dncnn_before_a_classifier(members: list[Expert], x: Tensor) -> None:
 
 
 def test_resized_for_the_classifier() -> None:
-    diffusion = Diffusion()
+    diffusion = Diffusion(learned_variance=True)
     clean = torch.full((1, 3, 8, 8), 0.25)
-    classifier = Expert(nn.Flatten(), sigma=0.5, num_classes=768, input_shape=(3, 16, 16))
-    expert = denoised(Oracle(clean, diffusion, "epsilon"), classifier, sigma=0.5, diffusion=diffusion, input_shape=(3, 8, 8))
+    oracle = Oracle(clean, diffusion, "epsilon")
+    told: dict[str, Any] = {"sigma": 0.5, "num_classes": 768}
+    classifier = Expert(nn.Flatten(), input_shape=(3, 8, 8), resize=Resize(size=(16, 16)), **told)
+    expert = denoised(oracle, classifier, sigma=0.5, diffusion=diffusion)
     assert expert.input_shape == (3, 8, 8)
     torch.testing.assert_close(expert.network()(clean + 0.1), torch.full((1, 768), 0.25), rtol=1e-3, atol=1e-3)
-    with pytest.raises(InputError, match="different images"):
-        denoised(nn.Identity(), classifier, sigma=0.5, input_shape=(3, 8, 8))
+    other = Expert(nn.Flatten(), input_shape=(3, 16, 16), **told)
+    with pytest.raises(InputError, match="different images") as caught:
+        denoised(oracle, other, sigma=0.5, diffusion=diffusion, input_shape=(3, 8, 8))
+    assert "input_size=(8, 8)" in caught.value.remedy
 
 
 def test_one_model_at_several_sigmas(members: list[Expert], tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_every_edit_of_a_spec_is_refused_or_understood(folder: Path) -> None:
                 "sigma": 0.5,
                 "denoiser": {"source": "u.safetensors", "architecture": "small_unet", "kwargs": {"width": 8}},
                 "classifier": {"source": "e0"},
-                "diffusion": {"schedule": "linear", "steps": 1000, "prediction": "x0"},
+                "diffusion": {"schedule": "linear", "steps": 1000, "prediction": "sample"},
             },
         ],
     }

@@ -83,7 +83,7 @@ def test_spec_of_every_kind(cohen: Path) -> None:
         sigma = [0.25, 0.5]
         denoiser = { source = "unet.safetensors", architecture = "small_unet", kwargs = { image_channels = 3, width = 8 } }
         classifier = { source = "c.pth.tar" }
-        diffusion = { schedule = "cosine" }
+        diffusion = { schedule = "cosine", steps = 1000 }
     """,
     )
     pool = ExpertPool(spec)
@@ -133,7 +133,8 @@ def test_spec_pins_the_commit_a_tag_means(hub: HubServer, cohen: Path, tmp_path:
         ("[[expert]]\nkind = 'ensemble'\nsigma = 0.5\n", "needs members"),
         ("[[expert]]\nkind = 'denoised'\nsigma = 0.5\nclassifier = {source = 'a.pth.tar'}\n", "needs denoiser"),
         (
-            "[[expert]]\nkind = 'denoised'\nsigma = 0.5\nclassifier = {source = 'a.pth.tar'}\ndenoiser = {source = 'b'}\n",
+            "[[expert]]\nkind = 'denoised'\nsigma = 0.5\nclassifier = {source = 'a.pth.tar'}\n"
+            "denoiser = {source = 'b.pth.tar'}\n",
             "architecture",
         ),
         ("[[experts]]\nsource = 'a.pth.tar'\n[other]\n", "other"),

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rsrouter import CascadeRouter, ExpertPool, InputError, RoutedSmooth, Smooth, load_expert
 from rsrouter.experts import Diffusion, denoised
-from rsrouter.experts.denoising import load_denoiser
+from rsrouter.experts.denoiser_files import load_denoiser
 from rsrouter.experts.registry import build_architecture
 from rsrouter.jobs import certify_table
 from rsrouter.publish import publish, write_card
@@ -178,7 +178,7 @@ def test_the_card_names_parts_and_papers(tmp_path: Path) -> None:
     experts = [denoised(denoiser, classifier, sigma=s, diffusion=diffusion, name=f"d_{s:g}") for s in (0.25, 0.5)]
     card = render_card(RoutedSmooth(ExpertPool(experts), CascadeRouter((0.6,))), "org/router", licence="cc-by-nc-4.0").text
     assert "over 2 frozen" in card
-    assert f"denoiser, t = {diffusion.step_for(0.5)[0]} of 1000 (linear schedule)" in card
+    assert f"denoiser, t = {diffusion.step_for(0.5)[0]} of 1000 (linear schedule, epsilon, first step" in card
     assert len([line for line in card.splitlines() if "| classifier |" in line]) == 2
     assert "Carlini et al. 2023" in card
     assert "@inproceedings{carlini2023" in card

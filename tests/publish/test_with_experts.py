@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from rsrouter import CascadeRouter, CheckpointError, ExpertPool, HubError, InputError, ResultsError, RoutedSmooth, load_expert
 from rsrouter.core.errors import IntegrityError
 from rsrouter.experts import Diffusion, denoised, loaders
-from rsrouter.experts.denoising import load_denoiser
+from rsrouter.experts.denoiser_files import load_denoiser
 from rsrouter.experts.registry import build_architecture, register_architecture
 from rsrouter.jobs import certify_table
 from rsrouter.publish import anew, publish

@@ -1,0 +1,202 @@
+"""From the command line alone: a denoiser and a classifier of the Hub, wrapped, labelled, trained on, certified, published,
+loaded elsewhere and audited, for each kind of denoiser."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from torch import nn
+
+from rsrouter import RoutedSmooth
+from rsrouter.cli import main
+from rsrouter.experts import build_architecture, loaders
+from tests.helpers.hub_server import HubServer
+
+TINY = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 1], "attention_resolutions": [4]}
+IMPROVED = {**TINY, "learn_sigma": True}
+GUIDED = {**TINY, "resblock_updown": True, "num_head_channels": 16, "use_new_attention_order": True}
+COSINE = {"schedule": "cosine", "steps": 4000, "rescale_timesteps": True}
+LINEAR = {"schedule": "linear", "steps": 1000, "rescale_timesteps": False}
+#: what `wrap` is told of a plain file; diffusers' folders say it themselves
+OPENAI = {"improved-diffusion": (IMPROVED, COSINE), "guided-diffusion": (GUIDED, LINEAR)}
+DIFFUSERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": ({}, {}),
+    "cosine": ({}, {"beta_schedule": "squaredcos_cap_v2"}),
+    "v": ({}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+    "learned variance": ({"out_channels": 6}, {"variance_type": "learned_range"}),
+}
+
+
+def cli(*words: object) -> tuple[int, str, str]:
+    """Status, stdout and stderr of a command in this process."""
+    out, err, before, status = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = ["rsrouter", *map(str, words)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    finally:
+        sys.argv = before
+    return status, out.getvalue(), err.getvalue()
+
+
+def done(*words: object) -> str:
+    status, out, err = cli(*words)
+    assert status == 0, f"{words}: {err}"
+    return out
+
+
+def pictures(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """8-bit images of three classes, told apart by the channel that is bright, more or less so."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    images = rng.integers(60, 120, (count, 3, 8, 8))
+    images[np.arange(count), labels] += rng.integers(3, 90, count)[:, None, None]
+    return torch.from_numpy(images).to(torch.uint8), torch.from_numpy(labels)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    images, labels = pictures(30, 0)
+    np.savez(tmp_path / "data.npz", images=images.numpy(), labels=labels.numpy())
+    return tmp_path / "data.npz"
+
+
+@pytest.fixture(scope="module")
+def classifier() -> dict[str, bytes]:
+    """Files of a small network that tells the classes apart."""
+    torch.manual_seed(0)
+    kwargs = {"in_channels": 3, "width": 8, "blocks": [[8, 2]]}
+    net = build_architecture("small_resnet", 3, kwargs).train()
+    images, labels = pictures(120, 1)
+    optimiser = torch.optim.Adam(net.parameters(), 0.02)
+    for _ in range(40):
+        noisy = (images / 255 + 0.3 * torch.randn(images.shape)).clamp(0, 1)
+        loss = nn.functional.cross_entropy(net((noisy - 0.5) / 0.25), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    config = {"architecture": "small_resnet", "kwargs": kwargs, "num_classes": 3, "input_shape": [3, 8, 8], "mean": [0.5] * 3}
+    told = json.dumps({**config, "std": [0.25] * 3, "licence": "mit", "labels": ["red", "green", "blue"]}).encode()
+    return {"model.safetensors": save(net.state_dict()), "config.json": told}
+
+
+def put_denoiser(hub: HubServer, row: str, scratch: Path) -> list[str]:
+    """Puts a denoiser on the Hub; what the command is told about it."""
+    torch.manual_seed(1)
+    if row in OPENAI:
+        kwargs, diffusion = OPENAI[row]
+        net = build_architecture("openai_unet", None, kwargs)
+        nn.init.normal_(net.out[2].weight, std=0.05)
+        hub.put("org/denoiser", {"unet.safetensors": save({k: v.half() for k, v in net.state_dict().items()})}, tag="v1")
+        told = ["--denoiser-filename", "unet.safetensors", "--denoiser-architecture", "openai_unet"]
+        return [*told, "--denoiser-kwargs", json.dumps(kwargs), "--diffusion", json.dumps(diffusion)]
+    from tests.experts.test_diffusers import save as save_pipeline
+
+    unet, scheduler = DIFFUSERS[row]
+    folder = save_pipeline(scratch / "pipeline", unet=unet, scheduler=scheduler)
+    hub.put(
+        "org/denoiser", {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}, tag="v1"
+    )
+    return []
+
+
+def trip(hub: HubServer, row: str, folder: Path, data: Path, classifier: dict[str, bytes]) -> dict[str, Any]:
+    """Everything up to the published router; the pool's content."""
+    hub.put("org/classifier", classifier, tag="v1")
+    told = put_denoiser(hub, row, folder)
+    refs = ("--denoiser", "hf-hub:org/denoiser@v1", "--classifier", "hf-hub:org/classifier@v1", "--sigma", "0.25,0.5")
+    said = done("wrap", *refs, *told, "--data", data, "--images", 6, "--out", folder / "pool.json")
+    assert "denoiser, t = " in said
+    pool = json.loads((folder / "pool.json").read_text())
+    assert [[part["role"] for part in e["provenance"]["parts"]] for e in pool["experts"]] == [["denoiser", "classifier"]] * 2
+    done("label", folder / "pool.json", "--data", data, "--n", 20, "--out", folder / "labels.npz")
+    reading = ("--data", data, "--radii", "0,0.25", "--n", 100)
+    done("train", folder / "pool.json", *reading, "--kind", "flat", "--labels", folder / "labels.npz", "--out", folder / "flat")
+    votes = ("--n", 200, "--n0", 20, "--plan", "fixed", "--count", 4)
+    done("certify", folder / "flat", "--data", data, *votes, "--out", folder / "flat.tsv")
+    done("publish", folder / "flat", "org/flat", "--certificates", folder / "flat.tsv")
+    card = hub.files("org/flat")["README.md"].decode()
+    assert "| denoiser, t = " in card
+    assert "| classifier |" in card
+    assert "Carlini et al. 2023" in card
+    assert ("Nichol and Dhariwal 2021" in card) == (row == "improved-diffusion")
+    needs = json.loads(hub.files("org/flat")["config.json"])["needs"]
+    assert ("diffusers" in needs) == (row in DIFFUSERS)
+    return dict(pool)
+
+
+def test_one_cell_of_the_matrix(
+    hub: HubServer, tmp_path: Path, data: Path, classifier: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = trip(hub, "improved-diffusion", tmp_path, data, classifier)
+    monkeypatch.setattr(loaders, "_MODULES", {})
+    loaded = RoutedSmooth.from_pretrained("org/flat", cache_dir=tmp_path / "empty")
+    assert [e.digest for e in loaded.pool] == [e["digest"] for e in pool["experts"]]
+    assert loaded.pool[0].module.denoiser is loaded.pool[1].module.denoiser
+    assert loaded.pool[0].module.classifier[1] is loaded.pool[1].module.classifier[1]
+    assert "denoiser, t = 1158 of 4000, fed as 289.5" in loaded.describe()
+    other = ("--denoiser", "hf-hub:org/denoiser@v1", "--classifier", "hf-hub:org/classifier@v1", "--sigma", "0.5")
+    status, _, err = cli("wrap", *other, "--out", tmp_path / "not.json")
+    assert status != 0
+    assert "architecture is not known" in err
+    assert not (tmp_path / "not.json").exists()
+
+
+@pytest.mark.libraries
+@pytest.mark.parametrize("row", [*DIFFUSERS, *OPENAI])
+def test_every_kind_of_denoiser(hub: HubServer, tmp_path: Path, data: Path, classifier: dict[str, bytes], row: str) -> None:
+    if row in DIFFUSERS:
+        pytest.importorskip("diffusers")
+    trip(hub, row, tmp_path, data, classifier)
+    reading = ("--data", data, "--radii", "0,0.25", "--n", 100)
+    done("train", tmp_path / "pool.json", *reading, "--kind", "deferral", "--recipe", "quick", "--out", tmp_path / "deferral")
+    votes = ("--n", 200, "--n0", 20, "--plan", "fixed", "--count", 4)
+    done("certify", tmp_path / "deferral", "--data", data, *votes, "--out", tmp_path / "deferral.tsv")
+    done("publish", tmp_path / "deferral", "org/deferral", "--certificates", tmp_path / "deferral.tsv")
+    for kind in ("flat", "deferral"):
+        words = [
+            "rsrouter",
+            "audit",
+            f"org/{kind}",
+            "--data",
+            str(data),
+            "--rows",
+            "2",
+            "--fresh-votes",
+            "200",
+            "--attack-steps",
+            "2",
+        ]
+        code = f"import sys; sys.argv = {words!r}; from rsrouter.cli import main; main()"
+        ran = hub.run(code, HF_HOME=str(tmp_path / f"empty {kind}"))
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_what_wrap_refuses(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(build_architecture("small_unet", None, {"width": 8}).state_dict(), tmp_path / "u.safetensors")
+    denoiser, both = ("--denoiser", tmp_path / "u.safetensors"), ("--classifier", tmp_path / "u.safetensors")
+    for words, match in (
+        ((), "Nothing to wrap"),
+        (denoiser, "go together"),
+        (("x.safetensors", *denoiser, *both), "go together"),
+        (both, "go together"),
+        ((*denoiser, *both), "needs its sigma"),
+        ((*denoiser, *both, "--sigma", "0.5", "--diffusion", "{"), "is not JSON"),
+        ((*denoiser, *both, "--sigma", "0.5", "--timestep", "last", "--denoiser-architecture", "small_unet"), "last"),
+    ):
+        status, _, err = cli("wrap", *words, "--out", tmp_path / "pool.json")
+        assert status != 0, words
+        assert match in err or words[-1] == "small_unet", err
+        assert not (tmp_path / "pool.json").exists()
