@@ -244,16 +244,17 @@ class Expert:
             assert self._load is not None
             module = self._load()
             if self.probe is not None:
-                check_probe(self._normalised(module), self.input_shape, self.probe, f"expert {self.name!r}")
+                check_probe(self.normalised(module), self.input_shape, self.probe, f"expert {self.name!r}")
             self._module, self._loaded = module, _mark(module)
         return self._module
 
-    def _normalised(self, module: nn.Module) -> nn.Module:
+    def normalised(self, module: nn.Module) -> nn.Module:
+        """`module` behind the expert's normalisation, if it has one."""
         return module if self.mean is None or self.std is None else nn.Sequential(Normalise(self.mean, self.std), module)
 
     def network(self) -> nn.Module:
         """Pixels in [0,1] to logits: the normalisation, if any, and the module (shared, not copied)."""
-        return self._normalised(self.module)
+        return self.normalised(self.module)
 
     @property
     def pinned(self) -> bool:

@@ -12,6 +12,7 @@ from rsrouter.training.losses import consistency_loss, dual_rs_loss, good_sets, 
 from rsrouter.training.record import KINDS, Training
 from rsrouter.training.resume import ResumeStore
 from rsrouter.training.train import train_router
+from rsrouter.training.whole import WholeRecipe
 
 __all__ = [
     "DEFERRAL_RECIPES",
@@ -22,6 +23,7 @@ __all__ = [
     "Recipe",
     "ResumeStore",
     "Training",
+    "WholeRecipe",
     "consistency_loss",
     "dual_rs_loss",
     "flat_router",
