@@ -60,7 +60,7 @@ class Settings:
     flat_images: int = 800
     label_votes: int = 50
     test_images: int = 200
-    n_max: int = 10_000
+    n_max: int = 20_000
     alpha: float = 0.001
     seed: int = 0
     device: str = "cpu"
