@@ -381,7 +381,7 @@ def write_study(
 ) -> None:
     """`table.md`, `table.json` and `curves.svg` in `out`, and the report page in `report`."""
     lines, summary = summarise(tables, experts, references, best, published=published)
-    most = max(table.described().terms.plan.n for table in tables.values())
+    most = max(table.described().terms.plan.n_max for table in tables.values())
     head = (
         f"{summary['images']:,} test images, at most N = {most:,} votes per stage and n0 = {N0} for selection (adaptive, radii "
         f"0.25 apart), alpha = {ALPHA} in total for each method, votes shared. Certified accuracy in %; brackets: 95% bootstrap "
