@@ -34,7 +34,7 @@ def write_cohen_checkpoints(folder: Path) -> list[tuple[float, Path]]:
         path = folder / f"noise_{expert.sigma:.2f}" / "checkpoint.pth.tar"
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {f"1.module.{name}": value for name, value in expert.module.state_dict().items()}
-        torch.save({"epoch": 90, "arch": "small_resnet", "state_dict": state, "optimizer": {"state": {}}}, path)
+        torch.save({"epoch": 90, "arch": "small_cnn", "state_dict": state, "optimizer": {"state": {}}}, path)
         made.append((expert.sigma, path))
     return made
 

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, FlatRouter, RoutedSmooth, Smooth
+from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, RoutedSmooth, Smooth
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.terms import Terms
-from rsrouter.experts import build_architecture
 from rsrouter.jobs import certify_table
 from rsrouter.report import write_report
 from rsrouter.report.curves import average_certified_radius, certified_correct
@@ -37,9 +36,14 @@ from rsrouter.training.labels import Labels, target_radii
 
 RADII = np.arange(0.0, 2.51, 0.25)
 COVERED = RADII <= 2.0
-ALPHA, N0, N = 1e-3, 100, 10_000
-#: The plan that the published tables were certified with; today's default draws about a fifth fewer votes.
-PLAN = AdaptivePlan(N, tuple(RADII), n0=N0, spending="even")
+ALPHA, N0, N = 1e-3, 100, 100_000
+
+
+def plan(n: int) -> AdaptivePlan:
+    """At most `n` votes a stage, over the radii of the study."""
+    return AdaptivePlan(n, tuple(RADII), n0=N0)
+
+
 #: Shards of a study; any number of processes may work on them.
 SHARDS = 8
 RESAMPLES = 1000
@@ -53,9 +57,8 @@ HEADS = (
     HeadRecipe(steps=3000, cross_entropy=0.1, tilt=3.0),
     HeadRecipe(steps=3000, cross_entropy=0.2),
 )
-#: The flat router's own network: a residual network of some 150,000 weights.
-OWN_NETWORK = {"width": 16, "blocks": ((32, 2), (64, 1), (64, 1))}
-OWN_RECIPE = replace(RECIPES["dual-rs-head"], epochs=40)
+#: Dual RS as its authors run it: a whole network of the experts' architecture.
+OWN_RECIPE = RECIPES["dual-rs"]
 
 Method = tuple[Smooth | RoutedSmooth, str]
 Labelled = tuple[Tensor, Tensor]
@@ -120,10 +123,7 @@ def train_all(
         return RoutedSmooth(pool, train_deferral(chosen), execution=execution)
 
     def own(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
-        torch.manual_seed(0)
-        network = build_architecture("small_resnet", len(pool), {"in_channels": pool.input_shape[0], **OWN_NETWORK})
-        router = FlatRouter(network, sigma=max(pool.sigmas))
-        return train_router(pool, router, *unseen, radii=radii, recipe=OWN_RECIPE, routing_labels=routing_labels(), store=store)
+        return train_router(pool, "flat", *unseen, radii=radii, recipe=OWN_RECIPE, store=store)
 
     make("flat", flat)
     make("own", own)
@@ -164,6 +164,7 @@ def certify_all(
     seed: int,
     count: int,
     part: tuple[int, int] = (0, 1),
+    n: int = N,
     data: dict[str, Any] | None = None,
 ) -> None:
     """Certifies the first `count` images with every method, into `out/NAME.I.tsv` for each shard I of this part.
@@ -174,7 +175,8 @@ def certify_all(
         out: folder of the tables.
         seed: of every method's votes, the same for all so that they share them.
         count: how many images.
-        part: `(i, n)`: this process takes the shards i, i + n, ...
+        part: `(i, of)`: this process takes the shards i, i + of, ...
+        n: most votes a stage.
         data: for the metadata.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -183,12 +185,12 @@ def certify_all(
         for name, (smoothed, rule) in methods.items():
             smoothed.memo = memo
             sides = "two" if isinstance(smoothed, RoutedSmooth) else "one"
-            reach = PLAN.reach(smoothed.tree, AlphaSplit.even(ALPHA, smoothed.tree.paths), sides)
+            reach = plan(n).reach(smoothed.tree, AlphaSplit.even(ALPHA, smoothed.tree.paths), sides)
             certify_table(
                 smoothed,
                 images,
                 out / f"{file_name(name)}.{shard}.tsv",
-                Terms(PLAN.within(reach), alpha=ALPHA, rule=rule, seed=seed),
+                Terms(plan(n).within(reach), alpha=ALPHA, rule=rule, seed=seed),
                 indices=range(count),
                 shard=(shard, SHARDS),
                 name=name,
@@ -213,7 +215,13 @@ def merged(methods: Sequence[str], out: Path) -> dict[str, Table]:
 
 
 def summarise(
-    tables: Mapping[str, Table], experts: Sequence[str], references: Sequence[str], best: str, *, seed: int = 0
+    tables: Mapping[str, Table],
+    experts: Sequence[str],
+    references: Sequence[str],
+    best: str,
+    *,
+    published: Sequence[Table] = (),
+    seed: int = 0,
 ) -> tuple[list[str], dict[str, Any]]:
     """Markdown lines and a JSON-able summary.
 
@@ -222,6 +230,7 @@ def summarise(
         experts: which of them are single experts (they make the envelope and the oracle).
         references: methods that `best` is compared with, paired over images (the paper's).
         best: the method chosen on validation images.
+        published: certification tables of others over the same images, by position.
         seed: of the bootstrap.
     """
     hits = {name: certified_correct(table, RADII) for name, table in tables.items()}
@@ -282,6 +291,25 @@ def summarise(
                 ],
             )
         )
+    alone = max(experts, key=lambda name: summary["methods"][name]["coverage"])
+    entry = summary["methods"][alone]
+    summary["best_single"] = {"name": alone, "coverage": entry["coverage"], "least_ratio": entry["least_ratio"]}
+    lines += ["", f"Best single expert: {alone}, coverage {entry['coverage']:.3f}, least ratio {entry['least_ratio']:.3f}."]
+    if published:
+        others = np.stack([certified_correct(table, RADII) for table in published])
+        theirs = others.mean(1).max(0)
+        resampled = np.max([np.stack([h[rows].mean(0) for rows in draws]) for h in others], axis=0)
+        reached = hits[best].mean(0)
+        ratio, total = reached[COVERED] / theirs[COVERED], coverage(reached, theirs)
+        low, high = np.percentile(coverage(means[best], resampled), [2.5, 97.5])
+        summary["published"] = {"tables": len(published), "envelope": theirs.tolist(), "coverage": [float(total), low, high]}
+        summary["published"]["least_ratio"] = float(ratio.min())
+        lines += [
+            "",
+            f"Envelope of {len(published)} published classifiers on these images: "
+            + ", ".join(f"{100 * a:.1f} at {r:g}" for a, r in zip(theirs, RADII, strict=True) if r <= 2.0)
+            + f". {best} reaches {total:.3f} of it [{low:.3f}, {high:.3f}] in the mean, {ratio.min():.3f} at least.",
+        ]
     summary["paired"] = []
     for other in references:
         gap = coverage(means[best], best_resampled) - coverage(means[other], best_resampled)
@@ -349,12 +377,14 @@ def write_study(
     out: Path,
     title: str,
     report: Path | None = None,
+    published: Sequence[Table] = (),
 ) -> None:
     """`table.md`, `table.json` and `curves.svg` in `out`, and the report page in `report`."""
-    lines, summary = summarise(tables, experts, references, best)
+    lines, summary = summarise(tables, experts, references, best, published=published)
+    most = max(table.described().terms.plan.n_max for table in tables.values())
     head = (
-        f"{summary['images']:,} test images, at most N = {N:,} votes per stage and n0 = {N0} for selection (adaptive, radii 0.25 "
-        f"apart), alpha = {ALPHA} in total for each method, votes shared. Certified accuracy in %; brackets: 95% bootstrap "
+        f"{summary['images']:,} test images, at most N = {most:,} votes per stage and n0 = {N0} for selection (adaptive, radii "
+        f"0.25 apart), alpha = {ALPHA} in total for each method, votes shared. Certified accuracy in %; brackets: 95% bootstrap "
         f"intervals over images ({RESAMPLES:,} resamples). In bold what was chosen on validation images."
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -399,6 +429,7 @@ def command_line(
         if name == "train":
             verb.add_argument("--only", nargs="*", default=(), help="flat, own, cascade, deferral: a process each may train some")
         if name == "certify":
+            verb.add_argument("--n", type=int, default=N, help="most votes a stage")
             verb.add_argument("--part", default="0/1", help="i/n: this process takes the shards i, i + n, ...")
             parts = ("all", "best", "others")
             verb.add_argument("--methods", choices=parts, default="all", help="others: before the deferral router is trained")

@@ -69,6 +69,7 @@ def certify(args: argparse.Namespace) -> None:
         seed=SEED,
         count=args.images,
         part=(part[0], part[1]),
+        n=args.n,
     )
 
 

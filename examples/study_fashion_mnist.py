@@ -1,15 +1,14 @@
-"""Study 1: how near one routed classifier comes to the best expert at every radius (Fashion-MNIST, bundled experts).
+"""Study 1: how near one routed classifier comes to the best expert at every radius (Fashion-MNIST, bundled experts and router).
 
-    python examples/study_fashion_mnist.py train --work WORK [--data DIR]
-    python examples/study_fashion_mnist.py certify --work WORK [--data DIR --images 2000] [--part 0/2]
-    python examples/study_fashion_mnist.py table --work WORK --out model_cards/fashion-mnist-study
+    python examples/study_fashion_mnist.py train --work WORK
+    python examples/study_fashion_mnist.py certify --work WORK --data DIR --first 2000 --images 2000 [--part 0/2]
+    python examples/study_fashion_mnist.py table --work WORK --out model_cards/fashion-mnist-study [--published TABLES]
 
-`train` trains every router and makes every choice on validation images that nothing was trained on: the bundled 1,000, and with
-`--data DIR` (the four `*-ubyte.gz` files) 1,000 more for the deferral router. Its heads are trained on the bundled 6,000 images
-that no expert has seen, and with `--data` also on the experts' own 52,000. `certify` certifies every method on test images, with
-shared votes, resumable, in any number of processes (`--part`); without `--data` on the bundled 1,000. `table` writes tables,
-figure and report.
-`--dtype bfloat16` runs networks at twice the speed where the processor has it; the function certified is then the bfloat16 one.
+`train` trains the routers to compare with on the bundled images that no expert has seen: flat ones as in Dual RS and a cascade.
+The router of interest is the bundled one (`train_demo_router.py`). `certify` certifies every method on test images, with shared
+votes, resumable, in any number of processes (`--part`); DIR holds the four `*-ubyte.gz` files, without it the bundled 1,000 test
+images are taken. `table` writes tables, figure and report over the shards that are finished; TABLES is a folder of published
+tables of the whole test set (`idx label predict radius correct time`), whose envelope on the same images then stands beside.
 """
 
 from __future__ import annotations
@@ -20,27 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from routing_study import BEST, PUBLISHED, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
+from routing_study import BEST, PUBLISHED, REFERENCE, Method, certify_all, command_line, merged, methods, train_all, write_study
 from torch import Tensor
 
 from rsrouter.data import from_arrays
-from rsrouter.demo import load_pool, load_slice
+from rsrouter.demo import load_pool, load_router, load_slice
+from rsrouter.results import read_table
 from rsrouter.sampling import Execution
 from rsrouter.training.deferral import DeferralRecipe
-from rsrouter.training.heads import HeadRecipe
 
 SEED = 20261122
-TRAINING_ROWS = 58_000
-RECIPE = DeferralRecipe(
-    copies=8,
-    tune_copies=600,
-    levels=(1.15, 1.2),
-    heads=tuple(
-        HeadRecipe(steps=3000, hidden=56, **how)
-        for how in ({"cross_entropy": 0.03}, {"cross_entropy": 0.1}, {"cross_entropy": 0.1, "tilt": 3.0}, {"cross_entropy": 0.2})
-    ),
-    grid=2,
-)
+RECIPE = DeferralRecipe(tune_copies=400)
+#: The routers to compare with.
+OTHERS = ("flat", "own", "cascade")
 
 
 def read_idx(folder: Path, split: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -58,17 +49,16 @@ def bundled(name: str) -> tuple[Tensor, Tensor]:
     return x, torch.as_tensor(y)
 
 
+def every(work: Path, execution: Execution, part: str = "all") -> dict[str, Method]:
+    """All methods by name; the last is the bundled router."""
+    found = {} if part == "best" else methods(load_pool(), work, execution, "others")
+    return found if part == "others" else found | {BEST: (load_router(execution), "tree")}
+
+
 def train(args: argparse.Namespace) -> None:
     unseen, validation = bundled("train"), bundled("validation")
-    heads, chosen_on = unseen, validation
-    if args.data is not None:
-        images, labels = read_idx(args.data, "train", slice(None))
-        pixels, classes = torch.from_numpy(images).float().div_(255), torch.from_numpy(labels)
-        heads, chosen_on = (
-            (pixels[:TRAINING_ROWS], classes[:TRAINING_ROWS]),
-            (pixels[TRAINING_ROWS:], classes[TRAINING_ROWS:]),
-        )
-    train_all(load_pool(), args.work, unseen, heads, validation, RECIPE, Execution(dtype=args.dtype), args.only, chosen_on)
+    execution = Execution(dtype=args.dtype)
+    train_all(load_pool(), args.work, unseen, unseen, validation, RECIPE, execution, args.only or OTHERS)
 
 
 def certify(args: argparse.Namespace) -> None:
@@ -80,20 +70,24 @@ def certify(args: argparse.Namespace) -> None:
         images, labels = read_idx(args.data, "t10k", slice(args.first, args.first + args.images))
     part = tuple(int(v) for v in args.part.split("/"))
     certify_all(
-        methods(load_pool(), args.work, Execution(dtype=args.dtype), args.methods),
+        every(args.work, Execution(dtype=args.dtype), args.methods),
         from_arrays(images, labels, name="Fashion-MNIST test set" + (f" from row {args.first}" if args.first else "")),
         args.work / "tables",
         seed=SEED,
         count=len(labels),
         part=(part[0], part[1]),
+        n=args.n,
     )
 
 
 def table(args: argparse.Namespace) -> None:
-    pool = load_pool()
-    names = list(methods(pool, args.work, Execution()))
+    names = list(every(args.work, Execution()))
     tables = merged(names, args.work / "tables")
-    write_study(tables, pool.names, (REFERENCE, PUBLISHED), BEST, args.out, "Fashion-MNIST", args.report)
+    published = []
+    for path in sorted(args.published.glob("*.tsv")) if args.published else ():
+        whole = read_table(path)
+        published.append(whole.take(np.flatnonzero(np.isin(whole.idx, tables[BEST].idx + args.first))))
+    write_study(tables, load_pool().names, (REFERENCE, PUBLISHED), BEST, args.out, "Fashion-MNIST", args.report, published)
 
 
 def arguments(name: str, verb: argparse.ArgumentParser) -> None:
@@ -101,6 +95,9 @@ def arguments(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--data", type=Path, default=None)
     if name == "certify":
         verb.add_argument("--images", type=int, default=1000)
+    if name == "table":
+        verb.add_argument("--published", type=Path, default=None)
+    if name != "train":
         verb.add_argument("--first", type=int, default=0, help="first test row; other rows need a WORK of their own")
 
 

@@ -97,7 +97,7 @@ def as_pixels(images: np.ndarray) -> Tensor:
 
 
 def trunks(args: argparse.Namespace) -> None:
-    from train_demo_experts import fit, save_expert
+    from noise_training import fit, save_expert
 
     from rsrouter.experts.small_resnet import SmallResNet
 

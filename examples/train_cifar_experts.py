@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from train_demo_experts import fit, save_expert
+from noise_training import fit, save_expert
 
 from rsrouter.experts.small_resnet import SmallResNet
 

@@ -2,7 +2,7 @@
 
     python examples/train_denoiser.py --train train.npz --test test.npz --out FOLDER
 
-`train.npz` and `test.npz` hold `images` (N, 1, 28, 28) uint8 and `labels`, as `train_demo_experts.py slices` cuts them.
+`train.npz` and `test.npz` hold `images` (N, 1, 28, 28) uint8 and `labels`, as `train_fashion_experts.py slices` cuts them.
 The classifier sees clean images only; the denoiser never sees a label. One-shot denoising (Carlini et al. 2023,
 arXiv 2206.10550) then makes them one expert per sigma out of the same two networks. Printed at the end: accuracy on the
 test slice under Gaussian noise, of the classifier alone and behind the denoiser.

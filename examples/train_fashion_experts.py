@@ -2,15 +2,18 @@
 
     python examples/train_fashion_experts.py train --data DIR --out RUNS --name NAME --recipe cat-rs --sigma 0.5
     python examples/train_fashion_experts.py queue --data DIR --out RUNS --jobs JOBS.json
-    python examples/train_fashion_experts.py export --out RUNS --to EXPERTS NAME [NAME ...]
+    python examples/train_fashion_experts.py export --out RUNS --to EXPERTS NAME[=FOLDER] [NAME[=FOLDER] ...]
+    python examples/train_fashion_experts.py slices --data DIR --to IMAGES
 
 DIR holds the four `*-ubyte.gz` files of Fashion-MNIST (Xiao et al. 2017, MIT licence); Debian's package
 `dataset-fashion-mnist` puts them under `/usr/share/datasets/fashion-mnist`. JOBS.json is a list of objects, each the
 fields of `Settings`; several processes may work on one queue, and the file is read again before each job.
 
     official train rows      0 .. 51,999   the experts' training images
-    official train rows 52,000 .. 58,999   not read here: the router's training and validation images
+    official train rows 52,000 .. 57,999   the slice `train` of the bundled images; not read in training
+    official train rows 58,000 .. 58,999   the slice `validation`, on which routers are chosen; not read in training
     official train rows 59,000 .. 59,999   every choice here (best state, settings, which expert) is made on these
+    official test rows       0 .. 999      the slice `test`
 
 Recipes (sources beside their functions): `gaussian`, `consistency`, `smoothadv`, `smoothmix`, `macer`, `cat-rs`. A run may
 start from the weights of another (`start`) and may learn from another's smoothed predictions (`teacher`; CAT-RS does).
@@ -46,6 +49,12 @@ from rsrouter.experts.registry import build_architecture
 from rsrouter.files import write_atomically
 
 EXPERT_ROWS, CHOICE_ROWS = slice(0, 52_000), slice(59_000, 60_000)
+#: The images that ship with the package.
+SLICES = {
+    "train": ("train", slice(52_000, 58_000)),
+    "validation": ("train", slice(58_000, 59_000)),
+    "test": ("t10k", slice(0, 1_000)),
+}
 GRID = np.arange(0, 2.01, 0.25)
 #: the radii that count for a noise level unless a job says otherwise: those that no lower noise level reaches as well
 RADII = {0.25: (0, 0.25, 0.5, 0.75), 0.5: (0.75, 1, 1.25, 1.5, 1.75), 1.0: (1.5, 1.75, 2)}
@@ -279,15 +288,29 @@ def work(args: argparse.Namespace, jobs: Callable[[], list[Settings]]) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Copies the experts' weights and configs; `--half` stores float16."""
-    for name in args.names:
-        source, target = args.out / name, args.to / name
+    for given in args.names:
+        name, _, folder = given.partition("=")
+        source, target = args.out / name, args.to / (folder or name)
         target.mkdir(parents=True, exist_ok=True)
         weights = load_file(source / "model.safetensors")
         if args.half:
             weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
         write_atomically(target / "model.safetensors", save(weights))
-        write_atomically(target / "config.json", (source / "config.json").read_bytes())
+        config = json.loads((source / "config.json").read_text())
+        if folder:
+            del config["name"]  # it is then called by its sigma
+        write_atomically(target / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         print(name, f"{(target / 'model.safetensors').stat().st_size / 1e6:.2f} MB")
+
+
+def slices(args: argparse.Namespace) -> None:
+    """Cuts the images that ship with the package."""
+    args.to.mkdir(parents=True, exist_ok=True)
+    for name, (split, rows) in SLICES.items():
+        x, y = read_idx(args.data, split, rows)
+        images = (x * 255).round().to(torch.uint8).numpy()
+        np.savez_compressed(args.to / f"{name}.npz", images=images, labels=y.numpy(), index=np.arange(rows.start, rows.stop))
+        print(name, images.shape, f"{(args.to / f'{name}.npz').stat().st_size / 1e6:.2f} MB")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -312,6 +335,10 @@ def main(argv: list[str] | None = None) -> None:
     three.add_argument("--to", type=Path, required=True)
     three.add_argument("--half", action="store_true")
     three.set_defaults(run=export)
+    four = verbs.add_parser("slices", help="cut the images that ship with the package")
+    four.add_argument("--data", type=Path, required=True)
+    four.add_argument("--to", type=Path, required=True)
+    four.set_defaults(run=slices)
     for verb in (one, two, three):
         verb.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)

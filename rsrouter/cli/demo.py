@@ -26,7 +26,7 @@ def demo(
     from rsrouter.report.text import print_summary
 
     outcome = run(out, quick=quick, device=device, seed=seed)
-    routed = [outcome.routed, outcome.paper]
+    routed = [outcome.routed, outcome.trained, outcome.paper]
     tables = {t.name: t for t in (*routed, *outcome.experts)}
     summary = summarise(tables, routed=[t.name for t in routed], experts=[t.name for t in outcome.experts], radii=RADII)
     if format is Format.json:

@@ -187,7 +187,10 @@ def train(
     radii: Radii = DEFAULT_RADII,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="Flat: utility, coverage, dual-rs, dual-rs-head; others: deferral, deferral-grid, quick."),
+        typer.Option(
+            "--recipe",
+            help="Flat: utility, coverage, dual-rs, dual-rs-head; others: deferral, deferral-grid, deferral-whole, quick.",
+        ),
     ] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help="Of a flat router: what `rsrouter label` wrote.")] = None,
     floor: Annotated[

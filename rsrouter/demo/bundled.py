@@ -1,4 +1,4 @@
-"""What ships with the package: three Fashion-MNIST experts and three slices of images."""
+"""The package's own Fashion-MNIST experts, a router trained offline over them, and three slices of images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from rsrouter.core.errors import InputError
 from rsrouter.data import ImageData, load_data
 from rsrouter.experts import ExpertPool, load_expert
+from rsrouter.sampling import Execution
+from rsrouter.smooth import RoutedSmooth
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 SLICES = ("train", "validation", "test")
@@ -18,6 +20,14 @@ CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
 def load_pool() -> ExpertPool:
     """The bundled experts, loaded like any expert from a folder; weights verified against their pins."""
     return ExpertPool(load_expert(folder) for folder in sorted((ASSETS / "experts").iterdir()) if folder.is_dir())
+
+
+def load_router(execution: Execution | None = None) -> RoutedSmooth:
+    """The bundled router over the bundled experts, bound to run as `execution` says (default: as it was saved).
+
+    `examples/train_demo_router.py` trained it; its own network and every choice are from training and validation images.
+    """
+    return RoutedSmooth.from_pretrained(ASSETS / "router", execution=execution)
 
 
 @cache

@@ -1,4 +1,7 @@
-"""The whole path in one call: wrap, label, train, certify, report, all through the public API."""
+"""The whole path in one call: wrap, label, train, certify, report, all through the public API.
+
+The router that counts is the bundled one, trained offline; a small one is trained beside it to show how.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from tqdm import tqdm
 from rsrouter.core.errors import ResultsError
 from rsrouter.core.plans import AdaptivePlan
 from rsrouter.core.terms import Terms
-from rsrouter.demo.bundled import CLASSES, load_pool, load_slice
+from rsrouter.demo.bundled import CLASSES, load_pool, load_router, load_slice
 from rsrouter.experts import ExpertPool
 from rsrouter.jobs import Running, certify_table
 from rsrouter.report import write_report
@@ -40,8 +43,8 @@ class Settings:
     """What one demo run does; written to `demo.json`, and a folder of other settings is refused.
 
     Attributes:
-        head_images, head_steps: images the router's heads are trained on, and steps of their training.
-        validation_images: images the router's thresholds are chosen on.
+        head_images, head_steps: images the heads of the router that is trained here see, and steps of their training.
+        validation_images: images its thresholds are chosen on.
         flat_images, label_votes: images the flat router (Dual RS, to compare with) is trained on, and votes per expert and image
             for their labels.
         test_images, n_max: images certified, and the most votes a stage may draw.
@@ -51,23 +54,23 @@ class Settings:
         dtype: how they run; a run takes what the processor is fast at (`native_dtype`), and the router records it.
     """
 
-    head_images: int = 6000
-    head_steps: int = 1000
-    validation_images: int = 1000
+    head_images: int = 4000
+    head_steps: int = 600
+    validation_images: int = 500
     flat_images: int = 800
     label_votes: int = 50
-    test_images: int = 100
-    n_max: int = 10_000
+    test_images: int = 200
+    n_max: int = 20_000
     alpha: float = 0.001
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
 
 
-QUICK = {"head_images": 1000, "head_steps": 300, "validation_images": 100, "flat_images": 250, "test_images": 25, "n_max": 2_000}
+QUICK = {"head_images": 1000, "head_steps": 200, "validation_images": 100, "flat_images": 250, "test_images": 30}
 
 #: What the report calls the runs.
-ROUTED, PAPER = "routed", "Dual RS (flat router, min rule)"
+ROUTED, TRAINED, PAPER = "routed", "router trained here", "Dual RS (flat router, min rule)"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Outcome:
     Attributes:
         out: the folder.
         report: the page.
-        routed: the routed table.
+        routed: the bundled router's table.
+        trained: the table of the router that was trained here.
         paper: a flat router under the min rule, as in Dual RS.
         experts: each expert's own table.
         seconds: per step.
@@ -86,6 +90,7 @@ class Outcome:
     out: Path
     report: Path
     routed: Table
+    trained: Table
     paper: Table
     experts: tuple[Table, ...]
     seconds: dict[str, float]
@@ -147,12 +152,13 @@ def estimates(bar: tqdm) -> Callable[[Running], None]:
 def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed: int = 0, show: bool = True) -> Outcome:
     """Runs the demo into `out`.
 
-    Leaves `pool.json`, `router/`, `certificates.tsv` with its JSON, `dual-rs/` and `dual-rs.tsv` (a flat router as in Dual RS,
-    under its min rule, to compare with), `experts/*.tsv` and `report/index.html`. Started again with the same settings it goes
-    on where it stopped.
+    Leaves `pool.json`, `router/` (the bundled router) and `certificates.tsv` with its JSON, `trained/` and `trained.tsv` (one
+    trained here on a few thousand images, to show how), `dual-rs/` and `dual-rs.tsv` (a flat router as in Dual RS, under its min
+    rule, to compare with), `experts/*.tsv` and `report/index.html`. Started again with the same settings it goes on where it
+    stopped.
 
-    The router is of the deferral kind: heads of some kilobytes on the frozen experts, at noise levels that reach the largest
-    radius, in a chain whose order and thresholds are chosen on validation images.
+    Both routers are of the deferral kind, a chain whose order and thresholds are chosen on validation images. The bundled one
+    asks a network of its own first; the one trained here asks heads of some kilobytes on the frozen experts.
 
     Args:
         out: a new folder, or one of an earlier run with the same settings.
@@ -211,13 +217,18 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
         heads, validation = slice_of("train", settings.head_images), slice_of("validation", settings.validation_images)
         quick = DEFERRAL_RECIPES["quick"]
         recipe = replace(quick, heads=tuple(replace(head, steps=settings.head_steps) for head in quick.heads))
-        chain: dict[str, Any] = {"recipe": recipe, "validation": validation, "out": folder / "router"}
+        chain: dict[str, Any] = {"recipe": recipe, "validation": validation, "out": folder / "trained"}
         return timed("train", lambda: train_router(pool, "deferral", heads[0], heads[1], **chain, **common))
 
     def trained(name: str, fit: Callable[[], RoutedSmooth]) -> RoutedSmooth:
         return RoutedSmooth.from_pretrained(folder / name) if (folder / name / "config.json").exists() else fit()
 
-    paper, routed = trained("dual-rs", fit_flat), trained("router", fit)
+    def bundled() -> RoutedSmooth:
+        routed = load_router(execution)
+        routed.save_pretrained(folder / "router")
+        return RoutedSmooth.from_pretrained(folder / "router")
+
+    paper, small, routed = trained("dual-rs", fit_flat), trained("trained", fit), trained("router", bundled)
     plan = AdaptivePlan(settings.n_max, RADII)
     data = {"name": "Fashion-MNIST, bundled test slice"}
     rows = range(settings.test_images)
@@ -238,6 +249,7 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
             )
 
     table = timed("certify", lambda: certify(routed, folder / "certificates.tsv", ROUTED))
+    own = timed("certify trained", lambda: certify(small, folder / "trained.tsv", TRAINED))
     other = timed("certify Dual RS", lambda: certify(paper, folder / "dual-rs.tsv", PAPER, "min"))
     experts = timed(
         "certify experts",
@@ -247,9 +259,9 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
     page = timed(
         "report",
         lambda: write_report(
-            {t.name: t for t in (table, other, *experts)},
+            {t.name: t for t in (table, own, other, *experts)},
             folder / "report",
-            routed=[ROUTED, PAPER],
+            routed=[ROUTED, TRAINED, PAPER],
             experts=[t.name for t in experts],
             images=pictures,
             classes=CLASSES,
@@ -257,4 +269,4 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
             title="rsrouter demo: Fashion-MNIST",
         ),
     )
-    return Outcome(folder, page, table, other, experts, seconds)
+    return Outcome(folder, page, table, own, other, experts, seconds)

@@ -240,16 +240,17 @@ class Expert:
             assert self._load is not None
             module = self._load()
             if self.probe is not None:
-                check_probe(self._normalised(module), self.input_shape, self.probe, f"expert {self.name!r}")
+                check_probe(self.normalised(module), self.input_shape, self.probe, f"expert {self.name!r}")
             self._module, self._loaded = module, _mark(module)
         return self._module
 
-    def _normalised(self, module: nn.Module) -> nn.Module:
+    def normalised(self, module: nn.Module) -> nn.Module:
+        """`module` behind what stands around the expert's own: size, normalisation, order of the classes."""
         return around(module, self.mean, self.std, self.resize, self.order)
 
     def network(self) -> nn.Module:
         """Pixels in [0,1] to logits: the module (shared, not copied) with what stands around it."""
-        return self._normalised(self.module)
+        return self.normalised(self.module)
 
     @property
     def pinned(self) -> bool:

@@ -1,4 +1,4 @@
-"""A small residual network for small images: what the bundled demo's experts are made of."""
+"""A small residual network for small images."""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ def _title(stage: StageRecord, experts: dict[str, float], number: str) -> str:
         read = re.sub(r"(/\d+x\d+)?(@[\d.e+-]+)?$", "", stage.network)
         names = [read] if read in experts else read.split("+")
         known = names if all(n in experts for n in names) else [stage.expert or stage.network]
-        parts = [f"head{number} on {' and '.join(map(printable, known))}, noise {stage.sigma:.3g}"]
+        own = read not in experts and read.endswith(f" from {stage.expert}")
+        who = f"network {printable(read)}" if own else f"head{number} on {' and '.join(map(printable, known))}"
+        parts = [f"{who}, noise {stage.sigma:.3g}"]
     if stage.tau is not None:
         parts.append(f"answers from {100 * stage.tau:.3g}%")
     return ", ".join(parts)

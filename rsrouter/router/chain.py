@@ -35,6 +35,7 @@ class Voter:
         others: experts that look at the same noisy image; their features and logits come before the expert's own in
             the head's input.
         grid: how the experts' feature maps are pooled for the head (`Trunk`): 1 as for their own last layer, 2 to four cells.
+        whole: the head is a whole network: it sees the noisy image itself, normalised as the expert's input is, and no features.
     """
 
     expert: str
@@ -42,6 +43,7 @@ class Voter:
     head: str | None = None
     others: tuple[str, ...] = ()
     grid: int = 1
+    whole: bool = False
 
 
 class _Votes(nn.Module):
@@ -113,6 +115,13 @@ def check_voters(voters: Sequence[Voter], pool: ExpertPool, heads: Mapping[str, 
             received=str([v.grid for v in voters]),
             remedy="give the voter a head, or leave out grid",
         )
+    if any(v.whole and (v.head is None or v.others or v.grid != 1) for v in voters):
+        raise InputError(
+            "A whole network reads no features",
+            expected="whole=True with a head, without others or grid",
+            received=str([v for v in voters if v.whole]),
+            remedy="name the network as head, and leave out others and grid",
+        )
     if any(a == b for a, b in pairwise(voters)):
         raise InputError(
             "A cascade asks the same expert twice in a row",
@@ -147,20 +156,25 @@ def bind_chain(
     heads = {} if heads is None else heads
     check_voters(voters, pool, heads)
     thresholds = check_thresholds(thresholds, len(voters))
-    groups: dict[tuple[str, float, tuple[str, ...], int], list[int]] = {}
+    groups: dict[tuple[str, float, tuple[str, ...], int, str | None], list[int]] = {}
     for position, voter in enumerate(voters):
         sigma = pool[voter.expert].sigma if voter.sigma is None else float(voter.sigma)
-        groups.setdefault((voter.expert, sigma, voter.others, voter.grid), []).append(position)
+        own = voter.head if voter.whole else None
+        groups.setdefault((voter.expert, sigma, voter.others, voter.grid, own), []).append(position)
     stages: dict[int, Stage] = {}
     models = []
-    for (name, sigma, others, grid), positions in groups.items():
+    for (name, sigma, others, grid, own), positions in groups.items():
         expert = pool[name]
         cells = "" if grid == 1 else f"/{grid}x{grid}"
-        network = "+".join((name, *others)) + cells + ("" if sigma == expert.sigma else f"@{sigma:g}")
+        network = "+".join((name, *others)) + cells if own is None else f"{own} from {name}"
+        network += "" if own is None and sigma == expert.sigma else f"@{sigma:g}"
         titles = [network if k == 0 else f"{network}:{k + 1}" for k in range(len(positions))]
         for title, position in zip(titles, positions, strict=True):
             stages[position] = expert_stage(title, sigma, pool.num_classes, network=network, expert=name)
         wanted = [voters[p].head for p in positions]
+        if own is not None:
+            models.append(_own_network(expert, heads[own], network, sigma, titles))
+            continue
         models.append(_network(expert, [pool[o] for o in others], network, sigma, grid, titles, wanted, heads))
     return Routed(cascade_tree([stages[p] for p in range(len(voters))], thresholds), tuple(models))
 
@@ -187,3 +201,12 @@ def _network(
     told = {"heads": [unique_digest(heads[h]) for h in used], "picks": [-1 if h is None else used.index(h) for h in wanted]}
     digest = vote_digest([expert, *others], sigma, grid=grid, **told)
     return VoteModel(network, module, sigma, tuple(titles), (expert.num_classes,) * len(titles), digest)
+
+
+def _own_network(expert: Expert, head: nn.Module, network: str, sigma: float, titles: Sequence[str]) -> VoteModel:
+    """A whole network that votes on images normalised as the expert's."""
+    module: nn.Module = expert.normalised(head)
+    if len(titles) > 1:
+        module = _Votes(module, [0] * len(titles), single=True)
+    told = {"whole": unique_digest(head), "mean": expert.mean, "std": expert.std, "picks": len(titles)}
+    return VoteModel(network, module, sigma, tuple(titles), (expert.num_classes,) * len(titles), vote_digest([], sigma, **told))

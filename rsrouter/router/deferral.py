@@ -25,7 +25,8 @@ class DeferralRouter(Router):
     Args:
         voters: who is asked, in this order (`Voter`, or the name of an expert).
         thresholds: one tau in (1/2, 1) per voter but the last.
-        heads: modules from `torch.cat([features, logits], 1)` to class logits, by name (`ResidualHead`).
+        heads: modules from `torch.cat([features, logits], 1)` to class logits, by name (`ResidualHead`); those of voters with
+            `whole` map the normalised image to class logits.
     """
 
     kind: ClassVar[str] = "deferral"
@@ -63,6 +64,7 @@ class DeferralRouter(Router):
             "voters": [
                 {"expert": v.expert, "sigma": v.sigma, "head": v.head, "others": list(v.others)}
                 | ({} if v.grid == 1 else {"grid": v.grid})
+                | ({"whole": True} if v.whole else {})
                 for v in self.voters
             ],
             "heads": {name: describe_module(head) for name, head in self.heads.items()},
@@ -71,5 +73,8 @@ class DeferralRouter(Router):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DeferralRouter:
         """The router `to_config` described, heads freshly initialised."""
-        voters = [Voter(v["expert"], v["sigma"], v["head"], tuple(v["others"]), v.get("grid", 1)) for v in config["voters"]]
+        voters = [
+            Voter(v["expert"], v["sigma"], v["head"], tuple(v["others"]), v.get("grid", 1), v.get("whole", False))
+            for v in config["voters"]
+        ]
         return cls(voters, config["thresholds"], {name: build_described(d) for name, d in config["heads"].items()})

@@ -42,6 +42,7 @@ class StoredVoter(Stored):
     head: Name | None
     others: Annotated[tuple[Name, ...], Field(max_length=100)] = ()
     grid: Annotated[int, Field(ge=1, le=1_000)] = 1
+    whole: bool = False
 
 
 class StoredDeferral(Stored):

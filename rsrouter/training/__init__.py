@@ -13,6 +13,7 @@ from rsrouter.training.record import KINDS, Training
 from rsrouter.training.resume import ResumeStore
 from rsrouter.training.trackers import log_to
 from rsrouter.training.train import train_router
+from rsrouter.training.whole import WholeRecipe
 
 __all__ = [
     "DEFERRAL_RECIPES",
@@ -23,6 +24,7 @@ __all__ = [
     "Recipe",
     "ResumeStore",
     "Training",
+    "WholeRecipe",
     "consistency_loss",
     "dual_rs_loss",
     "flat_router",

@@ -33,6 +33,8 @@ Chain = tuple[tuple[str, float | None], ...]
 
 #: Votes per expert and validation image that a cascade is tuned on.
 TUNE_VOTES = 400
+#: Of the Dirichlet prior of simulated votes: some two of a hundred unanimous votes of 500 then hold no 3 sigma.
+PRIOR = 0.005
 #: Thresholds that are tried.
 TAUS = (0.505, 0.53, 0.56, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.94, 0.97, 0.99)
 
@@ -54,9 +56,9 @@ class SimulatedVotes:
         cls, votes: Counts, sigma: float, n: int, n0: int, rng: np.random.Generator, classes: int | None = None
     ) -> SimulatedVotes:
         """What `n` votes might look like after the few in `votes (N, L)`: multinomial counts at probabilities from
-        the posterior (a Dirichlet prior of 0.02 per outcome, which leaves unanimous votes nearly unanimous). Only the
+        the posterior (a Dirichlet prior of `PRIOR` per outcome: unanimous votes stay nearly unanimous). Only the
         first `classes` outcomes are classes."""
-        weights = rng.standard_gamma(np.maximum(votes, 0) + 0.02)
+        weights = rng.standard_gamma(np.maximum(votes, 0) + PRIOR)
         shares = weights / weights.sum(1, keepdims=True)
         counts, selection = rng.multinomial(n, shares), rng.multinomial(n0, shares)
         return cls(counts[:, :classes], selection[:, :classes], n, n0, sigma)

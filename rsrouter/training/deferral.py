@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,8 @@ from scipy.special import ndtri
 from torch import Tensor, nn
 
 from rsrouter.core.bounds import binom_lower
-from rsrouter.core.errors import InputError
+from rsrouter.core.errors import CheckpointError, InputError
+from rsrouter.experts.describe import describe_module
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.process import usual_settings
 from rsrouter.router.cascade import CascadeRouter
@@ -24,6 +26,7 @@ from rsrouter.router.flat import FlatRouter
 from rsrouter.router.trunk import has_grid
 from rsrouter.training.chains import (
     Frontier,
+    Goal,
     SimulatedVotes,
     accuracy,
     check_two,
@@ -35,7 +38,9 @@ from rsrouter.training.chains import (
 )
 from rsrouter.training.features import with_features, without_features
 from rsrouter.training.heads import HeadGoal, HeadRecipe, as_stored, train_head
-from rsrouter.training.record import SELECTION_VOTES, TRAIN, TUNE, Training, named_recipe
+from rsrouter.training.labels import target_radii
+from rsrouter.training.record import LABEL, SELECTION_VOTES, TRAIN, TUNE, Training, named_recipe
+from rsrouter.training.whole import WholeRecipe, train_whole, whole_votes
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class DeferralRecipe:
         grid: heads read the experts' feature maps pooled to `grid x grid` cells, where they are maps; 1: as their own last
             layers do. 2 answers better for four times the weights.
         stages: the longest chain.
+        whole: networks of the router's own to train beside the heads, one of each at every noise level; an expert's size each,
+            and minutes of training for one of 160,000 weights. Their labels must differ.
     """
 
     copies: int = 8
@@ -64,22 +71,28 @@ class DeferralRecipe:
     )
     grid: int = 1
     stages: int = 3
+    whole: tuple[WholeRecipe, ...] = ()
 
     def __post_init__(self) -> None:
-        if len({head.label for head in self.heads}) != len(self.heads):
+        labels = [*(head.label for head in self.heads), *(how.label for how in self.whole)]
+        if len(set(labels)) != len(labels):
             raise InputError(
-                "Two heads of a recipe have one label",
-                expected="heads of different objectives, cross_entropy, tilt or consistency",
-                received=str([head.label for head in self.heads]),
+                "Two heads or networks of a recipe have one label",
+                expected="different objectives, cross_entropy, tilt, consistency, tau or start",
+                received=str(labels),
                 remedy="drop one of them",
             )
 
 
+#: Votes on each training image for the radius of the expert behind a network of its own.
+BEHIND_VOTES = 24
 #: By name: `deferral` (some ten minutes for 6,000 and 1,000 small images on one core), `deferral-grid` (heads see where in the
-#: image something is; for tens of thousands of images) and `quick` (about a minute for 6,000 and 400).
+#: image something is; for tens of thousands of images), `deferral-whole` (at each noise level also a network of its own; for tens
+#: of thousands of images) and `quick` (about a minute for 6,000 and 400).
 DEFERRAL_RECIPES: dict[str, DeferralRecipe] = {
     "deferral": DeferralRecipe(),
     "deferral-grid": DeferralRecipe(grid=2, heads=tuple(replace(h, hidden=56, steps=3000) for h in DeferralRecipe().heads)),
+    "deferral-whole": DeferralRecipe(whole=(WholeRecipe(),)),
     "quick": DeferralRecipe(
         copies=8,
         tune_copies=150,
@@ -123,13 +136,62 @@ def head_voters(
     ]
 
 
+def own_sigmas(pool: ExpertPool, radii: Sequence[float], recipe: DeferralRecipe, plan_n: int, alpha: float) -> list[float]:
+    """The noise levels of the networks of the router's own."""
+    if not recipe.whole or not max(radii) > 0:
+        return []
+    least = smallest_sigma(max(radii), plan_n, alpha, recipe.stages)
+    return sorted({round(min(pool[-1].sigma, max(level * least, pool[0].sigma)), 4) for level in recipe.levels})
+
+
+def _own_networks(training: Training, recipe: DeferralRecipe, goal: Goal) -> Iterator[tuple[Voter, nn.Module]]:
+    """Trains them; an expert that cannot be written down starts none, and the log says so."""
+    pool = training.pool
+    for i, sigma in enumerate(own_sigmas(pool, training.radii, recipe, training.plan_n, training.alpha)):
+        for how in recipe.whole:
+            start = pool[how.start] if how.start else next((e for e in pool if e.sigma >= sigma), pool[-1])
+            behind = pool[how.behind or pool[0].name]
+            try:
+                describe_module(start.module)
+            except CheckpointError as error:
+                training.say({"no_network": error.message})
+                continue
+            drawn: dict[str, Any] = {"seed": training.seed, "purpose": LABEL, "store": training.store}
+            votes = whole_votes(behind, behind.module, behind.sigma, training.images, BEHIND_VOTES, **drawn)
+            found = target_radii(
+                np.pad(votes, ((0, 0), (0, 1)))[:, None],
+                training.labels.numpy(),
+                (behind.sigma,),
+                plan_n=training.plan_n,
+                alpha=training.alpha,
+            )
+            name = f"own{i}_{how.label}"
+            module = train_whole(
+                start,
+                training.images,
+                training.labels,
+                torch.from_numpy(found.radius[:, 0]).float(),
+                recipe=how,
+                goal=HeadGoal(sigma, tuple(training.radii), tuple(goal.envelope.tolist())),
+                seed=training.seed,
+                log=partial(_named, training, name),
+                store=training.store,
+            )
+            if training.votes is not None:
+                training.votes(len(training.images) * BEHIND_VOTES + how.steps * how.batch * how.group)
+            yield Voter(start.name, sigma, name, whole=True), module
+
+
 def deferral_passes(training: Training) -> int:
     """Forward passes of single experts that `train_deferral` makes: what its `votes` add up to."""
     pool, recipe, validation = training.pool, deferral_recipe(training), len(training.held_out[0])
     wanted = head_voters(pool, training.radii, recipe, training.plan_n, training.alpha)
     readers = {voter.sigma: 1 + len(voter.others) for voter, _ in wanted}
     each = len(training.images) * recipe.copies + validation * recipe.tune_copies
-    return validation * recipe.tune_copies * len(pool) + each * sum(readers.values())
+    levels = len(own_sigmas(pool, training.radii, recipe, training.plan_n, training.alpha))
+    asked = len(pool) + len(training.networks) + levels * len(recipe.whole)
+    own = sum(len(training.images) * BEHIND_VOTES + how.steps * how.batch * how.group for how in recipe.whole)
+    return validation * recipe.tune_copies * asked + each * sum(readers.values()) + levels * own
 
 
 def _head_votes(features: Tensor, heads: dict[str, nn.Module], classes: int) -> dict[str, NDArray[np.int64]]:
@@ -158,7 +220,7 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
     check_two(pool)
     wanted = head_voters(pool, grid, recipe, plan_n, alpha)
     blind = without_features(pool)
-    if not wanted:
+    if not wanted and recipe.heads:
         why = "the only radius asked for is 0, which plain experts answer best" if not max(grid) > 0 else blind
         training.say({"no_head": f"no head could be trained: {why}"})
     elif blind:
@@ -196,6 +258,20 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
             reached = accuracy(*expert_radius(simulated[name], alpha), target, grid)
             training.say({"head": name, "sigma": sigma, "validation": reached.tolist()})
         heads.update(trained)
+    for voter, module in (*training.networks, *_own_networks(training, recipe, goal)):
+        expert = pool[voter.expert]
+        own, sigma = str(voter.head), expert.sigma if voter.sigma is None else voter.sigma
+        name = f"{own}@{sigma:g}"
+        if own not in heads:
+            heads[own] = as_stored(copy.deepcopy(module).eval().requires_grad_(False))
+        counted = whole_votes(
+            expert, heads[own], sigma, xv, recipe.tune_copies, seed=training.seed, purpose=TUNE, store=training.store
+        )
+        candidates[name], simulated[name] = voter, SimulatedVotes.draw(counted, sigma, plan_n, SELECTION_VOTES, rng)
+        reached = accuracy(*expert_radius(simulated[name], alpha), target, grid)
+        training.say({"network": own, "sigma": sigma, "validation": reached.tolist()})
+        if training.votes is not None:
+            training.votes(len(xv) * recipe.tune_copies)
     frontier = Frontier(goal)
     chain, _ = search_chain(simulated, target, goal, alpha, max_stages=recipe.stages, frontier=frontier)
     training.say(chosen_line(goal, simulated, target, alpha, chain, frontier))

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_images, check_labels
 from rsrouter.router.base import Router
+from rsrouter.router.chain import Voter, check_voters
 from rsrouter.sampling.execution import Execution
 from rsrouter.smooth import RoutedSmooth
 from rsrouter.training.features import noisy_features
@@ -49,7 +50,7 @@ class Training:
         radii: radii the user cares about, L2 in [0,1]-pixel units.
         seed: of noise, initialisation and order.
         recipe: of a flat router a `Recipe` or a name in `RECIPES` (default `"utility"`; `"dual-rs"` as its authors run it), else
-            a `DeferralRecipe` or a name in `DEFERRAL_RECIPES` (`"deferral"`, `"deferral-grid"`, `"quick"`).
+            a `DeferralRecipe` or a name in `DEFERRAL_RECIPES` (`"deferral"`, `"deferral-grid"`, `"deferral-whole"`, `"quick"`).
         routing_labels: of a flat router: labels made before; None: made here with `label_n` votes per expert and image.
         label_n: see `routing_labels`.
         validation: images and labels that choices are made on; None: the last fifth of `images`, which then train nothing (a
@@ -58,6 +59,8 @@ class Training:
         floor: least wanted ratio of certified accuracy to the experts' envelope, for all radii or by radius (other radii: .915).
         weights: what each radius counts in the mean of the ratios, by radius; the others count 1.
         never_below: expert by radius: the router shall certify there no less than this expert does.
+        networks: whole networks of the router's own that a deferral router may ask as well: the voter each is to be (`whole`, its
+            head names the network) and the module. One network may be offered at several noise levels.
         device: where experts vote.
         execution: how experts vote, and how the routed classifier is to run, which records it (a dtype moves votes, and
             thresholds are chosen for these). None: the parent's, or the default.
@@ -89,6 +92,7 @@ class Training:
     floor: float | Mapping[float, float] = 0.915
     weights: Mapping[float, float] | None = None
     never_below: Mapping[float, str] | None = None
+    networks: Sequence[tuple[Voter, nn.Module]] = ()
     device: str | None = None
     execution: Execution | None = None
     parent: RoutedSmooth | None = None
@@ -145,6 +149,8 @@ class Training:
             self, images=images, labels=labels, radii=grid, validation=validation, routing_labels=routing, execution=execution
         )
         new._check_wishes()
+        if self.networks:
+            new._check_networks()
         return new
 
     def _labelled(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,6 +173,18 @@ class Training:
                 received=f"radii {strange}, values {odd}, experts {unknown}" if strange or unknown or odd else "weights all 0",
                 remedy="floor={0.0: 0.98}, weights={1.0: 2.0}, never_below={1.0: 'sigma_1'}",
             )
+
+    def _check_networks(self) -> None:
+        modules = {str(voter.head): module for voter, module in self.networks}
+        if not all(v.whole and v.head is not None and modules[v.head] is module for v, module in self.networks):
+            raise InputError(
+                "The router's own networks cannot be told apart",
+                expected="voters with whole=True, whose head names their network, one module for each name",
+                received=str([voter for voter, _ in self.networks]),
+                remedy="networks=[(Voter('sigma_0.5', 0.6, 'own', whole=True), module)]",
+            )
+        for voter, _ in self.networks:
+            check_voters([voter], self.pool, modules)
 
     @property
     def kind(self) -> str:

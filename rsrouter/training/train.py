@@ -249,6 +249,7 @@ def _job(training: Training) -> dict[str, Any]:
         "alpha": training.alpha,
         "wishes": repr(training.wishes),
         "execution": None if execution is None else execution.to_dict(),
+        "networks": [(repr(v), of(*m.state_dict().values())) for v, m in training.networks],
         "parent": None if parent is None else parent.router.digest,
         "torch": [torch.__version__, torch.get_num_threads()],
     }

@@ -198,7 +198,7 @@ def test_convert_and_card_print_json(call, files, tmp_path):
     status, out, _ = call("plan", "--sigma", 0.5, "--format", "json")
     assert status == 0
     assert json.loads(out)["rows"]
-    torch.save({"state_dict": load_pool()["sigma_0.5"].module.state_dict(), "arch": "small_resnet"}, tmp_path / "c.pth.tar")
+    torch.save({"state_dict": load_pool()["sigma_0.5"].module.state_dict(), "arch": "small_cnn"}, tmp_path / "c.pth.tar")
     status, out, _ = call("convert", tmp_path / "c.pth.tar", "--sigma", 0.5, "--normalisation", "fashion_mnist", "--input-shape",
                           "1,28,28", "--out", tmp_path / "converted", "--format", "json")  # fmt: skip
     assert status == 0

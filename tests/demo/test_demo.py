@@ -10,7 +10,7 @@ import pytest
 
 import rsrouter.demo.flow as flow
 from rsrouter import ExpertPool, ResultsError, RoutedSmooth, Smooth
-from rsrouter.demo import SLICES, load_pool, load_slice, run
+from rsrouter.demo import SLICES, load_pool, load_router, load_slice, run
 from rsrouter.demo.bundled import ASSETS
 from rsrouter.files import sha256_of
 from rsrouter.results import read_table
@@ -48,6 +48,13 @@ def test_bundled_experts_are_small_and_ordinary():
     assert all(e.provenance.source == "bundled" for e in pool)
 
 
+def test_the_bundled_router_is_small_and_over_the_bundled_experts():
+    routed = load_router()
+    assert [e.digest for e in routed.pool] == [e.digest for e in load_pool()]
+    assert sum(file.stat().st_size for file in (ASSETS / "router").iterdir()) <= 1_000_000
+    assert any(voter.whole for voter in routed.router.voters)
+
+
 def test_slices_are_disjoint_and_labelled():
     fingerprints = {name: load_slice(name).fingerprint for name in SLICES}
     assert len(set(fingerprints.values())) == 3
@@ -60,6 +67,9 @@ def test_a_run_leaves_everything(small):
         "pool.json",
         "router/config.json",
         "router/router.safetensors",
+        "trained/config.json",
+        "trained.tsv",
+        "dual-rs.tsv",
         "certificates.tsv",
         "certificates.json",
         "report/index.html",
@@ -67,7 +77,8 @@ def test_a_run_leaves_everything(small):
         assert (out / name).is_file(), name
     header = (out / "certificates.tsv").read_text().splitlines()[0].split("\t")
     assert header[:6] == ["idx", "label", "predict", "radius", "correct", "time"]
-    assert len(outcome.routed) == 4
+    assert len(outcome.routed) == len(outcome.trained) == len(outcome.paper) == 4
+    assert (out / "router" / "router.safetensors").read_bytes() == (ASSETS / "router" / "router.safetensors").read_bytes()
     assert len(ExpertPool.load(out / "pool.json")) == 3
     assert json.loads((out / "certificates.json").read_text())["seed_derived"] is True
     assert RoutedSmooth.from_pretrained(out / "router").digest == json.loads((out / "certificates.json").read_text())["digest"]
@@ -83,6 +94,7 @@ def test_the_bundled_tables_are_about_the_bundled_experts(name: str) -> None:
 
 def test_the_bundled_router_is_the_one_of_its_table() -> None:
     routed = RoutedSmooth.from_pretrained(CARD)
+    assert routed.digest == load_router().digest
     table = read_table(CARD / "certificates" / "certificates.tsv", check="counts")
     assert (table.metadata["digest"], table.metadata["seed_derived"]) == (routed.digest, True)
 
@@ -96,7 +108,9 @@ def test_the_same_seed_gives_the_same_bytes_and_a_stopped_run_goes_on(small, tmp
     _, out, _ = small
     run(tmp_path / "again", quick=True, show=False)
     assert rows_without_time(tmp_path / "again" / "certificates.tsv") == rows_without_time(out / "certificates.tsv")
-    assert (tmp_path / "again/router/router.safetensors").read_bytes() == (out / "router/router.safetensors").read_bytes()
+    for name in ("trained", "dual-rs"):
+        weights = Path(name) / "router.safetensors"
+        assert not (out / weights).exists() or (tmp_path / "again" / weights).read_bytes() == (out / weights).read_bytes()
     # cut the table in the middle of a line, and go on
     table = tmp_path / "again" / "certificates.tsv"
     data = table.read_bytes()

@@ -174,3 +174,23 @@ def test_exported_folders_are_wrapped(tmp_path):
     with torch.inference_mode():
         normal = (x - MEAN[0]) / STD[0]
         assert pool[0].module(normal) == pytest.approx(module(normal), abs=0.05)  # float16 keeps three digits
+
+
+def test_the_bundled_jobs_are_read_and_wait_for_one_another():
+    jobs = trainer.read_jobs(SCRIPT.parent / "fashion_jobs.json")
+    names = [job.name for job in jobs]
+    assert all(job.recipe in sys.modules["fashion_recipes"].RECIPES for job in jobs)
+    assert all(job.start is None or job.start in names[: names.index(job.name)] for job in jobs)
+
+
+def test_slices_are_cut(tmp_path):
+    for split, count in (("train", 60_000), ("t10k", 1_000)):
+        images = np.resize(np.arange(784, dtype=np.uint8), (count, 784))
+        (tmp_path / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + images.tobytes(), 1))
+        labels = np.resize(np.arange(10, dtype=np.uint8), count)
+        (tmp_path / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes(), 1))
+    trainer.main(["slices", "--data", str(tmp_path), "--to", str(tmp_path / "images")])
+    cut = np.load(tmp_path / "images" / "validation.npz")
+    assert cut["images"].shape == (1000, 1, 28, 28)
+    assert (cut["index"][0], cut["labels"][3]) == (58_000, 3)
+    assert (cut["images"][7].ravel() == images[0]).all()

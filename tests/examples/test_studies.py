@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from rsrouter import AdaptivePlan, read_table
+from rsrouter import AdaptivePlan, load_expert, read_table
 from rsrouter.demo import load_pool, load_slice
 from rsrouter.training.deferral import DeferralRecipe
 from rsrouter.training.flat import RECIPES
@@ -38,15 +38,14 @@ def study(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small
     monkeypatch.syspath_prepend(str(FOLDER))
     shared, found = importlib.import_module("routing_study"), importlib.import_module(request.param)
     radii = tuple(shared.RADII[:4])
-    monkeypatch.setattr(shared, "PLAN", AdaptivePlan(150, radii, n0=20))
-    monkeypatch.setattr(shared, "N", 150)
+    monkeypatch.setattr(shared, "plan", lambda n: AdaptivePlan(150, radii, n0=20))
     monkeypatch.setattr(shared, "RADII", np.array(radii))
     monkeypatch.setattr(shared, "COVERED", np.ones(len(radii), bool))
     monkeypatch.setattr(shared, "SHARDS", 2)
     monkeypatch.setattr(shared, "RESAMPLES", 50)
     monkeypatch.setattr(found, "RECIPE", LITTLE)
     monkeypatch.setitem(RECIPES, "dual-rs-head", replace(RECIPES["dual-rs-head"], epochs=2))
-    monkeypatch.setattr(shared, "OWN_RECIPE", RECIPES["dual-rs-head"])
+    monkeypatch.setattr(shared, "OWN_RECIPE", replace(RECIPES["dual-rs"], epochs=2))
     if request.param == "study_fashion_mnist":
         monkeypatch.setattr(
             found, "bundled", lambda name: (torch.from_numpy(pixels(name)[0]) / 255, torch.from_numpy(pixels(name)[1]))
@@ -71,7 +70,8 @@ def test_a_routing_study_trains_certifies_and_reports(study, tmp_path, monkeypat
         return capsys.readouterr().out
 
     run("train", *data)
-    assert sorted(p.parent.name for p in (tmp_path / "work").glob("*/config.json")) == ["cascade", "deferral", "flat", "own"]
+    trained = {p.parent.name for p in (tmp_path / "work").glob("*/config.json")}
+    assert trained == {"cascade", "flat", "own", *(["deferral"] if own else [])}
     run("certify", *data, "--images", "4", "--part", "0/2", "--methods", "others")
     run("certify", *data, "--images", "4", "--part", "0/2", "--methods", "best")
     run("certify", *data, "--images", "4", "--part", "1/2")
@@ -115,3 +115,17 @@ def test_what_an_adaptive_plan_saves(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["replay", "--tables", str(tmp_path)])
     replay.main()
     assert "0.25" in capsys.readouterr().out
+
+
+def test_a_cifar_expert_is_trained_and_wrapped(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    trainer = importlib.import_module("train_cifar_experts")
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (256, 3, 32, 32)).astype(np.uint8), rng.integers(0, 10, 256)
+    monkeypatch.setattr(trainer, "read_cifar", lambda data, name: (images, labels))
+    monkeypatch.setattr(trainer, "KWARGS", {"in_channels": 3, "width": 4, "blocks": [[4, 2]]})
+    monkeypatch.setattr(sys, "argv", ["train", "--data", "none", "--out", str(tmp_path), "--sigma", "0.5", "--epochs", "1"])
+    trainer.main()
+    expert = load_expert(tmp_path / "sigma_0.50")
+    assert (expert.sigma, expert.input_shape, expert.num_classes) == (0.5, (3, 32, 32), 10)
+    assert json.loads((tmp_path / "sigma_0.50" / "config.json").read_text())["training"]["consistency"] == 2.0

@@ -1,56 +1,19 @@
-"""Train the demo's three Fashion-MNIST experts and cut the image slices that ship with them.
+"""Training one classifier under Gaussian noise with the consistency regulariser, resumable: what the scripts of other data share.
 
-    python examples/train_demo_experts.py train --data DIR --sigma 0.25 --out EXPERTS
-    python examples/train_demo_experts.py slices --data DIR --out FOLDER
-
-DIR holds the four `*-ubyte.gz` files of Fashion-MNIST (Xiao et al. 2017, MIT licence); Debian's package
-`dataset-fashion-mnist` puts them under `/usr/share/datasets/fashion-mnist`.
-
-Each expert is trained with Gaussian noise augmentation (Cohen et al. 2019) and the consistency
-regulariser of Jeong and Shin (NeurIPS 2020) on two noisy copies. The split keeps the router honest:
-
-    official train rows     0 .. 51,999   the experts' training images
-    official train rows 52,000 .. 57,999  router training slice     (no expert has seen them)
-    official train rows 58,000 .. 58,999  validation slice          (every choice is made on these)
-    official test rows       0 ..    999  test slice                (only ever certified)
-
-A run saves its state after each epoch and continues from it when started again.
+Gaussian noise augmentation (Cohen et al. 2019) and the consistency regulariser of Jeong and Shin (NeurIPS 2020) on two noisy
+copies. A run saves its state after each epoch and continues from it when started again.
 """
 
 from __future__ import annotations
 
-import argparse
-import gzip
 import json
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from rsrouter.experts.small_resnet import SmallResNet
-
-EXPERT_ROWS = slice(0, 52_000)
-SLICES = {
-    "train": ("train", slice(52_000, 58_000)),
-    "validation": ("train", slice(58_000, 59_000)),
-    "test": ("t10k", slice(0, 1_000)),
-}
-MEAN, STD = (0.286,), (0.353,)
-#: sigma -> consistency weight; at sigma 0.5 the validation slice preferred 1 to 5 (more room between oracle and envelope)
-CONSISTENCY = {0.25: 2.0, 0.5: 1.0, 1.0: 5.0}
-
-
-def read_idx(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images `(N, 1, 28, 28)` uint8 and labels `(N,)` of one split in the IDX format."""
-    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(), np.uint8, offset=8)
-    return images, labels.astype(np.int64)
 
 
 def augment(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:
@@ -147,63 +110,3 @@ def save_expert(folder: Path, weights: dict[str, Tensor], config: dict[str, obje
     """`model.safetensors` and `config.json`, which `rsrouter wrap` reads."""
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def train(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
-    images, labels = read_idx(args.data, "train")
-    x_all = torch.from_numpy(images[EXPERT_ROWS].copy()).float().div_(255)
-    y_all = torch.from_numpy(labels[EXPERT_ROWS].copy())
-    weight = CONSISTENCY.get(args.sigma, 5.0) if args.consistency is None else args.consistency
-    folder = args.out / f"sigma_{args.sigma:.2f}"
-    settings = {"epochs": args.epochs, "batch": args.batch, "lr": args.lr, "seed": args.seed}
-    weights = fit(SmallResNet(), x_all, y_all, sigma=args.sigma, weight=weight, mean=MEAN, std=STD, folder=folder, **settings)
-    config = {
-        "architecture": "small_resnet",
-        "kwargs": {},
-        "sigma": args.sigma,
-        "num_classes": 10,
-        "input_shape": [1, 28, 28],
-        "mean": list(MEAN),
-        "std": list(STD),
-        "licence": "Apache-2.0",
-        "training": {"data": "Fashion-MNIST, official training rows 0 to 51,999", "consistency": weight, **settings},
-    }
-    save_expert(folder, weights, config)
-
-
-def slices(args: argparse.Namespace) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, (split, rows) in SLICES.items():
-        images, labels = read_idx(args.data, split)
-        np.savez_compressed(
-            args.out / f"{name}.npz", images=images[rows], labels=labels[rows], index=np.arange(rows.start, rows.stop)
-        )
-        print(name, images[rows].shape, f"{(args.out / f'{name}.npz').stat().st_size / 1e6:.2f} MB")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True)
-    one = verbs.add_parser("train", help="train one expert")
-    one.add_argument("--data", type=Path, required=True)
-    one.add_argument("--out", type=Path, required=True)
-    one.add_argument("--sigma", type=float, required=True)
-    one.add_argument("--epochs", type=int, default=30)
-    one.add_argument("--batch", type=int, default=256)
-    one.add_argument("--lr", type=float, default=0.1)
-    one.add_argument("--consistency", type=float, default=None)
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--threads", type=int, default=1)
-    one.set_defaults(run=train)
-    two = verbs.add_parser("slices", help="cut the image slices")
-    two.add_argument("--data", type=Path, required=True)
-    two.add_argument("--out", type=Path, required=True)
-    two.set_defaults(run=slices)
-    args = parser.parse_args()
-    args.run(args)
-
-
-if __name__ == "__main__":
-    main()
