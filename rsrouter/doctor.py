@@ -27,7 +27,7 @@ from rsrouter.speed import measure_speed
 BAD, SLOW, NOTE, GOOD = "broken", "slow", "note", "good"
 _NEEDED = ("torch", "torchvision", "timm", "huggingface-hub", "safetensors", "numpy", "scipy", "pyarrow", "matplotlib")
 #: extra of the package: what it is for
-_OPTIONAL = {"ray": "ray", "gradio": "space", "fastapi": "serve", "datasets": "data"}
+_OPTIONAL = {"ray": "ray", "gradio": "space", "fastapi": "serve", "datasets": "data", "diffusers": "diffusers"}
 #: what the field certifies: name, architecture, classes, shape, rows of one timed pass
 _FIELD = (("CIFAR ResNet-110", "cifar_resnet110", 10, (3, 32, 32), 4), ("ImageNet ResNet-50", "resnet50", 1000, (3, 224, 224), 1))
 #: votes of published certificates, and images of their usual tables (every 20th of CIFAR-10's test set)
