@@ -263,7 +263,7 @@ def _example(
                 return list(base.to(device)), outputs(forward(module, base[0].to(device), name))
         except torch.OutOfMemoryError as error:
             if rows == 1:
-                raise out_of_memory(name, rows, error) from error
+                raise out_of_memory(name, execution.batch or rows, error) from error
             rows = rows // 2
 
 

@@ -38,7 +38,7 @@ def out_of_memory(name: str, rows: int, error: BaseException) -> NetworkError:
     """The error of a network that does not fit into memory with `rows` rows."""
     return NetworkError(
         f"Network {name!r} ran out of memory",
-        expected=f"room for {rows} rows per forward pass, which this run is recorded with",
+        expected=f"room for {rows} {'row' if rows == 1 else 'rows'} per forward pass, which this run is recorded with",
         received=(str(error) or type(error).__name__).splitlines()[0],
         remedy="free memory and run again, or start a new table with a smaller batch (Execution(batch=...), --execution-batch)",
     )

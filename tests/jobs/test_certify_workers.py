@@ -109,9 +109,10 @@ def test_what_is_certified_stays_as_the_caller_made_it(tmp_path: Path) -> None:
     assert routed.execution == Execution()
 
 
-def test_a_job_keeps_its_batch_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most", [0, 100])
+def test_a_job_keeps_its_batch_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     def full(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > 100:
+        if len(x) > most:
             raise torch.OutOfMemoryError("no memory")
         return x.flatten(1)
 
