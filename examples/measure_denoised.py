@@ -5,7 +5,7 @@
 Writes a UNet of diffusers of about 300 MB with random weights and a small classifier, then runs `rsrouter wrap` and
 `ExpertPool.load` in processes of their own. The two networks are held once whatever the number of sigmas.
 
-Measured on two busy cores (Zen 3): see the table that it prints; the figures of one run stand in the guide on denoisers.
+The figures of one run stand in the guide on denoisers.
 """
 
 from __future__ import annotations
