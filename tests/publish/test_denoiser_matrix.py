@@ -121,9 +121,9 @@ def trip(hub: HubServer, row: str, folder: Path, data: Path, classifier: dict[st
     pool = json.loads((folder / "pool.json").read_text())
     assert [[part["role"] for part in e["provenance"]["parts"]] for e in pool["experts"]] == [["denoiser", "classifier"]] * 2
     done("label", folder / "pool.json", "--data", data, "--n", 10, "--out", folder / "labels.npz")
-    reading = ("--data", data, "--radii", "0,0.25", "--n", 100)
+    reading = ("--data", data, "--radii", "0,0.25", "--n", 100, "--execution-batch", 100)
     done("train", folder / "pool.json", *reading, "--kind", "flat", "--labels", folder / "labels.npz", "--out", folder / "flat")
-    votes = ("--n", 90, "--n0", 10, "--plan", "fixed", "--count", 2, "--execution-batch", 100)
+    votes = ("--n", 90, "--n0", 10, "--plan", "fixed", "--count", 2)
     done("certify", folder / "flat", "--data", data, *votes, "--out", folder / "flat.tsv")
     done("publish", folder / "flat", "org/flat", "--certificates", folder / "flat.tsv")
     card = hub.files("org/flat")["README.md"].decode()
@@ -159,9 +159,9 @@ def test_every_kind_of_denoiser(hub: HubServer, tmp_path: Path, data: Path, clas
     if row in DIFFUSERS:
         pytest.importorskip("diffusers")
     trip(hub, row, tmp_path, data, classifier)
-    reading = ("--data", data, "--radii", "0,0.25", "--n", 100)
+    reading = ("--data", data, "--radii", "0,0.25", "--n", 100, "--execution-batch", 100)
     done("train", tmp_path / "pool.json", *reading, "--kind", "deferral", "--recipe", "quick", "--out", tmp_path / "deferral")
-    votes = ("--n", 90, "--n0", 10, "--plan", "fixed", "--count", 2, "--execution-batch", 100)
+    votes = ("--n", 90, "--n0", 10, "--plan", "fixed", "--count", 2)
     done("certify", tmp_path / "deferral", "--data", data, *votes, "--out", tmp_path / "deferral.tsv")
     done("publish", tmp_path / "deferral", "org/deferral", "--certificates", tmp_path / "deferral.tsv")
     for kind in ("flat", "deferral"):
