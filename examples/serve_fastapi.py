@@ -1,7 +1,7 @@
 """A router behind a small HTTP endpoint: POST an image, get a class or an abstention, within a latency budget.
 
     pip install "rsrouter[serve]"
-    python examples/serve_fastapi.py org/router --budget-ms 300 --port 8000   # or a folder; default: bundled experts
+    python examples/serve_fastapi.py org/router --budget-ms 300 --port 8000   # or a folder; default: the bundled router
     curl -F image=@shoe.png -F budget_ms=500 http://127.0.0.1:8000/predict
     python examples/serve_fastapi.py --quick   # serves on a free port, asks itself a few bundled images, and stops
 
@@ -39,12 +39,11 @@ from fastapi.responses import JSONResponse
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from rsrouter import CascadeRouter, InputError, PlanError, RoutedSmooth, RSRouterError
-from rsrouter.demo import CLASSES, load_pool, load_slice
+from rsrouter import InputError, PlanError, RoutedSmooth, RSRouterError
+from rsrouter.demo import CLASSES, load_router, load_slice
 from rsrouter.speed import Speed, measure_speed
 
 #: The demo's trained router, in a clone of the repository.
-DEMO = Path(__file__).resolve().parent.parent / "model_cards" / "demo"
 #: Larger uploads and pictures are refused before they are decoded.
 MOST_BYTES, MOST_PIXELS = 8_000_000, 16_000_000
 #: Share of the budget that votes may take; the rest is decoding, answering and bad luck.
@@ -298,11 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     classes: Sequence[str] | None = chosen.classes.read_text().splitlines() if chosen.classes else None
     if chosen.router and not chosen.quick:
         routed = RoutedSmooth.from_pretrained(chosen.router)
-    elif (DEMO / "config.json").is_file() and not chosen.quick:
-        routed, classes = RoutedSmooth.from_pretrained(DEMO), CLASSES
     else:
-        pool = load_pool()
-        routed, classes = RoutedSmooth(pool, CascadeRouter((0.55,) * (len(pool) - 1))), CLASSES
+        routed, classes = load_router(), CLASSES
     options = {"budget_ms": chosen.budget_ms, "alpha": chosen.alpha, "device": chosen.device, "most_votes": chosen.most_votes}
     if chosen.quick:
         ask_itself(create_app(routed, classes=classes, **options | {"most_votes": 200}))

@@ -27,7 +27,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pool = ExpertPool([load_pool()["sigma_0.5"], load_pool()["sigma_1"]])
     pool.save(folder / "pool.json")
     torch.manual_seed(0)
-    head = build_architecture("mlp_head", 2, {"in_features": 74, "hidden": 8})
+    head = build_architecture("mlp_head", 2, {"in_features": 110, "hidden": 8})
     RoutedSmooth(pool, FlatRouter(head, sigma=1.0, trunk="sigma_1")).save_pretrained(folder / "flat")
     RoutedSmooth(pool, CascadeRouter((0.7,))).save_pretrained(folder / "cascade")
     rng = np.random.default_rng(0)

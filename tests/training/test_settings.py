@@ -147,7 +147,7 @@ def test_why_no_head_could_be_trained() -> None:
     lines: list[dict[str, Any]] = []
     with pytest.warns(UserWarning, match=r"no head could be trained.*s0.5 \(Odd2\), s1 \(Odd2\).*forward_features"):
         routed = train_router(blind, "deferral", *images(), radii=RADII, recipe=QUICK, plan_n=1000, log=lines.append)
-    assert routed.router.kind == "cascade"
+    assert not len(routed.router.modules)
     assert "no head could be trained" in lines[0]["no_head"]
     with pytest.warns(UserWarning, match="radius asked for is 0"):
         train_router(pool(), "deferral", *images(), radii=[0], recipe=QUICK, plan_n=1000)
@@ -177,7 +177,7 @@ def test_a_goal_counts_floors_and_weights_by_radius() -> None:
 
 
 def voters() -> tuple[dict[str, SimulatedVotes], np.ndarray]:
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(5)
     labels = np.arange(90) % CLASSES
     found = {}
     for k, sigma in enumerate((0.25, 0.5, 1.0)):
