@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from rsrouter import ABSTAIN, AdaptivePlan, CascadeRouter, RoutedSmooth, Smooth, Terms
+from rsrouter import ABSTAIN, AdaptivePlan, RoutedSmooth, Smooth, Terms
 from rsrouter.core import CertifyPolicy
 from rsrouter.core.requests import SELECT
-from rsrouter.demo import load_pool
+from rsrouter.demo import load_router
 from rsrouter.sampling import image_identity
 
 ALPHA, N0, STEP = 1e-3, 100, 0.02
@@ -112,12 +112,9 @@ def _path(routed: RoutedSmooth, moment: Moment) -> list[str]:
 
 
 def demo_router(folder: Path) -> RoutedSmooth:
-    """The trained router in `folder/router` or among the repository's model cards; else the bundled experts in a cascade."""
-    for found in (folder / "router", folder.parent.parent / "model_cards" / "demo"):
-        if (found / "config.json").is_file():
-            return RoutedSmooth.from_pretrained(found)
-    pool = load_pool()
-    return RoutedSmooth(pool, CascadeRouter((0.55,) * (len(pool) - 1)))
+    """The trained router in `folder/router`, else the bundled one."""
+    found = folder / "router"
+    return RoutedSmooth.from_pretrained(found) if (found / "config.json").is_file() else load_router()
 
 
 def class_names(routed: RoutedSmooth, known: Sequence[str] = ()) -> tuple[str, ...]:
@@ -142,8 +139,9 @@ def stage_names(routed: RoutedSmooth) -> dict[str, str]:
     """Stages as people call them: an expert by its name, a head by the experts it reads."""
     names: dict[str, str] = {}
     for stage in reversed(routed.tree.order):
-        read = [e.name for e in routed.pool if e.name in re.split(r"[+@/]", stage)]
-        names[stage] = stage if stage in routed.pool.names or not read else f"head on {' and '.join(read)}"
+        read = [e.name for e in routed.pool if e.name in re.split(r"[+@/ ]", stage)]
+        kind = "the router's own network, begun from" if stage.startswith("own ") else "head on"
+        names[stage] = stage if stage in routed.pool.names or not read else f"{kind} {' and '.join(read)}"
     return names
 
 
