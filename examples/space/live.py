@@ -139,11 +139,9 @@ def stage_names(routed: RoutedSmooth) -> dict[str, str]:
     """Stages as people call them: an expert by its name, a head by the experts it reads."""
     names: dict[str, str] = {}
     for stage in reversed(routed.tree.order):
-        read = [e.name for e in routed.pool if e.name in re.split(r"[+@/]", stage)]
-        names[stage] = f"head on {' and '.join(read)}" if read and stage not in routed.pool.names else stage
-        own = re.fullmatch(r"(.+ from .+)@[^@]+", stage)
-        if own and stage not in routed.pool.names:
-            names[stage] = f"network {own[1]}"
+        read = [e.name for e in routed.pool if e.name in re.split(r"[+@/ ]", stage)]
+        kind = "the router's own network, begun from" if stage.startswith("own ") else "head on"
+        names[stage] = stage if stage in routed.pool.names or not read else f"{kind} {' and '.join(read)}"
     return names
 
 

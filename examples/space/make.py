@@ -20,7 +20,7 @@ def requirements() -> list[str]:
     return [*project["dependencies"], *project["optional-dependencies"]["space"]]
 
 
-def write(out: Path, router: Path = ROOT / "model_cards" / "demo") -> Path:
+def write(out: Path, router: Path = ROOT / "rsrouter" / "demo" / "assets" / "router") -> Path:
     """The Space in the new folder `out`, serving the router of a folder by default."""
     shutil.copytree(HERE, out, ignore=shutil.ignore_patterns("__pycache__", "make.py", "requirements.txt"))
     shutil.copytree(ROOT / "rsrouter", out / "rsrouter", ignore=shutil.ignore_patterns("__pycache__"))
@@ -32,6 +32,8 @@ def write(out: Path, router: Path = ROOT / "model_cards" / "demo") -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
-    parser.add_argument("--router", type=Path, default=ROOT / "model_cards" / "demo", help="folder of the router to serve")
+    parser.add_argument(
+        "--router", type=Path, default=ROOT / "rsrouter" / "demo" / "assets" / "router", help="folder of the router to serve"
+    )
     given = parser.parse_args()
     print(write(given.out, given.router))

@@ -16,7 +16,9 @@ from typer.main import get_command
 from rsrouter import read_table
 from rsrouter.cli import app
 from rsrouter.cli.verbs import VERBS
+from rsrouter.demo.bundled import ASSETS
 
+ROUTER = str(ASSETS / "router")
 LOADED = (
     "import sys; from rsrouter.cli import main; sys.argv = ['rsrouter', *sys.argv[1:]]\n"
     "try: main()\nexcept SystemExit: pass\n"
@@ -67,7 +69,7 @@ def test_remedies_speak_of_options(call, tmp_path):
 
 
 def test_an_interrupted_job_says_how_it_goes_on(tmp_path):
-    words = ["certify", "model_cards/demo", "--data", "demo", "--n", "100000", "--out", str(tmp_path / "t.tsv")]
+    words = ["certify", ROUTER, "--data", "demo", "--n", "100000", "--out", str(tmp_path / "t.tsv")]
     process = subprocess.Popen([sys.executable, "-m", "rsrouter", *words], stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "t.tsv").exists() and process.poll() is None:
         time.sleep(0.05)
@@ -91,7 +93,7 @@ def test_a_pipe_that_closes_is_no_error():
 
 def test_a_run_is_filled_and_reported(call, tmp_path):
     """Router and every expert, each at the radii it can reach, from the bundled images."""
-    words = ("certify", "model_cards/demo", "--data", "demo", "--count", 2, "--n", 300, "--radii", "0:1:0.25", "--experts")
+    words = ("certify", ROUTER, "--data", "demo", "--count", 2, "--n", 300, "--radii", "0:1:0.25", "--experts")
     status, out, err = call(*words, "--out", tmp_path / "run", "--format", "json")
     assert status == 0, err
     assert len(json.loads(out)["standings"]) == 2
