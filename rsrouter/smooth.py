@@ -25,7 +25,7 @@ from rsrouter.core.certify import CertifyPolicy
 from rsrouter.core.errors import InputError, NetworkError
 from rsrouter.core.plans import Plan
 from rsrouter.core.predict import PredictPolicy
-from rsrouter.core.requests import VoteRequest
+from rsrouter.core.requests import PASS, VoteRequest
 from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Tree
 from rsrouter.core.types import Certificate
@@ -75,6 +75,13 @@ class Smoothed:
     def __init__(
         self, routed: Routed, experts: Sequence[Expert], shape: tuple[int, ...], execution: Execution | None, noise: str
     ) -> None:
+        if not routed.tree.voting and noise != "gaussian":
+            raise InputError(
+                "A classifier that casts no votes takes no kind of noise",
+                expected="noise left out: its experts are certified by one forward pass",
+                received=f"noise={noise!r}",
+                remedy="leave it out, or use an expert with a sigma",
+            )
         self.routed = replace(routed, execution=execution or Execution(), noise=noise)
         self.experts, self.shape = tuple(experts), shape
         self.memo: VoteMemo | None = None
@@ -138,7 +145,9 @@ class Smoothed:
     def _state(self) -> dict[str, str]:
         networks = {f"network {m.name!r}": module_digest(m.module) for m in self.routed.models}
         settings = {
-            f"expert {e.name!r}": repr((e.name, e.sigma, e.num_classes, e.input_shape, e.mean, e.std, e.resize, e.order))
+            f"expert {e.name!r}": repr(
+                (e.name, e.sigma, e.lipschitz, e.num_classes, e.input_shape, e.mean, e.std, e.resize, e.order)
+            )
             for e in self.experts
         }
         return {**networks, **settings, **self._settings()}
@@ -238,7 +247,7 @@ class Smoothed:
             policy.update(requests, counts)
             drawn = np.zeros(len(x), dtype=np.int64)
             np.add.at(drawn, [r.image for r in requests], [r.count for r in requests])
-            votes += int(drawn.sum())
+            votes += sum(r.count for r in requests if r.purpose != PASS)
             seconds += (time.perf_counter() - start) * drawn / max(1, drawn.sum())
             for i in [i for i in live if policy.done[i]]:
                 done[i] = certificate = policy.certificate(i)

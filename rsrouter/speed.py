@@ -51,7 +51,7 @@ def measure_speed(smoothed: Smooth | RoutedSmooth, *, device: str | None = None,
     """
     check_count("n", n)
     image = torch.full((1, *smoothed.shape), 0.5)
-    networks = smoothed.tree.networks
+    networks = smoothed.tree.voting
 
     def once(count: int) -> float:
         requests = [VoteRequest(0, name, PREDICT, 0, count) for name in networks]

@@ -32,7 +32,12 @@ def soft_answer(tree: Tree, shares: dict[str, Tensor], c: Tensor) -> Tensor:
         if stage.tau is None:
             weights = p
         else:
-            wins = torch.sigmoid((p - stage.tau) * 20.0)
+            at = p
+            if not stage.votes:  # by how much each logit leads the others
+                z = p.clamp_min(1e-30).log()
+                best = z.topk(2, 1).values
+                at = z - torch.where(z == best[:, :1], best[:, 1:], best[:, :1])
+            wins = torch.sigmoid((at - stage.tau) * 20.0)
             weights = torch.cat([wins, (1.0 - wins.sum(1, keepdim=True)).clamp_min(0.0)], 1)
         targets = stage.leads_to if stage.tau is not None else stage.leads_to[: p.shape[1]]
         # a threshold stage's last target is its deferral; votes count the valid outcomes only

@@ -19,6 +19,7 @@ from rsrouter.audit.votes import (
     hidden_inflation,
     lean,
     lean_p_value,
+    moved_logits,
     moved_votes,
     pooled_p_value,
     rederive,
@@ -34,7 +35,9 @@ from rsrouter.core.types import ABSTAIN
 from rsrouter.data import ImageData
 from rsrouter.results import Table, TableMetadata
 from rsrouter.sampling.engine import Engine
+from rsrouter.sampling.execution import Execution
 from rsrouter.sampling.noise import CHUNK, SHARED
+from rsrouter.sampling.paired import pairs_of
 from rsrouter.smooth import RoutedSmooth, Smooth
 
 
@@ -61,9 +64,78 @@ def audit_rows(state: State, table: Table, run: TableMetadata, subject: Smooth |
             state.skip(check, table.name, "none of the rows has votes that can be read")
         return
     pixels = {i: images.image(int(table.idx[i])) for i, _ in rows}
+    if run.transfer is not None:
+        _transfer(state, table, run, subject, rows, pixels)
+    if subject.tree.passing:
+        _passes(state, table, run, subject, rows, pixels)
     _votes(state, table, run, subject, rows, pixels)
     _fresh(state, table, run, subject, rows, pixels)
     _attack(state, table, run, subject, rows, pixels)
+
+
+def _transfer(
+    state: State,
+    table: Table,
+    run: TableMetadata,
+    subject: Smooth | RoutedSmooth,
+    rows: list[tuple[int, StoredVotes]],
+    pixels: dict[int, Tensor],
+) -> None:
+    """Paired draws again: those of the table's own execution and of the one that it was carried over to."""
+    told = run.transfer
+    assert told is not None
+    here = environment(state.settings.device)
+    wanted = [
+        (run.device, run.versions, run.threads, run.instructions),
+        (told.device, told.versions, told.threads, told.instructions),
+    ]
+    differs = [
+        d
+        for device, versions, threads, instructions in wanted
+        for d in same_environment(
+            {"device": device, "torch": versions.get("torch"), "threads": threads, "instructions": instructions}, here
+        )
+    ]
+    if differs:
+        state.warn(table.name, f"its paired draws cannot be made again here ({'; '.join(dict.fromkeys(differs))})")
+        state.skip("transfer", table.name, "; ".join(dict.fromkeys(differs)))
+        return
+    other = subject.with_execution(Execution.from_dict(told.execution, f"the transfer of {table.name}"))
+    engines = [subject.engine(run.seed, state.settings.device), other.engine(run.seed, state.settings.device)]
+    found: list[tuple[int | None, str]] = []
+    drawn = 0
+    for i, _ in rows:
+        idx, counts = int(table.idx[i]), table.counts(i)
+        stored = {stage: list(pair) for stage, pair in counts.get("moved", {}).items()}
+        if not stored:
+            continue
+        drawn += told.votes
+        again = pairs_of(subject.tree, counts, engines, pixels[i], idx, told.votes)
+        if any(again.get(stage) != pair for stage, pair in stored.items()):
+            found.append((idx, f"disagreements {stored} in the table, {again} drawn again"))
+    state.add("transfer", table.name, found, f"{drawn:,} pairs of {len(rows)} rows drawn again, compared bit for bit")
+
+
+def _passes(
+    state: State,
+    table: Table,
+    run: TableMetadata,
+    subject: Smooth | RoutedSmooth,
+    rows: list[tuple[int, StoredVotes]],
+    pixels: dict[int, Tensor],
+) -> None:
+    """Logits of the stages that do not vote again: on any machine, to the rounding that the stages state."""
+    engine = subject.engine(run.seed, state.settings.device)
+    found: list[tuple[int | None, str]] = []
+    for i, row in rows:
+        far = moved_logits(subject.tree, engine, pixels[i], row)
+        wrong = {name: times for name, times in far.items() if not times <= 1.0}
+        found += [
+            (int(table.idx[i]), f"the logits of stage {name} are {times:.3g} times as far from a new pass as rounding allows")
+            for name, times in wrong.items()
+        ]
+    stages = ", ".join(s for s in subject.tree.order if not subject.tree.stages[s].votes)
+    state.add("passes", table.name, found, f"logits of {stages} computed again for {len(rows)} rows, to their rounding")
 
 
 def _votes(
@@ -181,7 +253,7 @@ def _fresh(
     for at, (i, stored) in enumerate(rows):
         state.tell("fresh", at, len(rows))
         on_path = {s for s, _ in stored.path}
-        sampled = {s for s in stored.looks if run.rule != "min" or s in on_path}
+        sampled = {s for s in (*stored.looks, *stored.logits) if run.rule != "min" or s in on_path}
         row = fresh_row(
             subject.tree,
             engine,

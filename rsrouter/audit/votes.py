@@ -13,12 +13,15 @@ from torch import Tensor
 
 from rsrouter.core.bounds import binom_lower, binom_upper
 from rsrouter.core.certificates import entry_radii, group_entries, no_entries, recursion
+from rsrouter.core.passes import pass_entries
 from rsrouter.core.recompute import StoredVotes, Votes
-from rsrouter.core.requests import ESTIMATE, SELECT, VoteRequest
+from rsrouter.core.requests import ESTIMATE, PASS, SELECT, VoteRequest
 from rsrouter.core.tree import Tree
 from rsrouter.sampling.engine import Engine, image_identity
 
 AUDIT = "audit"
+#: Parts of a row that hold votes of its own streams.
+_DRAWN = ("select", "estimate", "earlier")
 
 #: How close the counts of one noise stream come on two versions of the same libraries or two processors: rounding moves a
 #: few votes, more of them with fewer bits.
@@ -40,24 +43,40 @@ def rederive(tree: Tree, engine: Engine, image: Tensor, name: object, stored: Vo
             stage = looks[key] if part == "earlier" else key
             cuts = wanted.setdefault((purpose, tree.stages[stage].network), {})
             cuts.setdefault(int(sum(counts)), []).append((part, key, stage))
-    again: dict[str, dict[str, NDArray[np.int64]]] = {part: {} for part in stored}
+    again: dict[str, dict[str, NDArray[np.int64]]] = {part: {} for part in stored if part in _DRAWN}
     identity = [image_identity(image, name)]
     for (purpose, network), cuts in wanted.items():
         start, total = 0, dict[str, NDArray[np.int64]]()
         for cut in sorted(cuts):
             (drawn,) = engine.run(image[None], identity, [VoteRequest(0, network, purpose, start, cut - start)])
-            total = {stage: counts + total.get(stage, 0) for stage, counts in drawn.items()}
+            total = {stage: np.asarray(counts + total.get(stage, 0), np.int64) for stage, counts in drawn.items()}
             start = cut
             for part, key, stage in cuts[cut]:
                 again[part][key] = total[stage]
     return again
 
 
+def moved_logits(tree: Tree, engine: Engine, image: Tensor, row: StoredVotes) -> dict[str, float]:
+    """How far the stored logits of each deterministic stage are from those of a new pass, in units of what rounding allows.
+
+    Each pass errs by at most the stage's rounding, so two differ by at most twice that.
+    """
+    requests = [VoteRequest(0, network, PASS, 0, 1) for network in tree.passing]
+    far: dict[str, float] = {}
+    for found in engine.run(image[None], [b""], requests) if requests else []:
+        for name, logits in found.items():
+            old, new = row.logits[name], np.where(np.isfinite(logits), logits, np.nan)
+            room = 2.0 * tree.stages[name].rounding + 1e-12 * float(np.nan_to_num(np.abs(new)).max())
+            apart = np.where(np.isnan(old) & np.isnan(new), 0.0, np.nan_to_num(np.abs(old - new), nan=np.inf))
+            far[name] = float((apart / room).max())
+    return far
+
+
 def moved_votes(stored: Votes, again: Mapping[str, Mapping[str, NDArray[np.int64]]]) -> tuple[int, int]:
     """How many votes differ at least, and of how many: half the L1 distance of the counts, summed over stages and looks."""
     moved = total = 0
     for part, stages in stored.items():
-        for key, counts in stages.items():
+        for key, counts in stages.items() if part in _DRAWN else ():
             drawn = again[part].get(key)
             total += int(sum(counts))
             if drawn is None or len(drawn) != len(counts):
@@ -188,6 +207,9 @@ def fresh_row(
     alpha = level / (tests * width)
     for name in tree.order:
         stage = tree.stages[name]
+        if name in stored.logits and name in sampled:
+            grouped[name] = group_entries(stage, pass_entries(stage, stored.logits[name][None]), c)
+            continue
         if name not in stored.looks or name not in drawn:
             grouped[name] = no_entries(stage, c)
             continue

@@ -23,6 +23,7 @@ VERBS = {
     "train": ("train", "Train a router over frozen experts for the radii you care about."),
     "certify": ("certify", "Certify a data set into a results table, or a whole run."),
     "predict": ("certify", "Print the smoothed classifier's answer for each image."),
+    "transfer": ("transfer", "Carry a table over to another dtype, batch or device."),
     "report": ("report", "Make one self-contained page from results tables or a run."),
     "merge": ("report", "Merge the shards of one run into one file."),
     "publish": ("publish", "Publish a router, its experts, certificates and card to the Hub."),
@@ -35,7 +36,9 @@ VERBS = {
 }
 
 #: Verbs that load experts or routers: they take `--import`.
-LOADING = {"audit", "bench", "calibrate", "card", "certify", "convert", "label", "predict", "publish", "train", "wrap"}
+LOADING = {
+    *("audit", "bench", "calibrate", "card", "certify", "convert", "label", "predict", "publish", "train", "transfer", "wrap")
+}
 
 
 class _Loaded(MutableMapping[str, Any]):

@@ -283,7 +283,8 @@ class AlphaSplit:
                     received=f"alphas for {sorted(self.stages)}",
                     remedy="name every stage of every path",
                 )
-            check_alpha([self.stages[name] for name in path], "a stage's alpha")
+            if path:  # else: no stage of it votes
+                check_alpha([self.stages[name] for name in path], "a stage's alpha")
             spent = fsum(self.stages[name] for name in path)
             if not spent <= self.total * (1.0 + 1e-12):
                 raise PlanError(

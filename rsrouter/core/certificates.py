@@ -13,7 +13,8 @@ and, for a class c,
     U_j(c) = min over outcomes l of max(e_l, V_l(c)),
     V_l(c) = infinity if l answers c, 0 if it answers anything else, U_i(c) if it leads to stage i;
 
-a stage that was not sampled has every e_l = 0. Then g(x') = c for every x' with ||x' - x|| < U_root(c).
+a stage that was not sampled has every e_l = 0, and a deterministic one those of `rsrouter.core.passes`. Then g(x') = c for
+every x' with ||x' - x|| < U_root(c).
 
 Proof. Phi^-1(p_{j,l}(.)) is 1/sigma_j-Lipschitz (Salman et al. 2019, Lemma 2). At distance r a plurality
 outcome l != A can only win if p_l(x') >= p_A(x'), hence Phi^-1(lo_A) - r/sigma <= Phi^-1(hi_l) + r/sigma,
@@ -37,6 +38,7 @@ from scipy import special
 
 from rsrouter.core.bounds import Array
 from rsrouter.core.errors import PlanError
+from rsrouter.core.passes import pass_entries
 from rsrouter.core.tree import STAGE_TARGET, Stage, Tree
 from rsrouter.core.types import ABSTAIN
 
@@ -202,6 +204,7 @@ def tree_radius(
     c: ArrayLike,
     *,
     sampled: Mapping[str, NDArray[np.bool_]] | None = None,
+    logits: Mapping[str, ArrayLike] | None = None,
 ) -> tuple[Array, NDArray[np.object_]]:
     """Certified L2 radius of a routed classifier: the recursion of this module's theorem, vectorised.
 
@@ -213,6 +216,7 @@ def tree_radius(
         upper: stage name to `(N, L)` upper bounds, the same keys.
         c: `(N,)` class to certify, fixed by selection votes; where it is negative the radius is 0.
         sampled: stage name to `(N,)` booleans, for stages sampled only for some images.
+        logits: deterministic stage name to `(N, k)` logits of its forward pass; one that is missing was not run.
 
     Returns:
         `radius (N,)` float64 (0 where nothing is certified) and `bound_by (N,)`, the name of the stage that
@@ -237,6 +241,9 @@ def tree_radius(
     grouped: dict[str, Array] = {}
     for name in tree.order:
         stage = tree.stages[name]
+        if logits is not None and name in logits:
+            grouped[name] = group_entries(stage, pass_entries(stage, logits[name]), classes)
+            continue
         if name not in lower or name not in upper:
             grouped[name] = no_entries(stage, classes)
             continue

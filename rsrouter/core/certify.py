@@ -7,6 +7,7 @@ scheduler and executor), so it is tested with scripted votes and runs no network
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,9 @@ from rsrouter.core.bounds import AlphaSplit, Array
 from rsrouter.core.certificates import entry_radii, group_entries, no_entries, recursion
 from rsrouter.core.errors import PlanError
 from rsrouter.core.estimates import StageBounds, check_sides, check_split, group_votes
+from rsrouter.core.passes import pass_entries, pass_targets
 from rsrouter.core.plans import Plan
-from rsrouter.core.requests import ESTIMATE, SELECT, VoteRequest
+from rsrouter.core.requests import ESTIMATE, PASS, SELECT, VoteRequest
 from rsrouter.core.tree import Stage, Tree, descend, stages_by_network
 from rsrouter.core.types import ABSTAIN, RULES, Certificate
 
@@ -24,13 +26,13 @@ from rsrouter.core.types import ABSTAIN, RULES, Certificate
 class CertifyPolicy:
     """Selection, estimation and stopping for `num_images` images; see the module's text.
 
-    Each image goes through: selection (descend the tree on `n0` votes per stage, which fixes the class and the
-    references), then estimation rounds. In each round the networks that can still raise the certified cell
-    are advanced to their next look. An image is finished when its certified radius and the radius it could
+    Each image goes through: one forward pass of every network that does not vote, selection (descend the tree on `n0` votes per
+    stage, which fixes the class and the references), then estimation rounds. In each round the networks that can still raise
+    the certified cell are advanced to their next look. An image is finished when its certified radius and the radius it could
     still reach fall into one cell of the plan's grid.
 
-    What enters a certificate: estimation votes at completed looks only, under bounds that hold at all looks at
-    once. What only steers: selection votes, the hoped-for bounds, the grid.
+    What enters a certificate: logits of forward passes, and estimation votes at completed looks only, under bounds that hold at
+    all looks at once. What only steers: selection votes, the hoped-for bounds, the grid.
 
     Args:
         tree: stages of the routed classifier (their `reference` is ignored: selection votes set it).
@@ -53,7 +55,7 @@ class CertifyPolicy:
         check_split(tree, split)
         self.tree, self.plan, self.split, self.rule, self.sides = tree, plan, split, rule, sides
         n = num_images
-        self._networks = tree.networks
+        self._networks, self._passing = tree.voting, tree.passing
         self._stages = stages_by_network(tree)
         self._column = {g: column for column, g in enumerate(self._networks)}
         width = {s: tree.stages[s].num_outcomes for s in tree.order}
@@ -75,6 +77,10 @@ class CertifyPolicy:
         self._net_on_path = np.zeros((n, len(self._networks)), bool)
         # networks whose stages still wait for selection votes of their own before they estimate
         self._pending = np.zeros((n, len(self._networks)), bool)
+        # deterministic stages: their logits, and which networks still have to run
+        silent = [s for s in tree.order if not tree.stages[s].votes]
+        self._logits = {s: np.full((n, width[s] - 1), np.nan) for s in silent}
+        self._to_pass = np.ones((n, len(self._passing)), bool)
         self._path: list[list[tuple[str, int]]] = [[] for _ in range(n)]
         self._at: list[str | None] = [tree.root] * n
         self.c = np.full(n, ABSTAIN)
@@ -88,7 +94,10 @@ class CertifyPolicy:
         estimating = []
         for i in images:
             name = self._at[i]
-            if name is not None:
+            if self._to_pass[i].any():
+                waiting = (g for g, wanted in zip(self._passing, self._to_pass[i], strict=True) if wanted)
+                requests.extend(VoteRequest(int(i), g, PASS, 0, 1) for g in waiting)
+            elif name is not None:
                 requests.append(VoteRequest(int(i), self.tree.stages[name].network, SELECT, 0, self.plan.n0))
             elif not self.done[i]:
                 estimating.append(i)
@@ -105,21 +114,28 @@ class CertifyPolicy:
                 requests.append(VoteRequest(i, network, ESTIMATE, start, looks[look + 1] - start))
         return requests
 
-    def update(self, requests: Sequence[VoteRequest], counts: Sequence[Mapping[str, NDArray[np.int64]]]) -> None:
-        """Takes the votes of `requests`: per request a mapping of every stage on its network to `(L,)` counts.
+    def update(self, requests: Sequence[VoteRequest], counts: Sequence[Mapping[str, NDArray[Any]]]) -> None:
+        """Takes the votes of `requests`: per request a mapping of every stage on its network to `(L,)` counts, or of a forward
+        pass to `(k,)` logits.
 
         Raises:
             PlanError: votes that were not asked for (another start, a stream read twice, a finished image) or do not
                 sum to their request; the state is then unchanged.
         """
         grouped = group_votes(requests, counts, self._stages)
-        for (purpose, network), (asked, _) in grouped.items():
+        for (purpose, _), (asked, _) in grouped.items():
             for request in asked:
-                self._check_open(request, purpose, self._column[network])
+                self._check_open(request, purpose)
         selected: list[int] = []
         moved: list[int] = []
         for (purpose, network), (asked, votes) in grouped.items():
             rows = np.array([request.image for request in asked])
+            if purpose == PASS:
+                for name, matrix in votes.items():
+                    self._logits[name][rows] = matrix
+                self._to_pass[rows, self._passing.index(network)] = False
+                selected.extend(int(i) for i in rows if not self._to_pass[i].any() and self._walk(i))
+                continue
             column = self._column[network]
             if purpose == SELECT:
                 for name, matrix in votes.items():
@@ -160,8 +176,9 @@ class CertifyPolicy:
         certified = bool(self.radius[i] > 0.0 and self.c[i] > ABSTAIN)
         r_router, r_expert = self._min_rule(i)
         last = self._path[i][-1][0] if self._path[i] else self.tree.root
-        sampled = [s for s in self.tree.order if self._look[i, self._column[self.tree.stages[s].network]] >= 0]
-        chosen = [s for s in self.tree.order if self._drawn_select[i, self._column[self.tree.stages[s].network]] > 0]
+        column = {s: self._column[self.tree.stages[s].network] for s in self.tree.order if s not in self._logits}
+        sampled = [s for s, at in column.items() if self._look[i, at] >= 0]
+        chosen = [s for s, at in column.items() if self._drawn_select[i, at] > 0]
         return Certificate(
             predict=int(self.c[i]) if certified else ABSTAIN,
             radius=float(self.radius[i]) if certified else 0.0,
@@ -176,17 +193,23 @@ class CertifyPolicy:
                 f"{s}@{self.plan.looks[look]}": tuple(votes.tolist())
                 for s in sampled
                 for look, votes in sorted(self._past[s].get(i, {}).items())
-                if look < self._look[i, self._column[self.tree.stages[s].network]]
+                if look < self._look[i, column[s]]
             },
+            logits={s: tuple(logits[i].tolist()) for s, logits in self._logits.items()},
         )
 
-    def _check_open(self, request: VoteRequest, purpose: str, column: int) -> None:
+    def _check_open(self, request: VoteRequest, purpose: str) -> None:
         """Refuses votes that are not the next ones of their stream: a bound holds for exactly that many."""
-        i = request.image
+        i, column = request.image, self._column.get(request.network, -1)
         fits = 0 <= i < len(self.done) and not self.done[i]
-        if fits and purpose == SELECT:
+        if fits and (purpose == PASS or column < 0):
+            fits = purpose == PASS and column < 0 and bool(self._to_pass[i, self._passing.index(request.network)])
+            fits &= (request.start, request.count) == (0, 1)
+        elif fits and self._to_pass[i].any():
+            fits = False
+        elif fits and purpose == SELECT:
             name = self._at[i]
-            open_here = self._pending[i, column] if name is None else self._column[self.tree.stages[name].network] == column
+            open_here = self._pending[i, column] if name is None else self.tree.stages[name].network == request.network
             fits = bool(open_here) and request.start == 0 and request.count == self.plan.n0
         elif fits:
             look = int(self._look[i, column])
@@ -211,11 +234,14 @@ class CertifyPolicy:
         """Descends on selection votes as far as they go; True where that reached an answer."""
         while (name := self._at[i]) is not None:
             stage = self.tree.stages[name]
-            if not self._drawn_select[i, self._column[stage.network]]:
+            if not stage.votes:
+                index = int(pass_targets(stage, self._logits[name][i : i + 1])[0])
+            elif not self._drawn_select[i, self._column[stage.network]]:
                 return False
-            index = descend(self.tree, name, self._selected[name][i])
+            else:
+                index = descend(self.tree, name, self._selected[name][i])
+                self._net_on_path[i, self._column[stage.network]] = True
             self._on_path[name][i] = True
-            self._net_on_path[i, self._column[stage.network]] = True
             self._path[i].append((name, index))
             target = stage.leads_to[index]
             if isinstance(target, str):
@@ -246,6 +272,11 @@ class CertifyPolicy:
                 stage = self.tree.stages[name]
                 if index < stage.num_outcomes and (stage.kind == "plurality" or position == last):
                     self._reference[name][i] = index
+        for name, logits in self._logits.items():
+            stage = self.tree.stages[name]
+            counted = self._on_path[name][rows] | (self.rule != "min")
+            entry = np.where(counted[:, None], pass_entries(stage, logits[rows]), 0.0)
+            self._now[name][rows] = group_entries(stage, entry, self.c[rows])
         for column, network in enumerate(self._networks):
             for stage in self._stages[network]:
                 off = rows[~self._on_path[stage.name][rows] & (self._reference[stage.name][rows] < 0)]
@@ -351,7 +382,7 @@ class CertifyPolicy:
 
     def _ceiling(self, rows: NDArray[np.int64], hope: NDArray[np.bool_]) -> Array:
         """The cell of the radius with the networks marked in `hope (rows, networks)` at what they could reach."""
-        grouped = {}
+        grouped = {name: self._now[name][rows] for name in self._logits}
         for column, network in enumerate(self._networks):
             for stage in self._stages[network]:
                 now, best = self._now[stage.name][rows], self._hope[stage.name][rows]
@@ -392,7 +423,9 @@ class CertifyPolicy:
         r_router, r_expert = np.inf, 0.0
         for position, (name, index) in enumerate(self._path[i]):
             stage = self.tree.stages[name]
-            if self._look[i, self._column[stage.network]] < 0:
+            if not stage.votes:
+                nearest = float(np.delete(pass_entries(stage, self._logits[name][rows])[0], index).min())
+            elif self._look[i, self._column[stage.network]] < 0:
                 nearest = 0.0
             else:
                 entry = entry_radii(stage, self._lower[name][rows], self._upper[name][rows], self._reference[name][rows])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,7 +12,8 @@ from scipy.special import ndtri
 
 from rsrouter.core.bounds import AlphaSplit, Array, binom_lower, binom_upper, sequence_lower, sequence_upper
 from rsrouter.core.errors import PlanError
-from rsrouter.core.requests import VoteRequest
+from rsrouter.core.passes import check_logits
+from rsrouter.core.requests import PASS, VoteRequest
 from rsrouter.core.tree import STAGE_TARGET, Stage, Tree
 from rsrouter.core.types import ABSTAIN, SIDES
 
@@ -160,9 +162,9 @@ def hoped_counts(
 
 
 def group_votes(
-    requests: Sequence[VoteRequest], counts: Sequence[Mapping[str, NDArray[np.int64]]], stages: Mapping[str, Sequence[Stage]]
-) -> dict[tuple[str, str], tuple[list[VoteRequest], dict[str, NDArray[np.int64]]]]:
-    """Requests by (purpose, network), with `(R, L)` votes of every stage on it, checked.
+    requests: Sequence[VoteRequest], counts: Sequence[Mapping[str, NDArray[Any]]], stages: Mapping[str, Sequence[Stage]]
+) -> dict[tuple[str, str], tuple[list[VoteRequest], dict[str, NDArray[Any]]]]:
+    """Requests by (purpose, network), with `(R, L)` votes (of a pass: `(R, k)` logits) of every stage on it, checked.
 
     Raises:
         PlanError: a request without votes, one answered twice, a stage missing, or votes that do not sum to the request.
@@ -188,7 +190,7 @@ def group_votes(
                 remedy="answer every request once",
             )
         totals = np.array([request.count for request in asked])
-        votes = {}
+        votes: dict[str, NDArray[Any]] = {}
         for stage in stages[network]:
             try:
                 matrix = np.array([counts[p][stage.name] for p in positions])
@@ -199,6 +201,9 @@ def group_votes(
                     received=str(error),
                     remedy="answer every stage on the request's network",
                 ) from error
+            if purpose == PASS:
+                votes[stage.name] = check_logits(stage, matrix)
+                continue
             check_rows(stage, matrix, totals)
             votes[stage.name] = matrix.astype(np.int64)
         grouped[purpose, network] = asked, votes
@@ -207,7 +212,7 @@ def group_votes(
 
 def check_split(tree: Tree, split: AlphaSplit) -> None:
     """Raises PlanError unless `split` was made for `tree` and stays within its total on every path."""
-    if set(tree.stages) - set(split.stages) or set(split.paths) != set(tree.paths):
+    if {name for name, stage in tree.stages.items() if stage.votes} - set(split.stages) or set(split.paths) != set(tree.paths):
         raise PlanError(
             "The alpha split belongs to another tree",
             expected=f"paths {tree.paths}",

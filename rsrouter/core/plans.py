@@ -140,7 +140,7 @@ class Plan(ABC):
     def reach(self, tree: Tree, split: AlphaSplit, sides: str = "two") -> float:
         """The largest radius that unanimous votes of this plan could certify with this tree and split."""
         best = 0.0
-        for path in tree.paths:
+        for path in tree.chains:
             for depth in range(len(path)):
                 best = max(best, unanimous_radius(self, tree, path[: depth + 1], split, sides))
         return best
@@ -414,6 +414,12 @@ def unanimous_radius(plan: Plan, tree: Tree, path: tuple[str, ...], split: Alpha
     how: dict[str, Any] = {"sides": sides, "lower_share": split.lower_share}
     for name in tree.order:
         stage = tree.stages[name]
+        if not stage.votes:
+            # logits may be as far apart as one likes: only the outcome that is followed is near
+            following = path[path.index(name) + 1] if name in path[:-1] else int(c[0])
+            entry = np.array([[0.0 if target == following else np.inf for target in stage.leads_to]])
+            grouped[name] = group_entries(stage, entry, c)
+            continue
         same = np.flatnonzero(stage.answers[: stage.num_outcomes] == c[0])
         reference = np.array([int(same[0]) if same.size else -1])
         if name in path[:-1]:

@@ -42,12 +42,16 @@ p_l < tau, and let k be the smallest such count, more than n / 2, so the events 
 the sum of `f(p_l) = P(Bin(n, p_l) >= k)`. f(0) = 0 and f is convex up to (k - 1) / (n - 1) >= tau, so over all
 p_l <= tau with sum at most 1 the sum of f is largest at the vertex (tau, 1 - tau, 0, ...).
 
+*Deterministic stage*: what the rounding of its logits leaves open (`rsrouter.core.passes.pass_possible`), for certain; it spends
+no alpha.
+
 An `invalid` outcome answers ABSTAIN, like any outcome that leads nowhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +60,9 @@ from scipy import special
 from rsrouter.core.bounds import AlphaSplit, binom_upper, check_alpha
 from rsrouter.core.errors import PlanError
 from rsrouter.core.estimates import check_rows, check_split, group_votes
+from rsrouter.core.passes import pass_possible
 from rsrouter.core.plans import check_whole
-from rsrouter.core.requests import PREDICT, VoteRequest
+from rsrouter.core.requests import PASS, PREDICT, VoteRequest
 from rsrouter.core.tree import Stage, Tree, stages_by_network
 from rsrouter.core.types import ABSTAIN
 
@@ -138,10 +143,14 @@ class PredictPolicy:
 
     def next_requests(self, images: Sequence[int]) -> list[VoteRequest]:
         """Requests that move each of `images` one step forward; none for those that are done."""
-        return [VoteRequest(int(i), g, PREDICT, 0, self.n) for i in images if not self.done[i] for g in self._next[i]]
+        return [self._request(int(i), g) for i in images if not self.done[i] for g in self._next[i]]
 
-    def update(self, requests: Sequence[VoteRequest], counts: Sequence[Mapping[str, NDArray[np.int64]]]) -> None:
-        """Takes the votes of `requests`: per request a mapping of every stage on its network to `(L,)` counts.
+    def _request(self, i: int, network: str) -> VoteRequest:
+        return VoteRequest(i, network, *((PASS, 0, 1) if network in self.tree.passing else (PREDICT, 0, self.n)))
+
+    def update(self, requests: Sequence[VoteRequest], counts: Sequence[Mapping[str, NDArray[Any]]]) -> None:
+        """Takes the votes of `requests`: per request a mapping of every stage on its network to `(L,)` counts, or of a forward
+        pass to `(k,)` logits.
 
         Raises:
             PlanError: votes that were not asked for, or that do not sum to their request.
@@ -150,17 +159,19 @@ class PredictPolicy:
         for request in requests:
             i = request.image
             open_here = 0 <= i < len(self.done) and not self.done[i] and request.network in self._next[i]
-            if not (open_here and (request.purpose, request.start, request.count) == (PREDICT, 0, self.n)):
+            if not (open_here and request == self._request(i, request.network)):
                 raise PlanError(
                     "Votes that no open request asked for",
                     expected="answers to next_requests, each once",
                     received=repr(request),
                     remedy="hand each request's votes back exactly once",
                 )
-        for (_, network), (asked, votes) in grouped.items():
+        for (purpose, network), (asked, votes) in grouped.items():
             rows = np.array([request.image for request in asked])
             for name, matrix in votes.items():
-                self._possible[name][rows] = confidence_set(self.tree.stages[name], matrix, self.split.stages[name])
+                stage = self.tree.stages[name]
+                left = pass_possible(stage, matrix) if purpose == PASS else confidence_set(stage, matrix, self.split.stages[name])
+                self._possible[name][rows] = left
             self._asked[network][rows] = True
         for i in dict.fromkeys(request.image for request in requests):
             self._advance(i)

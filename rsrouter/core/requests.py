@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 #: Purposes: selection votes choose, estimation votes bound, prediction votes answer a query.
 SELECT, ESTIMATE, PREDICT = "select", "estimate", "predict"
+#: One forward pass without noise, answered by logits `(k,)` for every stage of the network instead of votes.
+PASS = "pass"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
-"""A routed classifier as a tree of smoothed votes (structure only; the certificate is in `certificates`)."""
+"""A routed classifier as a tree of stages (structure only; the certificates are in `certificates` and `passes`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from math import isfinite
+from math import inf, isfinite, nextafter, sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +32,14 @@ def _is_whole(value: object) -> bool:
 class Stage:
     """One smoothed vote: a base model under isotropic Gaussian noise, a decision, and where outcomes lead.
 
+    With `lipschitz` it is *deterministic*: one forward pass without noise, sigma 0, and no alpha (`rsrouter.core.passes`).
+
     Args:
         name: unique in its tree; the stage's alpha belongs to this name.
-        sigma: standard deviation of the noise, in [0,1]-pixel units.
-        kind: `"plurality"` (the likeliest outcome wins) or `"threshold"` (an outcome wins where its
-            probability reaches `tau`; otherwise the stage defers).
-        tau: threshold in (1/2, 1); only for threshold stages.
+        sigma: standard deviation of the noise, in [0,1]-pixel units; 0 for a deterministic stage.
+        kind: `"plurality"` (the likeliest outcome wins, or the largest logit) or `"threshold"` (an outcome wins where its
+            probability reaches `tau`, or where its logit leads every other one by `tau`; otherwise the stage defers).
+        tau: threshold in (1/2, 1), for a deterministic stage above 0; only for threshold stages.
         leads_to: one target per vote outcome, in vote order. A threshold stage has one more target at the
             end: where it leads when it defers.
         reference: the outcome whose lower bound is used (an index, or one per image), fixed by selection
@@ -44,6 +47,9 @@ class Stage:
         network: stages with the same network share one forward pass and one stream of votes; by default
             each stage has its own.
         expert: name of the expert whose classes the stage answers, if it is one.
+        lipschitz: L2 Lipschitz constant of the k logits, in logits for each unit of [0,1]-pixel distance, or a symmetric
+            `(k, k)` table of constants of their differences. The last outcome of such a stage is the invalid one.
+        rounding: by how much each computed logit may differ from that of the function which has this constant.
     """
 
     name: str
@@ -54,13 +60,17 @@ class Stage:
     reference: int | NDArray[np.int64] | None = None
     network: str = ""
     expert: str | None = None
+    lipschitz: float | tuple[tuple[float, ...], ...] | None = None
+    rounding: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "leads_to", tuple(self.leads_to))
         if not self.network:
             object.__setattr__(self, "network", self.name)
         number = isinstance(self.sigma, int | float) and not isinstance(self.sigma, bool)
-        if not (number and isfinite(self.sigma) and self.sigma > 0):
+        if self.lipschitz is not None or self.rounding != 0.0:
+            self._check_deterministic()
+        elif not (number and isfinite(self.sigma) and self.sigma > 0):
             raise PlanError(
                 f"Stage {self.name!r} has no usable sigma",
                 expected="a finite number above 0",
@@ -82,12 +92,13 @@ class Stage:
                 received=repr(self.kind),
                 remedy="use one of the two",
             )
-        if self.kind == "threshold" and not (self.tau is not None and 0.5 < self.tau < 1.0):
+        low, high = (0.5, 1.0) if self.lipschitz is None else (0.0, inf)
+        if self.kind == "threshold" and not (self.tau is not None and low < self.tau < high):
             raise PlanError(
                 f"Threshold stage {self.name!r} needs tau",
-                expected="1/2 < tau < 1",
+                expected="1/2 < tau < 1, a share of the votes" if self.lipschitz is None else "tau > 0, a lead in logits",
                 received=repr(self.tau),
-                remedy="below 1/2 two outcomes could win at once",
+                remedy="below that two outcomes could win at once",
             )
         if self.kind == "plurality" and self.tau is not None:
             raise PlanError(
@@ -103,6 +114,47 @@ class Stage:
                 received=f"{len(self.leads_to)} targets",
                 remedy="list each outcome's class or stage (and where a threshold stage defers to)",
             )
+
+    def _check_deterministic(self) -> None:
+        k = self.num_outcomes - 1
+        table = np.asarray(self.lipschitz if self.lipschitz is not None else np.nan, dtype=np.float64)
+        apart = ~np.eye(k, dtype=bool) if table.ndim else np.ones((), bool)
+        shaped = table.shape in ((), (k, k))
+        if not (shaped and np.all(np.isfinite(table) & (table > 0) | ~apart) and np.all(table == table.T)):
+            raise PlanError(
+                f"Stage {self.name!r} has no usable Lipschitz constant",
+                expected=f"a finite number above 0, or a symmetric ({k}, {k}) table of them",
+                received=str(self.lipschitz)[:200],
+                remedy="give the constant of the logits, or of each difference of two of them",
+            )
+        if self.sigma != 0 or not (isfinite(self.rounding) and self.rounding >= 0):
+            raise PlanError(
+                f"Stage {self.name!r} has a Lipschitz constant, and noise or an unusable rounding",
+                expected="sigma 0 and a finite rounding of at least 0",
+                received=f"sigma {self.sigma!r}, rounding {self.rounding!r}",
+                remedy="a deterministic stage is one forward pass without noise",
+            )
+        if self.answers[self.num_outcomes - 1] != ABSTAIN:
+            raise PlanError(
+                f"The last outcome of deterministic stage {self.name!r} must be the invalid one",
+                expected=f"target {ABSTAIN} for logits that are not finite",
+                received=str(self.leads_to[self.num_outcomes - 1]),
+                remedy="append ABSTAIN to the targets of the logits",
+            )
+
+    @property
+    def votes(self) -> bool:
+        """Whether the stage casts votes under noise; otherwise it is one forward pass."""
+        return self.lipschitz is None
+
+    @cached_property
+    def pairs(self) -> NDArray[np.float64]:
+        """`(k, k)` Lipschitz constants of the differences of two logits of a deterministic stage, 1 on the diagonal."""
+        k = self.num_outcomes - 1
+        table = np.asarray(self.lipschitz, dtype=np.float64)
+        constants = np.full((k, k), nextafter(sqrt(2.0) * float(table), inf)) if not table.ndim else table.copy()
+        constants[np.arange(k), np.arange(k)] = 1.0
+        return constants
 
     @property
     def num_outcomes(self) -> int:
@@ -203,6 +255,11 @@ class Tree:
 
     @cached_property
     def paths(self) -> tuple[tuple[str, ...], ...]:
+        """The voting stages of every chain, which alpha is divided over; one empty path where no stage votes."""
+        return tuple(dict.fromkeys(tuple(name for name in chain if self.stages[name].votes) for chain in self.chains))
+
+    @cached_property
+    def chains(self) -> tuple[tuple[str, ...], ...]:
         """Every maximal chain of stages from the root down (the longest that an input can walk).
 
         Raises:
@@ -226,8 +283,18 @@ class Tree:
 
     @cached_property
     def networks(self) -> tuple[str, ...]:
-        """Networks that draw votes, each once, the root's first."""
+        """Networks of the stages, each once, the root's first."""
         return tuple(dict.fromkeys(self.stages[name].network for name in reversed(self.order)))
+
+    @cached_property
+    def voting(self) -> tuple[str, ...]:
+        """Networks that draw votes, each once."""
+        return tuple(dict.fromkeys(self.stages[name].network for name in reversed(self.order) if self.stages[name].votes))
+
+    @cached_property
+    def passing(self) -> tuple[str, ...]:
+        """Networks of deterministic stages, each once: one forward pass for an image."""
+        return tuple(network for network in self.networks if network not in self.voting)
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -263,15 +330,25 @@ def stages_by_network(tree: Tree) -> dict[str, tuple[Stage, ...]]:
     return stages
 
 
-def expert_stage(name: str, sigma: float, num_classes: int, *, network: str = "", expert: str | None = None) -> Stage:
+def expert_stage(
+    name: str,
+    sigma: float,
+    num_classes: int,
+    *,
+    network: str = "",
+    expert: str | None = None,
+    lipschitz: float | tuple[tuple[float, ...], ...] | None = None,
+    rounding: float = 0.0,
+) -> Stage:
     """A plurality stage over `num_classes` classes and one invalid outcome."""
-    return Stage(name, sigma, "plurality", None, (*range(num_classes), INVALID_TARGET), None, network, expert or name)
+    targets = (*range(num_classes), INVALID_TARGET)
+    return Stage(name, sigma, "plurality", None, targets, None, network, expert or name, lipschitz, rounding)
 
 
-def flat_tree(router: str, router_sigma: float, experts: Sequence[Stage], *, network: str = "") -> Tree:
+def flat_tree(router: str, router_sigma: float, experts: Sequence[Stage], *, network: str = "", **constants: Any) -> Tree:
     """Dual RS: a router whose outcome k leads to expert k (arXiv 2512.01782)."""
     targets: tuple[Target, ...] = (*(stage.name for stage in experts), INVALID_TARGET)
-    return Tree.of([Stage(router, router_sigma, "plurality", None, targets, None, network), *experts])
+    return Tree.of([Stage(router, router_sigma, "plurality", None, targets, None, network, **constants), *experts])
 
 
 def cascade_tree(experts: Sequence[Stage], thresholds: Sequence[float]) -> Tree:
@@ -289,7 +366,7 @@ def cascade_tree(experts: Sequence[Stage], thresholds: Sequence[float]) -> Tree:
             remedy="give one tau in (1/2, 1) per expert that may defer",
         )
     stages = [
-        Stage(e.name, e.sigma, "threshold", float(tau), (*e.leads_to, following.name), None, e.network, e.expert)
+        replace(e, kind="threshold", tau=float(tau), leads_to=(*e.leads_to, following.name), reference=None)
         for e, following, tau in zip(experts, experts[1:], thresholds, strict=False)
     ]
     return Tree.of([*stages, experts[-1]])

@@ -36,6 +36,7 @@ class Certificate:
         earlier: cumulative votes at looks before the last, only where one of them gave a bound that the last look
             does not reach: `"stage@votes"` to the same layout as `counts`. With it the radius is a function of
             the stored votes (`rsrouter.core.recompute`).
+        logits: of each deterministic stage, from its one forward pass; they cost no votes.
     """
 
     predict: int
@@ -48,6 +49,7 @@ class Certificate:
     r_router: float = float("inf")
     r_expert: float = 0.0
     earlier: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    logits: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.predict == ABSTAIN:

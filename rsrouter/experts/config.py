@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -42,6 +42,7 @@ class Settings(Stored):
         resize, order: as in `Expert`.
         input_size: `(height, width)` of the data, where `input_shape` is what the network sees.
         templates: of an open_clip model's prompts, with `{}` for the class name.
+        lipschitz, rounding: as in `Expert`, for one that is not smoothed.
     """
 
     name: Name | None = None
@@ -60,6 +61,8 @@ class Settings(Stored):
     order: Order | None = None
     input_size: tuple[Width, Width] | None = None
     templates: Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)] | None = None
+    lipschitz: Literal["compute"] | float | Annotated[tuple[Channels, ...], Field(max_length=1_000)] | None = None
+    rounding: float | None = None
 
 
 class ExpertConfig(Settings):

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from rsrouter.core.errors import CheckpointError
+from rsrouter.experts.lipschitz import GroupSort
 from rsrouter.experts.registry import architectures, build_architecture, find_architecture, register_architecture
 from rsrouter.experts.structure import ORIGIN, canonical, is_amended, structure_of
 
-#: torch.nn layers that are rebuilt from their constructor's arguments (all of which they keep as attributes)
+#: layers of torch.nn, and one of our own, that are rebuilt from their constructor's arguments (which they keep as attributes)
 _LAYERS = (
     "AdaptiveAvgPool2d",
     "AvgPool2d",
@@ -23,6 +24,7 @@ _LAYERS = (
     "ELU",
     "Flatten",
     "GELU",
+    "GroupSort",
     "Hardswish",
     "Identity",
     "LayerNorm",
@@ -40,6 +42,10 @@ _SKIPPED = {"device", "dtype", "_weight"}
 _DEEPEST = 50
 
 
+def _layer(name: str) -> Any:
+    return GroupSort if name == "GroupSort" else getattr(nn, name)
+
+
 def describe_module(module: nn.Module) -> dict[str, Any]:
     """JSON-ready description from which `build_described` makes the same structure.
 
@@ -53,7 +59,7 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
     if type(module) is nn.Sequential and not is_amended(module):
         return {"layer": "Sequential", "children": [describe_module(child) for child in module]}
     name = type(module).__name__
-    described = _describe_layer(module, name) if name in _LAYERS and type(module) is getattr(nn, name) else None
+    described = _describe_layer(module, name) if name in _LAYERS and type(module) is _layer(name) else None
     if described is not None:
         return described
     found = find_architecture(module)
@@ -120,7 +126,7 @@ def _build(description: Any, depth: int) -> nn.Module:
         raise _unknown(repr(layer)[:100])
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
     try:
-        built: nn.Module = getattr(nn, layer)(**arguments)
+        built: nn.Module = _layer(layer)(**arguments)
     except Exception as error:  # a constructor that gets what it was not made for may raise anything
         raise CheckpointError(
             f"Layer {layer} does not take these arguments",

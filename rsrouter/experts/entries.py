@@ -36,6 +36,8 @@ class Entry(Stored):
     digest: Sha256
     provenance: Provenance
     probe: Probe | None = None
+    lipschitz: float | tuple[Channels, ...] | None = None
+    rounding: float | None = None
 
 
 class PoolFile(Stored):
@@ -81,6 +83,8 @@ def expert_to_dict(expert: Expert, folder: Path | None = None) -> dict[str, Any]
         digest=expert.digest,
         provenance=moved(expert.provenance, folder),
         probe=expert.probe,
+        lipschitz=None if expert.lipschitz is None else expert.lipschitz.constants,
+        rounding=None if expert.lipschitz is None else expert.lipschitz.rounding,
     )
     return entry.model_dump(mode="json")
 
@@ -152,7 +156,7 @@ def _expert(entry: Entry, sources: Sources, lazy: bool) -> Expert:
             remedy=REMEDY,
         )
     provenance = _absolute(entry.provenance, Path(os.path.abspath(sources.folder or Path())))
-    told = ("name", "sigma", "mean", "std", "resize", "order", "num_classes", "input_shape", "labels")
+    told = ("name", "sigma", "mean", "std", "resize", "order", "num_classes", "input_shape", "labels", "lipschitz", "rounding")
     settings = {key: getattr(entry, key) for key in told}
     expert = make_expert(provenance, settings, sources, probe=entry.probe)
     if expert.digest != entry.digest:

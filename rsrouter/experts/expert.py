@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from rsrouter.core.errors import InputError, NetworkError
 from rsrouter.experts.identity import module_record
+from rsrouter.experts.lipschitz import Constants, Lipschitz, check_constants, compute, try_constants
 from rsrouter.experts.preprocessing import Resize, around
 from rsrouter.experts.probe import Probe, check_probe
 from rsrouter.experts.provenance import Provenance
@@ -45,6 +46,18 @@ def check_sigma(sigma: object, who: str) -> float:
             remedy=f"divide by 255: sigma={sigma / 255:.4g}",
         )
     return sigma
+
+
+def _no_noise(sigma: object, who: str) -> float:
+    """0, the sigma of a deterministic expert; InputError where another one is given."""
+    if sigma is not None and (isinstance(sigma, bool) or sigma != 0):
+        raise InputError(
+            f"{who[0].upper()}{who[1:]} has a Lipschitz constant and a noise level",
+            expected="one of the two: it is certified by one forward pass, or by votes under noise",
+            received=f"sigma={sigma!r}",
+            remedy="leave out sigma, or leave out lipschitz",
+        )
+    return 0.0
 
 
 def check_values(module: nn.Module, name: str) -> None:
@@ -102,24 +115,29 @@ def same_labels(experts: Sequence[Expert], who: str) -> tuple[str, ...] | None:
 
 
 class Expert:
-    """A frozen base classifier trained for one noise level.
+    """A frozen base classifier trained for one noise level, or, with `lipschitz`, for none: one forward pass then certifies.
 
     Args:
         module: maps images `(B, C, H, W)` to logits `(B, num_classes)`; called in eval mode without gradients
             and never changed.
-        sigma: noise level it is used at, standard deviation for pixels in [0,1].
+        sigma: noise level it is used at, standard deviation for pixels in [0,1]; left out (0) with `lipschitz`.
         num_classes: width of the logits.
         input_shape: `(C, H, W)` of one image of the data; radii are distances between such images.
         mean, std: per-channel normalisation applied before the module; None for both: it normalises itself.
         resize: how such an image becomes one of the network's size, before the normalisation; None: it is that size.
         order: which of the module's logits each class reads; None: as they come.
-        name: unique in its pool; default `sigma_<sigma>`.
+        name: unique in its pool; default `sigma_<sigma>`, or `lipschitz`.
         labels: class names in the order of the logits; None where they are not known.
         provenance: where the weights came from; None for a module made in memory, which cannot be published.
         probe: logits that the network gave when it was wrapped; compared when `load` gives the module.
         load: called once for the module when `module` is None (weights are read when first needed).
+        lipschitz: of the logits in the L2 norm, as a function of [0,1] pixels, normalisation included: a number, a symmetric
+            table of constants of their differences, or `"compute"` for layers that are known (`rsrouter.experts.lipschitz`).
+            A declared constant is what certificates rest on; it is tried on pairs of inputs, which proves nothing.
+        rounding: by how much a logit of a float64 pass may be wrong; None: computed, or 1e-6 where the constant is declared.
 
     Raises:
+        NetworkError: a declared constant that does not hold, or layers whose constant cannot be computed.
         InputError: a sigma, shape, class count, normalisation, name or label that cannot be used.
 
     >>> expert = Expert(nn.Flatten(), sigma=0.5, num_classes=4, input_shape=(1, 2, 2))
@@ -131,7 +149,7 @@ class Expert:
         self,
         module: nn.Module | None,
         *,
-        sigma: float,
+        sigma: float | None = None,
         num_classes: int,
         input_shape: Sequence[int],
         mean: Sequence[float] | None = None,
@@ -143,9 +161,12 @@ class Expert:
         provenance: Provenance | None = None,
         probe: Probe | None = None,
         load: Callable[[], nn.Module] | None = None,
+        lipschitz: Constants | str | None = None,
+        rounding: float | None = None,
     ) -> None:
-        self.sigma = check_sigma(sigma, f"expert {name!r}" if name else "the expert")
-        self.name = f"sigma_{self.sigma:g}" if name is None else name
+        who = f"expert {name!r}" if name else "the expert"
+        self.sigma = check_sigma(sigma, who) if lipschitz is None else _no_noise(sigma, who)
+        self.name = (f"sigma_{self.sigma:g}" if lipschitz is None else "lipschitz") if name is None else name
         if not isinstance(self.name, str) or not _NAME.match(self.name):
             raise InputError(
                 "An expert's name is not usable",
@@ -227,6 +248,20 @@ class Expert:
         self._known: str | None = None
         self._opaque: tuple[str, ...] = ()
         self._loaded = None if module is None or provenance is None else _mark(module)
+        self.lipschitz: Lipschitz | None = None
+        if lipschitz == "compute":
+            self.lipschitz = compute(self.network(), shape)
+        elif lipschitz is not None:
+            self.lipschitz = Lipschitz(*check_constants(lipschitz, rounding, num_classes, f"expert {self.name!r}"))
+            if module is not None:
+                try_constants(self.normalised(module), shape, num_classes, self.lipschitz, f"expert {self.name!r}")
+        elif rounding is not None:
+            raise InputError(
+                f"Expert {self.name!r} has a rounding and no Lipschitz constant",
+                expected="lipschitz= with it",
+                received=f"rounding={rounding!r}",
+                remedy="leave rounding out: votes need none",
+            )
 
     @property
     def module(self) -> nn.Module:
@@ -241,6 +276,10 @@ class Expert:
             module = self._load()
             if self.probe is not None:
                 check_probe(self.normalised(module), self.input_shape, self.probe, f"expert {self.name!r}")
+            if self.lipschitz is not None:
+                try_constants(
+                    self.normalised(module), self.input_shape, self.num_classes, self.lipschitz, f"expert {self.name!r}"
+                )
             self._module, self._loaded = module, _mark(module)
         return self._module
 
@@ -303,6 +342,8 @@ class Expert:
         told: dict[str, Any] = {"network": network, "sigma": self.sigma}
         if self.labels is not None:
             told["labels"] = self.labels
+        if self.lipschitz is not None:
+            told["lipschitz"] = [self.lipschitz.constants, self.lipschitz.rounding]
         return digest_of(told)
 
     def check_unchanged(self) -> None:
@@ -327,7 +368,10 @@ class Expert:
         Expert('sigma_1', sigma=1, num_classes=4, input_shape=(1, 2, 2))
         """
         kept = ("sigma", "num_classes", "input_shape", "mean", "std", "resize", "order", "name", "labels", "provenance", "probe")
-        made = Expert(self.module, **{**{key: getattr(self, key) for key in kept}, **changes})
+        settings = {key: getattr(self, key) for key in kept}
+        if self.lipschitz is not None and "lipschitz" not in changes:
+            settings |= {"lipschitz": self.lipschitz.constants, "rounding": self.lipschitz.rounding}
+        made = Expert(self.module, **{**settings, **changes})
         made._token, made.beside = self._token, self.beside
         return made
 
@@ -344,7 +388,8 @@ class Expert:
         return made
 
     def __repr__(self) -> str:
-        return f"Expert({self.name!r}, sigma={self.sigma:g}, num_classes={self.num_classes}, input_shape={self.input_shape})"
+        noise = f"sigma={self.sigma:g}" if self.lipschitz is None else "deterministic"
+        return f"Expert({self.name!r}, {noise}, num_classes={self.num_classes}, input_shape={self.input_shape})"
 
 
 def _fits(values: object, channels: int, positive: bool) -> bool:

@@ -196,6 +196,8 @@ def merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: We
         "input_shape": "C,H,W, such as 3,32,32",
         "mean": "'cifar10' (or another name), 'none' if it takes raw pixels, or per-channel mean and std",
     }
+    if merged.get("lipschitz") is not None:
+        merged.setdefault("sigma", 0)  # one forward pass without noise
     if missing := [key for key in asked if key not in merged]:
         if "std" in merged:
             asked["mean"] = "mean as well as std"
@@ -301,10 +303,10 @@ def load_expert(
         token, cache_dir, local_files_only: passed to `huggingface_hub`.
         **overrides: what the files do not say, or say differently: `name`, `architecture`, `kwargs`, `sigma`,
             `num_classes`, `input_shape`, `mean` and `std` (None for both: it normalises itself), or `normalisation`,
-            a name in `NORMALISATIONS`; `labels`, the class names in order; `licence`; `weights_key`, which of several sets
-            of weights in the file is meant; `input_size`, `(height, width)` of the data where the network sees images of
-            another size, and `resize`, a `Resize` (or its settings), where the files do not say how; `templates`, of an
-            open_clip model's prompts.
+            a name in `NORMALISATIONS`; `labels`, the class names in order; `lipschitz` and `rounding`; `licence`;
+            `weights_key`, which of several sets of weights in the file is meant; `input_size`, `(height, width)` of the data
+            where the network sees images of another size, and `resize`, a `Resize` (or its settings), where the files do not
+            say how; `templates`, of an open_clip model's prompts.
 
     Returns:
         The expert, with its provenance; equal weights that are already in memory are shared.
@@ -331,7 +333,8 @@ def load_expert(
         licence=merged.get("licence"),
         weights_key=merged.get("weights_key"),
     )
-    make_expert(provenance, merged)  # checks sigma, shapes and normalisation before any weight is placed
+    early = {**merged, "lipschitz": 1.0} if merged.get("lipschitz") == "compute" else merged
+    make_expert(provenance, early)  # checks sigma, shapes and normalisation before any weight is placed
     module = shared(provenance, merged["num_classes"], lambda: checkpoint)
     return make_expert(provenance, merged, module=module)
 
@@ -367,5 +370,7 @@ def make_expert(
         labels=settings.get("labels"),
         provenance=provenance,
         probe=probe,
+        lipschitz=settings.get("lipschitz"),
+        rounding=settings.get("rounding"),
         load=None if module is not None else lambda: load_network(provenance, num_classes, sources),
     )

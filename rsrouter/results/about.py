@@ -41,7 +41,7 @@ class ExpertRecord(Stored):
     """One expert of the run: its name, noise level and identity."""
 
     name: str
-    sigma: Annotated[float, Field(gt=0)]
+    sigma: Annotated[float, Field(ge=0)]
     digest: str
 
 
@@ -49,19 +49,21 @@ class StageRecord(Stored):
     """One stage of the tree, as JSON.
 
     Attributes:
-        name, sigma, kind, tau, network, expert: as in `rsrouter.core.tree.Stage`.
+        name, sigma, kind, tau, network, expert, lipschitz, rounding: as in `rsrouter.core.tree.Stage`.
         leads_to: one target per outcome; `[0, 10]` stands for the classes 0 to 9.
         title: what to call the stage before people; "" leaves it to the report.
     """
 
     name: str
-    sigma: Annotated[float, Field(gt=0)]
+    sigma: Annotated[float, Field(ge=0)]
     kind: Literal["plurality", "threshold"] = "plurality"
     tau: float | None = None
     leads_to: tuple[int | str | tuple[Whole, Whole], ...]
     network: str = ""
     expert: str | None = None
     title: str = ""
+    lipschitz: float | tuple[tuple[float, ...], ...] | None = None
+    rounding: float = 0.0
 
     @classmethod
     def of(cls, stage: Stage, title: str = "") -> Self:
@@ -89,6 +91,8 @@ class StageRecord(Stored):
             network=stage.network,
             expert=stage.expert,
             title=title,
+            lipschitz=stage.lipschitz,
+            rounding=float(stage.rounding),
         )
 
     def stage(self) -> Stage:
@@ -102,7 +106,8 @@ class StageRecord(Stored):
         targets: list[Target] = []
         for target in self.leads_to:
             targets.extend(range(*target)) if isinstance(target, tuple) else targets.append(target)
-        return Stage(self.name, self.sigma, self.kind, self.tau, tuple(targets), None, self.network, self.expert)
+        more = {"lipschitz": self.lipschitz, "rounding": self.rounding}
+        return Stage(self.name, self.sigma, self.kind, self.tau, tuple(targets), None, self.network, self.expert, **more)  # type: ignore[arg-type]
 
 
 class TreeRecord(Stored):
@@ -142,6 +147,27 @@ class Shard(Stored):
         return self
 
 
+class Transfer(Stored):
+    """That a table's certificates are about the same networks run in another way (THEORY.md, section 7).
+
+    Attributes:
+        execution: how they ran for the pairs; the classifier that is certified.
+        device, versions, threads, instructions: where.
+        votes: paired draws for each network and image.
+        alpha: failure probability of the bounds on disagreement, beside that of the votes.
+        parent: sha256 of the table whose votes these are.
+    """
+
+    execution: dict[str, Any]
+    device: str
+    versions: dict[str, str]
+    threads: int
+    instructions: str
+    votes: Annotated[int, Field(ge=1)]
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    parent: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class TableMetadata(Stored):
     """The JSON beside a table of certificates.
 
@@ -167,6 +193,7 @@ class TableMetadata(Stored):
         num_images: how many those are.
         shard: which part of the job this table holds; None for all of it.
         device, versions: where it ran.
+        transfer: of a table whose certificates were carried over to another execution; None for others.
         info: threads, instructions, platform, python; `threads` and `instructions` decide bits on a CPU.
     """
 
@@ -191,10 +218,13 @@ class TableMetadata(Stored):
     shard: Shard | None = None
     device: str
     versions: dict[str, str]
+    transfer: Transfer | None = None
     info: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.transfer is not None and not self.terms.alpha + self.transfer.alpha < 1.0:
+            raise ValueError("the two alphas add up to 1 or more")
         count = sum(len(range(*run)) for run in self.indices)
         if count != self.num_images or count > _MOST:
             raise ValueError(f"indices name {count} images, num_images says {self.num_images}")
@@ -222,12 +252,17 @@ class TableMetadata(Stored):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready content, as it is written."""
-        return self.model_dump(mode="json", exclude={"shard"} if self.shard is None else None)
+        return self.model_dump(mode="json", exclude={key for key in ("shard", "transfer") if getattr(self, key) is None})
 
     @cached_property
     def split(self) -> AlphaSplit:
         """How alpha was divided over the stages."""
         return AlphaSplit.even(self.terms.alpha, self.tree.tree.paths)
+
+    @cached_property
+    def moved(self) -> AlphaSplit | None:
+        """How the alpha of a transfer was divided over the stages."""
+        return None if self.transfer is None else AlphaSplit.even(self.transfer.alpha, self.tree.tree.paths)
 
     @property
     def plan(self) -> Plan:
@@ -236,8 +271,8 @@ class TableMetadata(Stored):
 
     @property
     def alpha(self) -> float:
-        """Failure probability of each certificate."""
-        return self.terms.alpha
+        """Failure probability of each certificate; of a transferred one both of its parts."""
+        return self.terms.alpha + (0.0 if self.transfer is None else self.transfer.alpha)
 
     @property
     def rule(self) -> str:
@@ -333,6 +368,7 @@ __all__ = [
     "Shard",
     "StageRecord",
     "TableMetadata",
+    "Transfer",
     "TreeRecord",
     "pack_ids",
     "understood",

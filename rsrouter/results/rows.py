@@ -91,7 +91,9 @@ class Row:
         seed: certification seed; None where there is none.
         bound_by: name of the stage that limits the radius.
         counts: `{"select": {stage: [votes]}, "estimate": {stage: [votes]}}`, and `"earlier": {"stage@votes": [votes]}`
-            where a bound stands on a look before the last (`Certificate.earlier`).
+            where a bound stands on a look before the last (`Certificate.earlier`), and `"logits": {stage: [numbers]}` of
+            deterministic stages, null for a number that is not finite; of a transferred table `"moved": {stage: [disagreements,
+            pairs]}`.
     """
 
     idx: int
@@ -126,7 +128,12 @@ class Row:
             n_drawn=certificate.n_drawn,
             seed=None if seed is None else int(seed),
             bound_by=certificate.bound_by,
-            counts={"select": certificate.selection, "estimate": certificate.counts, "earlier": certificate.earlier},
+            counts={
+                "select": certificate.selection,
+                "estimate": certificate.counts,
+                "earlier": certificate.earlier,
+                "logits": certificate.logits,  # type: ignore[dict-item]
+            },
         )
 
     @property
@@ -177,6 +184,11 @@ class Row:
             purpose: {stage: [int(v) for v in votes] for stage, votes in sorted((self.counts or {}).get(purpose, {}).items())}
             for purpose in ("select", "estimate", *(("earlier",) if (self.counts or {}).get("earlier") else ()))
         }
+        if moved := (self.counts or {}).get("moved"):
+            counts["moved"] = {stage: [int(v) for v in pair] for stage, pair in sorted(moved.items())}
+        if logits := (self.counts or {}).get("logits"):
+            finite = {s: [float(v) if v is not None and math.isfinite(v) else None for v in z] for s, z in sorted(logits.items())}
+            counts["logits"] = finite  # type: ignore[assignment]
         return (
             str(self.idx),
             str(self.label),
@@ -203,12 +215,15 @@ def parse_counts(text: str) -> dict[str, dict[str, tuple[int, ...]]]:
         ValueError: not the JSON that `Row.to_line` writes.
     """
     data = json.loads(text)
-    known = isinstance(data, dict) and set(data) - {"earlier"} == {"select", "estimate"}
+    known = isinstance(data, dict) and set(data) - {"earlier", "logits", "moved"} == {"select", "estimate"}
     if not known or not all(isinstance(v, dict) for v in data.values()):
         raise ValueError('not {"select": {...}, "estimate": {...}}')
-    for stages in data.values():
+    for purpose, stages in data.items():
         for name, votes in stages.items():
-            if not isinstance(votes, list) or not all(type(v) is int and v >= 0 for v in votes):
+            if purpose == "logits":
+                if not isinstance(votes, list) or not all(v is None or (type(v) is float and math.isfinite(v)) for v in votes):
+                    raise ValueError(f"logits of stage {name!r} are not a list of numbers")
+            elif not isinstance(votes, list) or not all(type(v) is int and v >= 0 for v in votes):
                 raise ValueError(f"votes of stage {name!r} are not a list of whole numbers")
     return {purpose: {name: tuple(votes) for name, votes in stages.items()} for purpose, stages in data.items()}
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import IntegrityError, ResultsError
-from rsrouter.core.recompute import ROOM, Recomputed, recompute_all
+from rsrouter.core.recompute import ROOM, Moved, Recomputed, recompute_all
 from rsrouter.core.tree import Tree
 from rsrouter.results.about import TableMetadata, TreeRecord
 from rsrouter.results.rows import RADIUS_DECIMALS, votes_of
@@ -66,7 +66,8 @@ def _verify(table: Table, tree: Tree | None) -> tuple[list[Mismatch], Table]:
     """The mismatches, and the table with what its votes tell besides."""
     about = table.described()
     tree = tree or about.tree.tree
-    split = AlphaSplit.even(about.alpha, tree.paths)
+    split = AlphaSplit.even(about.terms.alpha, tree.paths)
+    moved = None if about.transfer is None else Moved(AlphaSplit.even(about.transfer.alpha, tree.paths), about.transfer.votes)
     found = [
         Mismatch(int(i), "idx", str(i), f"no image of the {about.num_images} that the job names")
         for i in table.idx[~np.isin(table.idx, about.ids)]
@@ -77,7 +78,7 @@ def _verify(table: Table, tree: Tree | None) -> tuple[list[Mismatch], Table]:
         rows = np.arange(start, min(start + size, len(table)))
         part = table.take(rows)
         votes, odd = votes_of(part.counts_text.tolist())
-        again = recompute_all(tree, about.plan, split, votes, rule=about.rule, sides=about.sides)
+        again = recompute_all(tree, about.plan, split, votes, rule=about.rule, sides=about.sides, moved=moved)
         found += _compare(part, again, odd)
         answered[rows], fixed[rows] = again.answered_by, again.fixed_votes
     return found, replace(table, answered_by=answered, fixed_votes=fixed, checked=not found)

@@ -68,7 +68,8 @@ class Routed:
             stage = self.tree.stages[name]
             at, model = models[stage.network]
             targets = [f"stage {number[t]}" if isinstance(t, str) else int(t) for t in stage.leads_to]
-            stages.append((float(stage.sigma), stage.kind, stage.tau, targets, at, model.stages.index(name)))
+            silent = () if stage.votes else (stage.lipschitz, float(stage.rounding))
+            stages.append((float(stage.sigma), stage.kind, stage.tau, targets, at, model.stages.index(name), *silent))
         content = json.dumps(["rsrouter-classifier", stages, [m.digest for _, m in models.values()]])
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -142,7 +143,15 @@ class Router(ABC):
 
 def stage_of(expert: Expert, network: str = "") -> Stage:
     """The expert as a plurality stage."""
-    return expert_stage(expert.name, expert.sigma, expert.num_classes, network=network, expert=expert.name)
+    return expert_stage(
+        expert.name, expert.sigma, expert.num_classes, network=network, expert=expert.name, **constants_of(expert)
+    )
+
+
+def constants_of(expert: Expert) -> dict[str, Any]:
+    """What makes a stage of the expert deterministic, as arguments of `Stage`; nothing for one that votes."""
+    found = expert.lipschitz
+    return {} if found is None else {"lipschitz": found.constants, "rounding": found.rounding}
 
 
 def vote_model(expert: Expert) -> VoteModel:

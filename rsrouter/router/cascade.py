@@ -21,7 +21,8 @@ class CascadeRouter(Router):
     sigma * 5 at 10,000 votes and tau = 0.95, and deferring to an expert that agrees is harmless.
 
     Args:
-        thresholds: one tau in (1/2, 1) per expert but the last.
+        thresholds: one tau in (1/2, 1) per expert but the last; for a deterministic expert the lead above 0, in logits,
+            that its largest logit must have over every other one.
         experts: names in the order in which they are asked; None: largest sigma first. A name may come again
             later (not at once): the expert's votes are then drawn once and read twice.
 
@@ -33,7 +34,7 @@ class CascadeRouter(Router):
     kind: ClassVar[str] = "cascade"
 
     def __init__(self, thresholds: Sequence[float], experts: Sequence[str] | None = None) -> None:
-        self.thresholds = check_thresholds(thresholds)
+        self.thresholds = check_thresholds(thresholds, lead=True)
         self.experts = None if experts is None else tuple(experts)
 
     def order(self, pool: ExpertPool) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from rsrouter.core.tree import Stage, cascade_tree, expert_stage
 from rsrouter.experts.expert import Expert, check_sigma
 from rsrouter.experts.identity import unique_digest
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.router.base import Routed, vote_digest, vote_model
+from rsrouter.router.base import Routed, constants_of, vote_digest, vote_model
 from rsrouter.router.stored import MOST_STAGES
 from rsrouter.router.trunk import HeadedTrunk
 from rsrouter.sampling.engine import VoteModel
@@ -61,16 +61,19 @@ class _Votes(nn.Module):
         return tuple(out if self.single else out[k] for k in self.picks)
 
 
-def check_thresholds(thresholds: Sequence[float], voters: int | None = None) -> tuple[float, ...]:
-    """Thresholds as floats; InputError unless each is in (1/2, 1) and there is one per voter but the last."""
+def check_thresholds(thresholds: Sequence[float], voters: int | None = None, *, lead: bool = False) -> tuple[float, ...]:
+    """Thresholds as floats; InputError unless each is in (1/2, 1) and there is one per voter but the last.
+
+    With `lead` a threshold may be the lead, in logits, that a deterministic expert answers from.
+    """
     try:
         values = tuple(float(t) for t in thresholds)
     except (TypeError, ValueError):
         values = (float("nan"),)
-    if not all(0.5 < t < 1.0 for t in values):
+    if not all(0.5 < t < 1.0 or (0.0 < t < float("inf") and lead) for t in values):
         raise InputError(
             "A cascade's thresholds are out of range",
-            expected="a sequence of numbers, each in (1/2, 1)",
+            expected="a sequence of numbers, each in (1/2, 1)" + (", or above 0 for a deterministic expert" if lead else ""),
             received=repr(thresholds),
             remedy="0.55 is a reasonable start; tune on validation images",
         )
@@ -155,7 +158,17 @@ def bind_chain(
     """
     heads = {} if heads is None else heads
     check_voters(voters, pool, heads)
-    thresholds = check_thresholds(thresholds, len(voters))
+    thresholds = check_thresholds(thresholds, len(voters), lead=True)
+    for voter, tau in zip(voters, thresholds, strict=False):
+        if pool[voter.expert].lipschitz is None:
+            check_thresholds([tau])
+    if odd := [v.expert for v in voters if pool[v.expert].lipschitz is not None and (v.sigma or v.head or v.others)]:
+        raise InputError(
+            "A deterministic expert cannot vote",
+            expected="a voter without sigma, head and others",
+            received=f"some of them for {', '.join(odd)}",
+            remedy="it is one forward pass without noise; leave them out",
+        )
     groups: dict[tuple[str, float, tuple[str, ...], int, str | None], list[int]] = {}
     for position, voter in enumerate(voters):
         sigma = pool[voter.expert].sigma if voter.sigma is None else float(voter.sigma)
@@ -170,7 +183,7 @@ def bind_chain(
         network += "" if own is None and sigma == expert.sigma else f"@{sigma:g}"
         titles = [network if k == 0 else f"{network}:{k + 1}" for k in range(len(positions))]
         for title, position in zip(titles, positions, strict=True):
-            stages[position] = expert_stage(title, sigma, pool.num_classes, network=network, expert=name)
+            stages[position] = expert_stage(title, sigma, pool.num_classes, network=network, expert=name, **constants_of(expert))
         wanted = [voters[p].head for p in positions]
         if own is not None:
             models.append(_own_network(expert, heads[own], network, sigma, titles))

@@ -12,6 +12,7 @@ from rsrouter.core.tree import flat_tree
 from rsrouter.experts.describe import build_described, describe_module
 from rsrouter.experts.expert import check_sigma
 from rsrouter.experts.identity import unique_digest
+from rsrouter.experts.lipschitz import Constants, Lipschitz, check_constants, try_constants
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.base import Routed, Router, check_stage_name, stage_of, vote_digest, vote_model
 from rsrouter.router.trunk import HeadedTrunk
@@ -29,6 +30,9 @@ class FlatRouter(Router):
         sigma: noise level of the router. The paper wants it at least the largest expert sigma, so that the
             router is not what limits the radius; soundness does not need it.
         experts: names of the experts that logits 0 .. K - 1 stand for; None: the pool's order.
+        lipschitz: of the logits, as of a deterministic `Expert`: the router then decides by one forward pass, and takes no sigma
+            and no trunk. `rsrouter.experts.lipschitz.compute` gives it for layers that are known.
+        rounding: by how much a logit of a float64 pass may be wrong.
         trunk: name of the frozen expert whose features the head reads. Where that expert has the router's
             sigma, one forward pass casts both votes.
 
@@ -40,7 +44,14 @@ class FlatRouter(Router):
     kind: ClassVar[str] = "flat"
 
     def __init__(
-        self, module: nn.Module, *, sigma: float, experts: Sequence[str] | None = None, trunk: str | None = None
+        self,
+        module: nn.Module,
+        *,
+        sigma: float | None = None,
+        experts: Sequence[str] | None = None,
+        trunk: str | None = None,
+        lipschitz: Constants | None = None,
+        rounding: float | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise InputError(
@@ -49,7 +60,15 @@ class FlatRouter(Router):
                 received=type(module).__name__,
                 remedy="wrap a function in a small nn.Module",
             )
-        self.module, self.sigma = module, check_sigma(sigma, "the router")
+        if lipschitz is not None and (sigma or trunk is not None):
+            raise InputError(
+                "A flat router with a Lipschitz constant has a noise level or a trunk",
+                expected="one forward pass of its own network, without noise",
+                received=f"sigma={sigma!r}, trunk={trunk!r}",
+                remedy="leave them out, or leave out lipschitz",
+            )
+        self.module, self.sigma = module, 0.0 if lipschitz is not None else check_sigma(sigma, "the router")
+        self.lipschitz, self.rounding = lipschitz, rounding
         self.experts = None if experts is None else tuple(experts)
         self.trunk = trunk
 
@@ -76,6 +95,7 @@ class FlatRouter(Router):
         shared = self.trunk is not None and pool[self.trunk].sigma == self.sigma and self.trunk in names
         stages = [stage_of(pool[n], STAGE if shared and n == self.trunk else "") for n in names]
         models = []
+        constants = self._constants(pool, len(names))
         own = unique_digest(self.module)
         if self.trunk is None:
             models.append(
@@ -89,7 +109,14 @@ class FlatRouter(Router):
             digest = vote_digest([trunk], self.sigma, head=own, shared=shared)
             models.append(VoteModel(STAGE, headed, self.sigma, voters, widths, digest))
         models += [vote_model(pool[n]) for n in names if not (shared and n == self.trunk)]
-        return Routed(flat_tree(STAGE, self.sigma, stages), tuple(models))
+        return Routed(flat_tree(STAGE, self.sigma, stages, **constants), tuple(models))
+
+    def _constants(self, pool: ExpertPool, k: int) -> dict[str, Any]:
+        if self.lipschitz is None:
+            return {}
+        found = Lipschitz(*check_constants(self.lipschitz, self.rounding, k, "the router"))
+        try_constants(self.module, pool.input_shape, k, found, "the router")
+        return {"lipschitz": found.constants, "rounding": found.rounding}
 
     def to_config(self) -> dict[str, Any]:
         return {
@@ -98,9 +125,11 @@ class FlatRouter(Router):
             "experts": None if self.experts is None else list(self.experts),
             "trunk": self.trunk,
             "module": describe_module(self.module),
+            **({} if self.lipschitz is None else {"lipschitz": self.lipschitz, "rounding": self.rounding}),
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FlatRouter:
         """The router `to_config` described, with fresh weights."""
-        return cls(build_described(config["module"]), sigma=config["sigma"], experts=config["experts"], trunk=config["trunk"])
+        told = {key: config.get(key) for key in ("sigma", "experts", "trunk", "lipschitz", "rounding")}
+        return cls(build_described(config["module"]), **told)

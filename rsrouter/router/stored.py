@@ -20,17 +20,19 @@ class StoredFlat(Stored):
     """A flat router; attributes as in `FlatRouter`."""
 
     kind: Literal["flat"]
-    sigma: Sigma
+    sigma: Annotated[float, Field(ge=0, le=1_000)]
     experts: Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)] | None
     trunk: Name | None
     module: dict[str, Any]
+    lipschitz: float | tuple[tuple[float, ...], ...] | None = None
+    rounding: float | None = None
 
 
 class StoredCascade(Stored):
     """A cascade; attributes as in `CascadeRouter`."""
 
     kind: Literal["cascade"]
-    thresholds: Thresholds
+    thresholds: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(max_length=MOST_STAGES - 1)]
     experts: Annotated[tuple[Name, ...], Field(min_length=1, max_length=MOST_STAGES)] | None
 
 

@@ -24,10 +24,13 @@ def decides(routed: Routed) -> list[str]:
 def _sentence(stage: Stage) -> str:
     onward = list(dict.fromkeys(t for t in stage.leads_to if isinstance(t, str)))
     head = stage.name if stage.name == stage.network or not stage.network else f"{stage.name} on {stage.network}"
-    who = f"{head}, noise {stage.sigma:g}"
+    who = f"{head}, noise {stage.sigma:g}" if stage.votes else f"{head}, one pass without noise"
+    if stage.tau is not None and not stage.votes:
+        return f"{who}: answers where one logit leads by at least {stage.tau:g}, else asks {', '.join(onward)}"
     if stage.tau is not None:
         return f"{who}: answers where one class has at least {100 * stage.tau:g}% of the votes, else asks {', '.join(onward)}"
-    return f"{who}: the outcome with most votes names who answers: {' or '.join(onward)}" if onward else f"{who}: answers"
+    most = "the outcome with most votes" if stage.votes else "the largest logit"
+    return f"{who}: {most} names who answers: {' or '.join(onward)}" if onward else f"{who}: answers"
 
 
 def in_one_line(routed: Routed, experts: Sequence[str]) -> str:

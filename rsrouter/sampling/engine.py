@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rsrouter.core.certify import VoteRequest
 from rsrouter.core.errors import InputError
+from rsrouter.core.requests import PASS
 from rsrouter.experts.expert import check_values
 from rsrouter.experts.identity import module_digest
 from rsrouter.process import KERNELS, fixed_kernels
@@ -26,6 +27,7 @@ from rsrouter.sampling.check import Checked, check_again, check_compiled, check_
 from rsrouter.sampling.execution import Execution, Prepared, default_batch, keep_freed_memory, prepare, resolve_device
 from rsrouter.sampling.logits import Outputs, forward, heads, out_of_memory, votes_of
 from rsrouter.sampling.noise import SHARED, NoiseStream, check_eight_bit, make_noise, stream_key
+from rsrouter.sampling.passes import Passes
 
 #: After so many batches a network is asked again whether it still gives the bits it gave before the first vote, and whether
 #: the last batch's logits are those of its rows alone.
@@ -39,7 +41,7 @@ class VoteModel:
     Attributes:
         name: network name in the tree.
         module: pixels in [0,1] plus noise to logits `(B, width)`, or to a tuple of logits, one per stage.
-        sigma: standard deviation of its noise.
+        sigma: standard deviation of its noise; 0 for a network that does not vote.
         stages: names of the stages that vote in each forward pass, in the order of the module's outputs.
         widths: number of logits of each stage.
         digest: sha256 of everything that decides a vote; part of the noise stream's key.
@@ -256,6 +258,7 @@ class Engine:
         digests = [m.digest for m in models]
         self.streams = {m.name: (m.digest, digests[:i].count(m.digest)) for i, m in enumerate(models)}
         self._runners: dict[str, _Runner] = {}
+        self._passes: dict[str, Passes] = {}
         # one model at several sigmas is on the device once
         self._prepared: dict[tuple[object, ...], Prepared] = {}
 
@@ -276,6 +279,14 @@ class Engine:
             self._runners[name] = _Runner(model, self.shape, self.execution, self.device, self._prepared[function])
         return self._runners[name]
 
+    def passes(self, name: str) -> Passes:
+        """A network that does not vote, ready to run without noise."""
+        if name not in self._passes:
+            model = self.models[name]
+            check_values(model.module, name)
+            self._passes[name] = Passes(model.module, name, model.widths, self.shape, self.device)
+        return self._passes[name]
+
     @property
     def forward_batch(self) -> int:
         """Rows per forward pass of the first network (a unit for how many votes make a round worthwhile)."""
@@ -294,10 +305,8 @@ class Engine:
         }
 
     @fixed_kernels()
-    def run(
-        self, images: Tensor, identity: Sequence[bytes], requests: Sequence[VoteRequest]
-    ) -> list[dict[str, NDArray[np.int64]]]:
-        """Draws the requested votes.
+    def run(self, images: Tensor, identity: Sequence[bytes], requests: Sequence[VoteRequest]) -> list[dict[str, NDArray[Any]]]:
+        """Draws the requested votes, and runs the requested passes.
 
         Args:
             images: `(N, C, H, W)` pixels in [0,1], on any device.
@@ -305,17 +314,32 @@ class Engine:
             requests: what to draw; `image` indexes `images`.
 
         Returns:
-            Per request a mapping of every stage of its network to `(width + 1,)` counts, invalid votes last.
+            Per request a mapping of every stage of its network to `(width + 1,)` counts, invalid votes last; of a pass to
+            `(width,)` float64 logits.
         """
         if self.noise.startswith("sound"):
             check_eight_bit(images)
         wanted = sorted({r.image for r in requests})
         position = {image: at for at, image in enumerate(wanted)}
         on_device = images[torch.tensor(wanted, dtype=torch.int64)].to(self.device, torch.float32)
-        results: list[dict[str, NDArray[np.int64]] | None] = [None] * len(requests)
-        for name in dict.fromkeys(r.network for r in requests):
+        results: list[dict[str, NDArray[Any]] | None] = [None] * len(requests)
+        for name in dict.fromkeys(r.network for r in requests if r.purpose == PASS):
             members = [i for i, r in enumerate(requests) if r.network == name]
-            model, runner = self.models[name], self.runner(name)
+            rows = on_device[[position[requests[i].image] for i in members]]
+            found = self.passes(name).logits(rows)
+            for at, i in enumerate(members):
+                results[i] = {s: logits[at].copy() for s, logits in zip(self.models[name].stages, found, strict=True)}
+        for name in dict.fromkeys(r.network for r in requests if r.purpose != PASS):
+            members = [i for i, r in enumerate(requests) if r.network == name]
+            model = self.models[name]
+            if not model.sigma > 0:
+                raise InputError(
+                    f"Network {name!r} casts no votes",
+                    expected="a network with a noise level",
+                    received="one with a Lipschitz constant, certified by one forward pass",
+                    remedy="label, train and time voting experts alone, and add the deterministic one afterwards",
+                )
+            runner = self.runner(name)
             chosen = [requests[i] for i in members]
             owner = [b"" if self.noise.endswith(SHARED) else identity[r.image] for r in chosen]
             keys = [stream_key(r.purpose, self.seed, who, *self.streams[name]) for r, who in zip(chosen, owner, strict=True)]
@@ -336,6 +360,8 @@ class Engine:
         """
         for runner in self._runners.values():
             runner.check_again()
+        for passes in self._passes.values():
+            passes.check_again()
 
 
 def image_identity(image: Tensor, name: object = None) -> bytes:

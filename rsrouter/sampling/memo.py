@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsrouter.core.certify import VoteRequest
+from rsrouter.core.requests import PASS, VoteRequest
 from rsrouter.sampling.engine import Engine
 from rsrouter.sampling.noise import stream_key
 
@@ -23,7 +23,7 @@ class VoteMemo:
     """
 
     def __init__(self) -> None:
-        self._votes: dict[bytes, tuple[NDArray[np.int64], ...]] = {}
+        self._votes: dict[bytes, tuple[NDArray[Any], ...]] = {}
         self.asked, self.drawn = 0, 0
 
     def __len__(self) -> int:
@@ -31,7 +31,7 @@ class VoteMemo:
 
     def run(
         self, engine: Engine, images: Tensor, identity: Sequence[bytes], requests: Sequence[VoteRequest]
-    ) -> list[dict[str, NDArray[np.int64]]]:
+    ) -> list[dict[str, NDArray[Any]]]:
         """As `Engine.run`, but draws only what is not remembered."""
         settings = repr((engine.seed, engine.noise, str(engine.device), engine.execution))
         keys = []
@@ -43,8 +43,8 @@ class VoteMemo:
         new = list(missing.values())
         for i, counts in zip(new, engine.run(images, identity, [requests[i] for i in new]), strict=True):
             self._votes[keys[i]] = tuple(counts[s] for s in engine.models[requests[i].network].stages)
-        self.asked += sum(r.count for r in requests)
-        self.drawn += sum(requests[i].count for i in new)
+        self.asked += sum(r.count for r in requests if r.purpose != PASS)
+        self.drawn += sum(requests[i].count for i in new if requests[i].purpose != PASS)
         return [
             {s: v.copy() for s, v in zip(engine.models[r.network].stages, self._votes[key], strict=True)}
             for r, key in zip(requests, keys, strict=True)

@@ -77,6 +77,8 @@ BAD = {
     "inspect, an array that is not there": "inspect {files}/test.npz --label y",
     "inspect, sheet": "inspect {files}/test.npz --contact-sheet {files}/sheet.pdf",
     "inspect, channels": "inspect {files}/test.npz --channels 2",
+    "transfer, nothing there": "transfer nowhere.tsv --router {files}/router --data {files}/test.npz --out {new}",
+    "transfer, a table without votes": "transfer {files}/table.tsv --router {files}/router --data {files}/test.npz --out {new}",
     "certify, classes": "certify {files}/router --data {files}/test.npz --classes cat,dog --out {new}",
     "label, no pool": "label nowhere.json --data {files}/test.npz --out {new}",
     "label, broken pool": "label {files}/broken.json --data {files}/test.npz --out {new}",

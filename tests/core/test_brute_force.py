@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def claims(rng: np.random.Generator, tree: Tree, models, dim: int):
     x = np.zeros((1, dim))
     c = routed_answer(tree, models, x)
     exact = rng.random() < 0.5
-    lower, upper, stages = {}, {}, []
+    lower, upper, logits, stages = {}, {}, {}, []
     path, name = {}, tree.root
     while isinstance(name, str):
         stage = tree.stages[name]
@@ -36,6 +36,11 @@ def claims(rng: np.random.Generator, tree: Tree, models, dim: int):
         name = stage.leads_to[path[name]]
     for name, stage in tree.stages.items():
         p = models[name].probabilities(x)
+        if not stage.votes:
+            if exact or rng.random() < 0.9:
+                logits[name] = p + rng.uniform(-1.0, 1.0, p.shape) * stage.rounding
+            stages.append(stage)
+            continue
         same = np.flatnonzero(stage.answers[: stage.num_outcomes] == c[0])
         if name in path and path[name] < stage.num_outcomes:
             reference = path[name]
@@ -49,17 +54,17 @@ def claims(rng: np.random.Generator, tree: Tree, models, dim: int):
             lower[name] = np.clip(p - slack, 0, 1)
             upper[name] = np.clip(p + slack, 0, 1)
         stages.append(Stage(name, stage.sigma, stage.kind, stage.tau, stage.leads_to, reference))
-    radius, by = tree_radius(stages, tree.root, lower, upper, c)
+    radius, by = tree_radius(stages, tree.root, lower, upper, c, logits=logits)
     assert by[0] in tree.stages
     return int(c[0]), float(radius[0]), exact
 
 
-def search(seed: int, trees: int, *, dense: int, tight: bool = True) -> Tally:
+def search(seed: int, trees: int, *, dense: int, tight: bool = True, silent: float = 0.0) -> Tally:
     rng = np.random.default_rng(seed)
     tally = Tally()
     for _ in range(trees):
         dim = int(rng.choice([1, 2, 3]))
-        tree, models = random_tree(rng, dim)
+        tree, models = random_tree(rng, dim, silent)
         c, radius, exact = claims(rng, tree, models, dim)
         tally.trees += 1
         if not radius > 0.0:
@@ -68,7 +73,7 @@ def search(seed: int, trees: int, *, dense: int, tight: bool = True) -> Tally:
         points = ball(rng, models, dim, min(radius, 50.0), dense=dense)
         tally.points += len(points)
         tally.violations += int((routed_answer(tree, models, points) != c).any())
-        if tight and dim == 1 and exact and np.isfinite(radius):
+        if tight and dim == 1 and exact and radius < 8.0:  # as far as the truth is searched
             tally.tightness.append(radius / true_radius_1d(tree, models, c))
     return tally
 
@@ -101,6 +106,38 @@ def test_no_point_inside_the_radius_changes_the_answer():
 @pytest.mark.parametrize("seed", range(5))
 def test_no_point_inside_the_radius_changes_the_answer_100k(seed: int):
     check(search(seed, 20_000, dense=250))
+
+
+def test_no_point_inside_the_radius_of_a_mixed_tree_changes_the_answer():
+    check(search(20260102, 800, dense=50, silent=0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_no_point_inside_the_radius_of_a_mixed_tree_changes_the_answer_100k(seed: int):
+    check(search(100 + seed, 20_000, dense=250, silent=0.5))
+
+
+@pytest.mark.parametrize("planted", ["constant understated", "rounding forgotten", "deferral at the lead itself"])
+def test_the_search_finds_planted_mistakes_of_deterministic_stages(monkeypatch: pytest.MonkeyPatch, planted: str):
+    """A constant that is 5% too small, among others."""
+    from rsrouter.core import certificates
+
+    honest = certificates.pass_entries
+
+    def entries(stage, logits):
+        if planted == "rounding forgotten":
+            return honest(replace(stage, rounding=0.0), logits)
+        found = honest(stage, logits)
+        if planted == "constant understated":
+            return found / 0.95
+        if stage.tau is not None:
+            found[:, -1] = honest(replace(stage, tau=stage.tau / 2), logits)[:, -1]
+        return found
+
+    assert search(7, 400, dense=50, tight=False, silent=0.5).violations == 0
+    monkeypatch.setattr(certificates, "pass_entries", entries)
+    assert search(7, 400, dense=50, tight=False, silent=0.5).violations > 0
 
 
 @pytest.mark.parametrize("planted", ["full sigma", "forget deferral", "best of both children"])

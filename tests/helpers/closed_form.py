@@ -1,4 +1,4 @@
-"""Smoothed votes with closed-form probabilities, random trees of them, and their true answers.
+"""Smoothed votes with closed-form probabilities, networks with a known constant, random trees of both, and their true answers.
 
 A stage's base model looks at `<u, x>` only and answers by the interval it falls into, so under Gaussian noise
 its outcome probabilities are differences of normal cdfs at `(breaks - <u, x>) / sigma`. Two intervals are a
@@ -45,15 +45,40 @@ class Slab:
         return out
 
 
+@dataclass
+class Folded:
+    """A deterministic stage's logits: `weight` times coordinates folded into [-1, 1] (a triangle wave, 1-Lipschitz)."""
+
+    weight: Array
+    bias: Array
+
+    @property
+    def direction(self) -> Array:
+        """Where the first two logits part fastest."""
+        step = self.weight[0] - self.weight[1]
+        return np.asarray(step / np.linalg.norm(step))
+
+    def probabilities(self, x: Array) -> Array:
+        """`(P, k)` logits, in the place of probabilities."""
+        return np.asarray(np.abs((x - 1.0) % 4.0 - 2.0) - 1.0) @ self.weight.T + self.bias
+
+    def pairs(self) -> tuple[tuple[float, ...], ...]:
+        """Constants of the differences of two logits, the smallest that hold."""
+        return tuple(map(tuple, np.linalg.norm(self.weight[:, None] - self.weight[None], axis=2).tolist()))
+
+
 def winners(stage: Stage, p: Array) -> NDArray[np.int64]:
-    """Index into `leads_to` of the target that wins under exact probabilities `p (P, L)`."""
+    """Index into `leads_to` of the target that wins under exact probabilities, or logits, `p (P, L)`."""
     top = p.argmax(1)
+    if not stage.votes:
+        best = np.sort(p, axis=1)
+        return top if stage.tau is None else np.where(best[:, -1] - best[:, -2] >= stage.tau, top, len(stage.leads_to) - 1)
     if stage.tau is None:
         return top
     return np.where(p[np.arange(len(p)), top] >= stage.tau, top, len(stage.leads_to) - 1)
 
 
-def routed_answer(tree: Tree, models: dict[str, Slab], x: Array) -> NDArray[np.int64]:
+def routed_answer(tree: Tree, models: dict[str, Slab | Folded], x: Array) -> NDArray[np.int64]:
     """g(x) for every point: descend the tree by exact probabilities."""
     answer = np.full(len(x), -9)
 
@@ -83,8 +108,13 @@ def random_slab(rng: np.random.Generator, dim: int, outcomes: int, sigma: float)
     return Slab(direction, breaks, owner, sigma, outcomes)
 
 
-def random_tree(rng: np.random.Generator, dim: int) -> tuple[Tree, dict[str, Slab]]:
-    """2 to 4 stages, plurality and threshold, 2 to 5 classes, shared children allowed."""
+def random_folded(rng: np.random.Generator, dim: int, k: int) -> Folded:
+    """Random logits."""
+    return Folded(rng.normal(size=(k, dim)) * rng.choice([0.5, 1.0, 3.0]), rng.normal(size=k))
+
+
+def random_tree(rng: np.random.Generator, dim: int, silent: float = 0.0) -> tuple[Tree, dict[str, Slab | Folded]]:
+    """2 to 4 stages, plurality and threshold, 2 to 5 classes, shared children allowed; a share `silent` of them deterministic."""
     size, classes = int(rng.integers(2, 5)), int(rng.integers(2, 6))
     favourite = int(rng.integers(classes))
     agree = rng.choice([0.2, 0.5, 0.8])
@@ -92,7 +122,7 @@ def random_tree(rng: np.random.Generator, dim: int) -> tuple[Tree, dict[str, Sla
     forced: dict[int, list[str]] = {}
     for k in range(1, size):
         forced.setdefault(int(rng.integers(0, k)), []).append(names[k])
-    stages, models = [], {}
+    stages, models = [], dict[str, Slab | Folded]()
     for k, name in enumerate(names):
         threshold = rng.random() < 0.4
         must = forced.get(k, [])
@@ -107,6 +137,16 @@ def random_tree(rng: np.random.Generator, dim: int) -> tuple[Tree, dict[str, Sla
                 targets.append(favourite if rng.random() < agree else int(rng.integers(classes)))
         order = rng.permutation(len(targets))
         targets = [targets[i] for i in order]
+        if silent and rng.random() < silent:
+            folded = random_folded(rng, dim, len(targets) - threshold)
+            targets.insert(len(targets) - threshold, -1)
+            kind, lead = ("threshold", float(rng.uniform(0.05, 1.0))) if threshold else ("plurality", None)
+            constants = folded.pairs() if rng.random() < 0.5 else float(np.linalg.norm(folded.weight, 2))
+            stages.append(
+                Stage(name, 0.0, kind, lead, tuple(targets), lipschitz=constants, rounding=float(rng.choice([0.0, 0.02])))
+            )
+            models[name] = folded
+            continue
         sigma = float(rng.uniform(0.25, 1.0))
         outcomes = len(targets) - threshold
         tau = float(rng.uniform(0.501, 0.9)) if threshold else None
@@ -115,7 +155,7 @@ def random_tree(rng: np.random.Generator, dim: int) -> tuple[Tree, dict[str, Sla
     return Tree.of(stages), models
 
 
-def ball(rng: np.random.Generator, models: dict[str, Slab], dim: int, radius: float, *, dense: int) -> Array:
+def ball(rng: np.random.Generator, models: dict[str, Slab | Folded], dim: int, radius: float, *, dense: int) -> Array:
     """Points of the open ball around 0: a dense cloud, and the places where an adversary looks first."""
     if dim == 1:
         return np.linspace(-radius, radius, 2 * dense + 1)[:, None] * (1 - 1e-9)
@@ -129,7 +169,7 @@ def ball(rng: np.random.Generator, models: dict[str, Slab], dim: int, radius: fl
     return (lengths[:, None, None] * compass[None]).reshape(-1, dim)
 
 
-def true_radius_1d(tree: Tree, models: dict[str, Slab], c: int, most: float = 8.0, points: int = 4001) -> float:
+def true_radius_1d(tree: Tree, models: dict[str, Slab | Folded], c: int, most: float = 8.0, points: int = 4001) -> float:
     """Distance from 0 to the nearest input (dim 1) whose answer is not `c`: a scan, then bisection."""
     grid = np.linspace(0.0, most, points)
     best = most

@@ -1,0 +1,281 @@
+"""Stored votes of many images as arrays, checked against a tree and a plan, with what the selection votes fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsrouter.core.bounds import MOST_VOTES, Array
+from rsrouter.core.certificates import fixed_reference
+from rsrouter.core.errors import PlanError
+from rsrouter.core.passes import pass_targets
+from rsrouter.core.plans import Plan
+from rsrouter.core.tree import Stage, Tree, stages_by_network
+from rsrouter.core.types import ABSTAIN
+
+#: Votes of one image: purpose ("select", "estimate", "earlier") to stage to counts, and "logits" to deterministic stage to
+#: numbers (None: not finite), as a results table stores them.
+Votes = Mapping[str, Mapping[str, Sequence[Any]]]
+
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+_EDITED = "the row was edited"
+
+
+@dataclass
+class StoredVotes:
+    """Votes of one image, checked, with what the selection votes fix.
+
+    Attributes:
+        c: the class to certify, ABSTAIN where the selection answers nothing.
+        path: (stage, index of its target) from the root to the answer.
+        selected: selection votes by stage.
+        looks: by stage its completed looks, as (index of the look, cumulative counts), the last one at the end.
+        reference: by stage the outcome whose lower bound counts, -1 for none.
+        logits: by deterministic stage, NaN for what is not finite.
+    """
+
+    c: int = ABSTAIN
+    path: list[tuple[str, int]] = field(default_factory=list)
+    selected: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    looks: dict[str, list[tuple[int, NDArray[np.int64]]]] = field(default_factory=dict)
+    reference: dict[str, int] = field(default_factory=dict)
+    logits: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass
+class StageVotes:
+    """One stage's votes of all images: presence and counts, and earlier looks as a flat list."""
+
+    chosen: Mask
+    selection: Ints
+    look: Ints
+    counts: Ints
+    past_row: Ints
+    past_look: Ints
+    past: Ints
+
+
+class StoredRows:
+    """Votes of N images as arrays, checked against tree and plan, with what the selection votes fix.
+
+    Attributes:
+        c: `(N,)` the class to certify, ABSTAIN where the selection answers nothing.
+        index: by stage `(N,)` the target that its selection votes choose, -1 off the path.
+        last: `(N,)` position in `tree.order` of the stage that answers.
+        reference: by stage `(N,)` the outcome whose lower bound counts, -1 for none.
+        faults: by image the first thing that cannot be.
+    """
+
+    def __init__(self, tree: Tree, plan: Plan, votes: Sequence[Votes]) -> None:
+        self.tree, self.plan, self.count = tree, plan, len(votes)
+        self.faults: dict[int, PlanError] = {}
+        found = self._gather(votes)
+        self.stages = {name: self._stage(tree.stages[name], *found[name]) for name in tree.order}
+        self.logits = {name: self._pass(tree.stages[name], votes) for name in tree.order if not tree.stages[name].votes}
+        self._check_networks()
+        self._descend()
+        self._refer()
+
+    def earlier(self, name: str, i: int) -> list[tuple[int, Ints]]:
+        """Looks of one image before its last one, ascending: their position in the plan and their cumulative votes."""
+        stage = self.stages[name]
+        first, end = np.searchsorted(stage.past_row, [i, i + 1])  # sorted by image, then by look
+        return [(int(stage.past_look[k]), stage.past[k]) for k in range(first, end)]
+
+    def sound(self) -> Mask:
+        """`(N,)` images without a fault."""
+        mask = np.ones(self.count, bool)
+        mask[list(self.faults)] = False
+        return mask
+
+    def fault(self, rows: Iterable[int], message: str, expected: str, received: Any, remedy: str = _EDITED) -> None:
+        for position, i in enumerate(rows):
+            if i not in self.faults:
+                text = received[position] if isinstance(received, list | np.ndarray) else received
+                self.faults[int(i)] = PlanError(message, expected=expected, received=str(text), remedy=remedy)
+
+    def _gather(self, votes: Sequence[Votes]) -> dict[str, tuple[list[Any], list[Any], list[Any]]]:
+        """By stage: `(image, counts)` of selection and estimation, `(image, counts, votes as text)` of earlier looks."""
+        found: dict[str, tuple[list[Any], list[Any], list[Any]]] = {name: ([], [], []) for name in self.tree.order}
+        silent = {name for name, stage in self.tree.stages.items() if not stage.votes}
+        for i, row in enumerate(votes):
+            for key in set(row.get("logits", {})) - silent:
+                self.fault([i], "Logits of stages that the tree does not have", f"some of {sorted(silent)}", [key])
+            for place, purpose in enumerate(("select", "estimate", "earlier")):
+                for key, counts in row.get(purpose, {}).items():
+                    name, _, number = key.rpartition("@") if place == 2 else (key, "", "")
+                    if name in found and self.tree.stages[name].votes:
+                        found[name][place].append((i, counts, number))
+                    else:
+                        expected = f"some of {sorted(s for s, stage in self.tree.stages.items() if stage.votes)}"
+                        self.fault(
+                            [i],
+                            "Votes of stages that the tree does not have",
+                            expected,
+                            [key],
+                            "the table belongs to another router",
+                        )
+        return found
+
+    def _pass(self, stage: Stage, votes: Sequence[Votes]) -> Array:
+        """Logits `(N, k)` of one deterministic stage, which every row must have; NaN where they are not finite."""
+        width = stage.num_outcomes - 1
+        logits = np.full((self.count, width), np.nan)
+        for i, row in enumerate(votes):
+            given = row.get("logits", {}).get(stage.name)
+            if given is None or len(given) != width or not all(v is None or type(v) in (int, float) for v in given):
+                self.fault([i], f"Logits of stage {stage.name!r} do not fit it", f"{width} numbers", [str(given)[:200]])
+            else:
+                logits[i] = [np.nan if v is None else v for v in given]
+        return logits
+
+    def _matrix(self, stage: Stage, entries: list[Any], sums: Sequence[int], what: str) -> tuple[Ints, Ints, list[str]]:
+        """Images `(M,)`, counts `(M, L)` and texts of the entries that fit the stage and one of `sums`."""
+        width = stage.num_outcomes
+        try:
+            counts = np.array([e[1] for e in entries], dtype=np.int64).reshape(len(entries), -1 if entries else width)
+            fits = np.all((counts >= 0) & (counts <= MOST_VOTES), axis=1) if counts.shape[1] == width else None
+        except (ValueError, OverflowError, TypeError):
+            fits = None
+        if fits is None:  # some entry is of another length, or holds what is no count
+            fits = np.array([len(e[1]) == width and all(0 <= v <= MOST_VOTES for v in e[1]) for e in entries])
+            counts = np.array([e[1] if ok else [0] * width for e, ok in zip(entries, fits, strict=True)], dtype=np.int64)
+        rows = np.array([e[0] for e in entries], dtype=np.int64)
+        self.fault(
+            rows[~fits],
+            f"Votes of stage {stage.name!r} do not fit it",
+            f"{width} counts of at least 0",
+            [str(list(e[1]))[:200] for e, ok in zip(entries, fits, strict=True) if not ok],
+            "the table belongs to another router, or was edited",
+        )
+        total = counts.sum(1)
+        summed = np.isin(total, sums)
+        self.fault(
+            rows[fits & ~summed],
+            f"The {what} votes of stage {stage.name!r} do not sum to a look of the plan",
+            f"one of {tuple(sums)}",
+            total[fits & ~summed],
+            "the table was drawn under another plan, or edited",
+        )
+        kept = np.flatnonzero(fits & summed)
+        return rows[kept], counts[kept], [entries[k][2] for k in kept]
+
+    def _stage(self, stage: Stage, select: list[Any], estimate: list[Any], earlier: list[Any]) -> StageVotes:
+        looks = np.asarray(self.plan.looks)
+        chosen, look = np.zeros(self.count, bool), np.full(self.count, -1)
+        selection, counts = (np.zeros((self.count, stage.num_outcomes), np.int64) for _ in range(2))
+        rows, matrix, _ = self._matrix(stage, select, (self.plan.n0,), "selection")
+        chosen[rows], selection[rows] = True, matrix
+        rows, matrix, _ = self._matrix(stage, estimate, self.plan.looks, "estimation")
+        look[rows], counts[rows] = np.searchsorted(looks, matrix.sum(1)), matrix
+        rows, past, numbers = self._matrix(stage, earlier, self.plan.looks, "earlier")
+        order = np.lexsort((past.sum(1), rows))
+        rows, past, numbers = rows[order], past[order], [numbers[k] for k in order]
+        before = np.searchsorted(looks, past.sum(1))
+        wrong = np.array([number != str(n) for number, n in zip(numbers, past.sum(1).tolist(), strict=True)], dtype=bool)
+        wrong |= (before >= look[rows]) | np.any(past > counts[rows], axis=1)
+        same = rows[1:] == rows[:-1]
+        wrong[1:] |= same & ((before[1:] <= before[:-1]) | np.any(past[1:] < past[:-1], axis=1))
+        self.fault(
+            rows[wrong],
+            f"An earlier look of stage {stage.name!r} is not part of its last one",
+            "fewer votes, of every outcome at most as many",
+            past[wrong],
+        )
+        return StageVotes(chosen, selection, look, counts, rows, before, past)
+
+    def _check_networks(self) -> None:
+        for network, stages in stages_by_network(self.tree).items():
+            first = self.stages[stages[0].name]
+            for stage in stages[1:]:
+                other = self.stages[stage.name]
+                for what, a, b in (("selection", first.chosen, other.chosen), ("estimation", first.look, other.look)):
+                    self.fault(
+                        np.flatnonzero(a != b),
+                        f"Stages on network {network!r} have different numbers of {what} votes",
+                        "one forward pass, one vote each",
+                        f"others of {stage.name!r} than of {stages[0].name!r}",
+                    )
+
+    def _descend(self) -> None:
+        """Class, path and answering stage: all from selection votes."""
+        order = self.tree.order
+        code = {name: -2 - k for k, name in enumerate(order)}
+        at = np.full(self.count, code[self.tree.root])
+        self.last = np.full(self.count, order.index(self.tree.root))
+        self.index = {name: np.full(self.count, -1) for name in order}
+        for name in reversed(order):  # parents before children
+            stage, votes = self.tree.stages[name], self.stages[name]
+            here = at == code[name]
+            missing = here & ~votes.chosen & stage.votes
+            self.fault(
+                np.flatnonzero(missing),
+                f"The selection stops before stage {name!r}",
+                f"selection votes of {name!r}",
+                "none",
+            )
+            targets = np.array([code[t] if isinstance(t, str) else t for t in stage.leads_to], dtype=np.int64)
+            top = votes.selection.argmax(1) if stage.votes else pass_targets(stage, self.logits[name])
+            if stage.tau is not None and stage.votes:
+                most = votes.selection[np.arange(self.count), top]
+                top = np.where(most >= stage.tau * votes.selection.sum(1), top, len(stage.leads_to) - 1)
+            self.index[name][here] = top[here]
+            at[here] = targets[top[here]]
+            self.last[here] = order.index(name)
+        self.c = np.maximum(at, ABSTAIN)
+        some = np.any([votes.look >= 0 for votes in self.stages.values()], axis=0)
+        self.fault(
+            np.flatnonzero((self.c <= ABSTAIN) & some), "Estimation votes where the selection answers nothing", "none", "some"
+        )
+
+    def _refer(self) -> None:
+        self.reference: dict[str, Ints] = {}
+        for position, name in enumerate(self.tree.order):
+            stage, votes, index = self.tree.stages[name], self.stages[name], self.index[name]
+            reference = np.array(fixed_reference(_free(stage), self.c))
+            # on the path the outcome that won the selection, unless a threshold stage deferred
+            won = (index >= 0) & (index < stage.num_outcomes)
+            if stage.kind == "threshold":
+                won &= self.last == position
+            reference = np.where(won, index, reference)
+            if stage.kind == "plurality":
+                reference = np.where((index < 0) & (reference < 0) & votes.chosen, votes.selection.argmax(1), reference)
+            self.reference[name] = np.where(self.c > ABSTAIN, reference, -1)
+
+
+def _free(stage: Stage) -> Stage:
+    return stage if stage.reference is None else replace(stage, reference=None)
+
+
+def read_votes(tree: Tree, plan: Plan, votes: Votes) -> StoredVotes:
+    """The votes of one image, checked against tree and plan.
+
+    Raises:
+        PlanError: votes that cannot come from them.
+    """
+    read = StoredRows(tree, plan, [votes])
+    if read.faults:
+        raise read.faults[0]
+    row = StoredVotes(c=int(read.c[0]))
+    at: int | str = tree.root
+    while isinstance(at, str):
+        row.path.append((at, int(read.index[at][0])))
+        at = tree.stages[at].leads_to[row.path[-1][1]]
+    for name, stage in read.stages.items():
+        if stage.chosen[0]:
+            row.selected[name] = stage.selection[0]
+        if stage.look[0] >= 0:
+            row.looks[name] = [*read.earlier(name, 0), (int(stage.look[0]), stage.counts[0])]
+    row.logits = {name: logits[0] for name, logits in read.logits.items()}
+    if row.c > ABSTAIN:
+        row.reference = {name: int(reference[0]) for name, reference in read.reference.items()}
+    return row
+
+
+__all__ = ["StageVotes", "StoredRows", "StoredVotes", "Votes", "read_votes"]
