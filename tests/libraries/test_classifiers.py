@@ -19,7 +19,7 @@ from tests.helpers.library_models import NAMES, open_clip_folder, transformers_f
 
 pytestmark = pytest.mark.libraries
 SIDE = 32
-KINDS = ("timm", "timm at another size", "vit", "vit at another size", "convnext", "dinov2", "resnet", "open_clip")
+KINDS = ("timm", "timm at another size", "vit", "vit at another size", "vit on disk", "convnext", "dinov2", "resnet", "open_clip")
 
 
 def written(folder: Path, kind: str, turned: bool) -> list[str]:
@@ -44,8 +44,8 @@ def written(folder: Path, kind: str, turned: bool) -> list[str]:
         return ["--class-names", ",".join(NAMES), "--template", "a photo of a {}.", "--template", "a drawing of a {}."]
     pytest.importorskip("transformers", reason="the extra [transformers] is not installed")
     name, *other = kind.split()
-    transformers_folder(folder, name, side=48 if other else SIDE, labels=names)
-    return ["--input-size", str(SIDE)] if other else []
+    transformers_folder(folder, name, side=48 if "another" in other else SIDE, labels=names)
+    return ["--input-size", str(SIDE)] if "another" in other else []
 
 
 def pictures(folder: Path) -> dict[str, Path]:
@@ -85,7 +85,8 @@ def test_from_a_repository_to_an_audited_router(kind: str, hub: HubServer, rsrou
         hub.put(f"org/{name}", {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}, tag="v1")
     pool, run = tmp_path / "pool" / "pool.json", tmp_path / "run"
     pool.parent.mkdir()
-    sources = ("hf-hub:org/a@v1", "hf-hub:org/b@v1", "--sigma", "0.25,0.5", *told)
+    places = (tmp_path / "a", tmp_path / "b") if kind.endswith("on disk") else ("hf-hub:org/a@v1", "hf-hub:org/b@v1")
+    sources = (*places, "--sigma", "0.25,0.5", *told)
     rsrouter("wrap", *sources, "--label-map", "first", "--out", pool, "--data", data["train"])
     entry = json.loads(pool.read_text())["experts"][0]
     assert entry["labels"] == list(NAMES)
