@@ -7,9 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.certify import Data, ExpertName, Revision, load_smoothed
+from rsrouter.cli.certify import ExpertName, Revision, load_smoothed
 from rsrouter.cli.execution import Dtype, ExecutionBatch, ExecutionFile, choose_execution
-from rsrouter.cli.options import DEFAULT_RADII, Alpha, Device, Format, OutputFormat, Radii, data_options, echo_json, read_data
+from rsrouter.cli.options import (
+    DEFAULT_RADII,
+    Alpha,
+    Data,
+    Device,
+    Format,
+    OutputFormat,
+    Radii,
+    data_options,
+    echo_json,
+    read_data,
+)
 
 
 @data_options
