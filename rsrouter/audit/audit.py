@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from rsrouter.audit.card import check_card
 from rsrouter.audit.claims import check_labels, check_rows, check_seed, find_subject
 from rsrouter.audit.report import AuditReport
 from rsrouter.audit.rows import audit_rows
@@ -16,6 +17,7 @@ from rsrouter.audit.state import Settings, State, environment
 from rsrouter.core.errors import ArchitectureError, CheckpointError, InputError, IntegrityError
 from rsrouter.data import ImageData, from_arrays, load_data
 from rsrouter.files import sha256_of
+from rsrouter.publish.files import README
 from rsrouter.results import Table, read_table
 from rsrouter.serialise import find_tables, resolve_source, router_folder
 from rsrouter.smooth import RoutedSmooth
@@ -45,7 +47,7 @@ def audit(
     execution; that the seed derives from the classifier; every cell of *every* row against the votes stored in it; that no row
     is missing or repeated. Given the images: every label, and for `rows` rows drawn at random the votes (earlier looks
     included), drawn again from the published seed; fresh votes, against which counts and radii are tested; and an attack inside
-    the certified ball.
+    the certified ball. Where a card and a curve stand beside the tables, their figures must be the tables' own.
 
     A table that passes is what this code makes of these weights, this plan and these images, as far as the audited rows show;
     `caveats` say what weakens that. Each statistical check errs with probability `level`; an honest certificate fails the
@@ -83,10 +85,11 @@ def audit(
         rows, fresh_votes, attack_steps, predict_votes, level, secrets.randbits(48) if seed is None else int(seed), device
     )
     given, reference = resolve_source(
-        name, revision, extra=("certificates/*",), token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        name, revision, extra=("certificates/*", README), token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
     folder = router_folder(given)
-    paths = [Path(t) for t in tables] if tables is not None else (find_tables(folder) or find_tables(given))
+    published = find_tables(folder) or find_tables(given)
+    paths = published if tables is None else [Path(t) for t in tables]
     if not paths:
         raise InputError(
             "There are no certificates to audit",
@@ -129,6 +132,7 @@ def audit(
         digests[path.stem] = sha256_of(path) if path.is_file() else ""
         table = read_table(path, name=path.stem)
         _audit_table(state, table, routed, images)
+    check_card(state, folder, published or paths, routed)
     return AuditReport(
         subject=str(name),
         revision=None if reference is None else reference.revision,

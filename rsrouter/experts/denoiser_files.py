@@ -17,7 +17,7 @@ from rsrouter.experts.places import Place, open_place, read_weights
 from rsrouter.experts.provenance import Provenance
 from rsrouter.experts.registry import is_denoiser
 from rsrouter.experts.schedule import STATED, Diffusion, stated_diffusion, with_statements
-from rsrouter.experts.structure import tensors_digest
+from rsrouter.experts.tensors import tensors_digest
 from rsrouter.hub import Hub
 
 OPENAI = "openai_unet"

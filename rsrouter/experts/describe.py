@@ -11,7 +11,8 @@ from torch import nn
 from rsrouter.core.errors import CheckpointError
 from rsrouter.experts.lipschitz import GroupSort
 from rsrouter.experts.registry import architectures, build_architecture, find_architecture, register_architecture
-from rsrouter.experts.structure import ORIGIN, canonical, is_amended, structure_of
+from rsrouter.experts.structure import ORIGIN, is_amended, structure_of
+from rsrouter.experts.tensors import canonical
 
 #: layers of torch.nn, and one of our own, that are rebuilt from their constructor's arguments (which they keep as attributes)
 _LAYERS = (

@@ -19,7 +19,8 @@ from rsrouter.experts.lipschitz import Constants, Lipschitz, check_constants, co
 from rsrouter.experts.preprocessing import Resize, around
 from rsrouter.experts.probe import Probe, check_probe
 from rsrouter.experts.provenance import Provenance
-from rsrouter.experts.structure import digest_of, structure_of, tensors_digest
+from rsrouter.experts.structure import structure_of
+from rsrouter.experts.tensors import digest_of, tensors_digest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 

@@ -21,7 +21,8 @@ from torch import nn
 from rsrouter.core.errors import CheckpointError
 from rsrouter.experts.describe import describe_module
 from rsrouter.experts.provenance import network_record
-from rsrouter.experts.structure import digest_of, structure_of, tensors_digest
+from rsrouter.experts.structure import structure_of
+from rsrouter.experts.tensors import digest_of, tensors_digest
 
 
 @dataclass(frozen=True)

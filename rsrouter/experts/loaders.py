@@ -21,7 +21,8 @@ from rsrouter.experts.preprocessing import timm_resize
 from rsrouter.experts.probe import Probe
 from rsrouter.experts.provenance import Provenance
 from rsrouter.experts.registry import canonical_name, input_shape_of, known_architecture
-from rsrouter.experts.structure import canonical, structure_of, tensors_digest
+from rsrouter.experts.structure import structure_of
+from rsrouter.experts.tensors import canonical, tensors_digest
 from rsrouter.hub import Hub
 from rsrouter.process import usual_settings
 

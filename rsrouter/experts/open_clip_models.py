@@ -43,7 +43,7 @@ from rsrouter.experts.places import Place
 from rsrouter.experts.preprocessing import Resize, short_edge
 from rsrouter.experts.provenance import Channels, Part, Provenance
 from rsrouter.experts.registry import register_architecture
-from rsrouter.experts.structure import tensors_digest
+from rsrouter.experts.tensors import tensors_digest
 from rsrouter.files import sha256_of
 from rsrouter.process import fixed_kernels
 from rsrouter.stored import Stored, read_json, validated

@@ -14,7 +14,7 @@ from torch import Tensor
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
 from rsrouter.experts.checkpoints import LEGACY_SUFFIXES, WeightFile, parse_weights, read_verified
 from rsrouter.experts.provenance import Name
-from rsrouter.experts.structure import digest_of
+from rsrouter.experts.tensors import digest_of
 from rsrouter.files import sha256_of
 from rsrouter.hub import Hub, Reference, is_hub_reference
 from rsrouter.stored import Stored, parse_json, validated

@@ -15,7 +15,7 @@ from rsrouter.experts.expert import Expert, same_labels
 from rsrouter.experts.loaders import Sources
 from rsrouter.experts.provenance import REMEDY
 from rsrouter.experts.spec import SPEC_SUFFIXES, experts_of_spec
-from rsrouter.experts.structure import digest_of
+from rsrouter.experts.tensors import digest_of
 from rsrouter.files import write_atomically
 from rsrouter.hub import Hub
 from rsrouter.stored import read_json

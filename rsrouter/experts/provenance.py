@@ -57,7 +57,7 @@ class Provenance(Stored):
         revision: full commit hash for the Hub, else None.
         filename: file inside the repository or folder.
         sha256: digest of that file; empty for a composite.
-        tensors: digest of the weights that it holds, as `rsrouter.experts.structure.tensors_digest` gives it for the module
+        tensors: digest of the weights that it holds, as `rsrouter.experts.tensors.tensors_digest` gives it for the module
             they were loaded into: the same whatever kind of file they lie in. Empty for a composite.
         loader: name of the loader that reads it (`rsrouter.experts.LOADERS`).
         architecture: name in the architecture registry, or a timm model name.

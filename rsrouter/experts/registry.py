@@ -29,7 +29,8 @@ from rsrouter.experts.openai_unet import OpenAIUNet
 from rsrouter.experts.papers import DenseNet40, LeNet
 from rsrouter.experts.small_cnn import SmallCNN
 from rsrouter.experts.small_resnet import SmallResNet
-from rsrouter.experts.structure import ORIGIN, canonical, structure_of
+from rsrouter.experts.structure import ORIGIN, structure_of
+from rsrouter.experts.tensors import canonical
 from rsrouter.process import usual_settings
 
 _ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}

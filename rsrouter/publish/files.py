@@ -95,7 +95,7 @@ def collect(
     names = [CONFIG, WEIGHTS]
     (fresh / "certificates").mkdir()
     loaded: list[Table] = []
-    for path in tables:
+    for path in sorted(tables, key=lambda path: path.name):  # as they are found in what is published
         if not _NAME.match(path.name):
             raise InputError(
                 "A table's name cannot be published",
@@ -146,7 +146,7 @@ def check_table(table: Table, saved: Saved) -> Table:
     """`table`, if it is about `saved` or one of its experts, whole, and its rows follow from their votes.
 
     Raises:
-        ResultsError: unfinished, a shard, or metadata that do not say how the table was made.
+        ResultsError: unfinished, a shard, a seed that was chosen by hand, or metadata that do not say how the table was made.
         IntegrityError: other weights, other noise, or cells that were edited.
     """
     about = table.described()
@@ -180,6 +180,13 @@ def check_table(table: Table, saved: Saved) -> Table:
             expected="what certify wrote about this router",
             received="; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""),
             remedy="restore the table's JSON, or certify again",
+        )
+    if not derived:
+        raise ResultsError(
+            f"The seed of table {table.name!r} was chosen by hand, and seeds can be shopped for",
+            expected=f"seed {subject.default_seed(about.seed_from)}, which derives from the classifier",
+            received=f"seed {about.seed}",
+            remedy="certify again without --seed, or with --seed-from TEXT, a public text such as a date",
         )
     ours, theirs = saved.execution.to_dict(), dict(about.execution)
     if saved.execution.batch == 0:  # the default; a table records what it came to

@@ -20,7 +20,7 @@ def stage_titles(about: TableMetadata | None) -> dict[str, str]:
     titles = {}
     for stage in about.tree.stages:
         number = f" {heads.index(stage) + 1}" if stage in heads and len(heads) > 1 else ""
-        titles[stage.name] = printable(stage.title) or _title(stage, experts, number)
+        titles[stage.name] = _title(stage, experts, number)
     return titles
 
 

@@ -51,7 +51,6 @@ class StageRecord(Stored):
     Attributes:
         name, sigma, kind, tau, network, expert, lipschitz, rounding: as in `rsrouter.core.tree.Stage`.
         leads_to: one target per outcome; `[0, 10]` stands for the classes 0 to 9.
-        title: what to call the stage before people; "" leaves it to the report.
     """
 
     name: str
@@ -61,12 +60,11 @@ class StageRecord(Stored):
     leads_to: tuple[int | str | tuple[Whole, Whole], ...]
     network: str = ""
     expert: str | None = None
-    title: str = ""
     lipschitz: float | tuple[tuple[float, ...], ...] | None = None
     rounding: float = 0.0
 
     @classmethod
-    def of(cls, stage: Stage, title: str = "") -> Self:
+    def of(cls, stage: Stage) -> Self:
         """The record of a stage of a tree.
 
         >>> from rsrouter.core import expert_stage
@@ -90,7 +88,6 @@ class StageRecord(Stored):
             leads_to=tuple(targets),
             network=stage.network,
             expert=stage.expert,
-            title=title,
             lipschitz=stage.lipschitz,
             rounding=float(stage.rounding),
         )
@@ -117,10 +114,9 @@ class TreeRecord(Stored):
     stages: Annotated[tuple[StageRecord, ...], Field(min_length=1)]
 
     @classmethod
-    def of(cls, tree: Tree, titles: Mapping[str, str] | None = None) -> Self:
-        """The record of a tree; `titles` by stage name, for reports."""
-        titles = titles or {}
-        return cls(root=tree.root, stages=tuple(StageRecord.of(s, titles.get(s.name, "")) for s in tree.stages.values()))
+    def of(cls, tree: Tree) -> Self:
+        """The record of a tree."""
+        return cls(root=tree.root, stages=tuple(StageRecord.of(s) for s in tree.stages.values()))
 
     @cached_property
     def tree(self) -> Tree:

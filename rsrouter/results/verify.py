@@ -142,13 +142,13 @@ def other_claims(
         kernels: settings that its networks run under.
     """
     told, known, wrong = about.tree, TreeRecord.of(tree), list[str]()
-    theirs, ours = ({s.name: s.model_dump(exclude={"title"}) for s in record.stages} for record in (told, known))
+    theirs, ours = ({s.name: s.model_dump() for s in record.stages} for record in (told, known))
     for stage in sorted({*theirs, *ours}):
         a, b = theirs.get(stage), ours.get(stage)
         if a is None or b is None:
             wrong.append(f"stage {stage!r} is in the {'table' if b is None else 'router'} alone")
         else:
-            wrong += [f"stage {stage}: {k} {a[k]} in the table, {b[k]} in the router" for k in a if a[k] != b[k]]
+            wrong += [f"stage {stage}: {k} {a[k]} in the table, {b.get(k)} in the router" for k in a if a[k] != b.get(k)]
     claims = (
         ("root", told.root, known.root),
         ("role", about.role, role),

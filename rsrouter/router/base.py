@@ -19,7 +19,7 @@ from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Stage, Tree, expert_stage
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.experts.structure import digest_of, tensors_digest
+from rsrouter.experts.tensors import digest_of, tensors_digest
 from rsrouter.sampling.engine import VoteModel
 from rsrouter.sampling.execution import Execution
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rsrouter import ExpertPool
-from rsrouter.core.errors import IntegrityError
+from rsrouter import ExpertPool, Smooth, Terms
+from rsrouter.core.errors import IntegrityError, ResultsError
 from rsrouter.jobs import certify_table
 from rsrouter.publish.files import check_table
 from rsrouter.results import read_table
@@ -36,6 +36,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "kernels": lambda m: m.update(kernels={}),
     "stream": lambda m: m.update(stream={"chunk": 7}),
     "role": lambda m: m.update(role="expert"),
+    "title of a stage": lambda m: m["tree"]["stages"][0].update(title="certified at 99.9%"),
     "seed_derived": lambda m: m.update(seed_derived=False),
 }
 
@@ -53,3 +54,15 @@ def test_an_edited_json_is_refused(honest: tuple[Path, Saved], tmp_path: Path, n
     (tmp_path / "t.tsv").write_bytes((folder / "t.tsv").read_bytes())
     with pytest.raises(IntegrityError, match=r"something else about its classifier.*in the (table|router)"):
         check_table(read_table(tmp_path / "t.tsv"), saved)
+
+
+@pytest.mark.parametrize("role", ["routed", "expert"])
+def test_a_seed_that_was_chosen_by_hand_is_refused(honest: tuple[Path, Saved], tmp_path: Path, role: str) -> None:
+    saved = honest[1]
+    subject = small.routed(saved.pool) if role == "routed" else Smooth(saved.pool[0])
+    table = certify_table(subject, small.images(2), tmp_path / "t.tsv", Terms(small.PLAN, seed=7))
+    with pytest.raises(ResultsError, match="chosen by hand") as caught:
+        check_table(table, saved)
+    assert (caught.value.received, "--seed-from TEXT" in caught.value.remedy) == ("seed 7", True)
+    mixed = certify_table(subject, small.images(2), tmp_path / "m.tsv", small.PLAN, seed_from="2026-11-28")
+    assert check_table(mixed, saved).checked
