@@ -40,7 +40,7 @@ def check_card(state: State, folder: Path, paths: Sequence[Path], routed: Routed
         saved = Saved(routed.pool, routed.router, routed.execution, routed.noise)
         rendered = render_card(saved, "org/name", tables, figure=FIGURE)
         text = read_bytes(folder / README, README).decode().replace("\r\n", "\n") if README in present else ""
-        given = read_card(text) if text else None
+        given = read_card(text) if README in present else None
     except (RSRouterError, UnicodeDecodeError) as error:
         for name in present:
             state.skip(checks[name], "", f"its figures could not be compared with the tables: {error}")
@@ -48,8 +48,9 @@ def check_card(state: State, folder: Path, paths: Sequence[Path], routed: Routed
     made = _MADE.search(text)
     other_version = None if made is None or made[1] == __version__ else f"made by rsrouter {made[1]}, this is {__version__}"
     if given is not None:
-        wrong = [*other_metrics(given.data, rendered), *(f"table row: {row}" for row in other_rows(given.text, rendered))]
-        lines = other_lines(given.text, rendered)
+        data, body = given
+        wrong = [*other_metrics(data, rendered), *(f"table row: {row}" for row in other_rows(body, rendered))]
+        lines = other_lines(body, rendered)
         if other_version and lines and not wrong:
             state.skip("card", "", f"metrics and rows are the tables' own, but its text was {other_version}")
         else:
@@ -57,7 +58,7 @@ def check_card(state: State, folder: Path, paths: Sequence[Path], routed: Routed
             state.add(
                 "card", "", found, "the card says what the tables do not" if found else "the card's figures are the tables' own"
             )
-        if stray := other_percentages(given.text, rendered):
+        if stray := other_percentages(body, rendered):
             state.warn("", f"the card's own text names figures that are in no table: {', '.join(stray[:5])}")
     if FIGURE in present:
         from rsrouter.report.charts import curve_file

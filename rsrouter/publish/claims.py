@@ -31,22 +31,22 @@ def check_claims(text: str, rendered: Card) -> None:
     Raises:
         InputError: a claim that is not in the tables, with what it is.
     """
-    given = read_card(text)
-    if extra := other_metrics(given.data, rendered):
+    data, body = read_card(text)
+    if extra := other_metrics(data, rendered):
         raise InputError(
             "The card's model-index claims what the tables do not say",
             expected="metrics as the tables give them",
             received="; ".join(extra[:3]),
             remedy=_REMEDY,
         )
-    if sorted(_bases(given.data)) != sorted(_bases(rendered.data)) and _bases(given.data):
+    if sorted(_bases(data)) != sorted(_bases(rendered.data)) and _bases(data):
         raise InputError(
             "The card names other base models than the router has",
             expected=str(_bases(rendered.data)),
-            received=str(_bases(given.data)),
+            received=str(_bases(data)),
             remedy=_REMEDY,
         )
-    theirs, ours = _block(given.text), _block(rendered.text)
+    theirs, ours = _block(body), _block(rendered.text)
     if theirs is not None and theirs.strip() != str(ours).strip():
         line = next(
             (a for a, b in zip(theirs.splitlines(), str(ours).splitlines(), strict=False) if a != b), "a line more or less"
@@ -57,7 +57,7 @@ def check_claims(text: str, rendered: Card) -> None:
             received=repr(line[:120]),
             remedy=_REMEDY,
         )
-    if stray := [*other_rows(given.text, rendered), *other_percentages(given.text, rendered)]:
+    if stray := [*other_rows(body, rendered), *other_percentages(body, rendered)]:
         raise InputError(
             "The card claims numbers that are in no table",
             expected="figures that the tables give",
@@ -66,20 +66,19 @@ def check_claims(text: str, rendered: Card) -> None:
         )
 
 
-def read_card(text: str) -> ModelCard:
-    """A card with its metadata.
+def read_card(text: str) -> tuple[ModelCardData, str]:
+    """The metadata of a card, and the text below them.
 
     Raises:
         InputError: metadata that cannot be read.
     """
     try:
-        given = ModelCard(text)
-        ModelCardData(**given.data.to_dict())  # type: ignore[no-untyped-call]
+        given = ModelCard(text.removeprefix("\ufeff"))
+        return ModelCardData(**given.data.to_dict()), given.text  # type: ignore[no-untyped-call]
     except Exception as error:  # yaml's errors and huggingface_hub's own, all about this text
         raise InputError(
             "The card's metadata cannot be read", expected="YAML between --- lines", received=str(error)[:200], remedy=_REMEDY
         ) from error
-    return given
 
 
 def other_metrics(data: ModelCardData, rendered: Card) -> list[str]:

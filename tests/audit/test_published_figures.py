@@ -45,13 +45,14 @@ def test_an_honest_card_passes(staged: Path) -> None:
 
 FORGED = {
     "value": (r"value: [\d.]+", "value: 99.9", "value 99.9 in the card"),
-    "radius": (r"radius: 0\.5", "radius: 5.0", "at radius 5.0 is"),
+    "value, behind a byte order mark": (r"\A---((?s:.*?))value: [\d.]+", "\ufeff---\\1value: 99.9", "value 99.9 in the card"),
+    "radius": (r"radius: 0\.25\n", "radius: 5.0\n", "at radius 5.0 is"),
     "n": (r"votes: 1000", "votes: 9000", "n 9000 in the card, 1000 by the tables"),
     "alpha": (r"alpha: 0\.001", "alpha: 0.00001", "alpha 1e-05 in the card, 0.001"),
     "dataset": (r"(?m)^      name: bright-columns", "      name: ImageNet", "dataset ImageNet in the card"),
     "an argument that is named like the value": (
         r"value: ([\d.]+)((?s:.*?))args:\n",
-        r"value: 99.9\2args:\n          metric_value: \1\n",
+        r"value: 99.9\2args:\n        metric_value: \1\n",
         "value 99.9 in the card",
     ),
     "a cell": (r"(?m)^(\| routed \| 8 \| )[\d.]+", r"\g<1>99.9", "routed | 8 | 99.9"),
