@@ -36,7 +36,7 @@ from rsrouter.experts.loaders import (
 from rsrouter.experts.places import SAFE_NAMES, Place
 from rsrouter.experts.probe import probe_batch
 from rsrouter.experts.provenance import Provenance
-from rsrouter.experts.structure import named_tensors_digest
+from rsrouter.experts.tensors import named_tensors_digest
 from rsrouter.experts.transformers_processors import library, preprocessing, quiet
 from rsrouter.stored import read_json
 
