@@ -59,7 +59,7 @@ class Settings:
     validation_images: int = 500
     flat_images: int = 800
     label_votes: int = 50
-    test_images: int = 200
+    test_images: int = 100
     n_max: int = 20_000
     alpha: float = 0.001
     seed: int = 0
