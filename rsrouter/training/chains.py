@@ -33,8 +33,8 @@ Chain = tuple[tuple[str, float | None], ...]
 
 #: Votes per expert and validation image that a cascade is tuned on.
 TUNE_VOTES = 400
-#: Of the Dirichlet prior of simulated votes: some two of a hundred unanimous votes of 500 then hold no 3 sigma.
-PRIOR = 0.005
+#: Of the Dirichlet prior of simulated votes, per outcome: unanimous votes stay nearly unanimous.
+PRIOR = 0.02
 #: Thresholds that are tried.
 TAUS = (0.505, 0.53, 0.56, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.94, 0.97, 0.99)
 
