@@ -4,7 +4,7 @@ r"""Choose the router that ships with the package: a network of its own first, t
     python examples/train_fashion_experts.py export --out RUNS --to rsrouter/demo/assets/experts gauss_0.25=sigma_0.25 \
         catrs_0.5=sigma_0.50 consistency_1.0=sigma_1.00
     python examples/train_demo_router.py --network RUNS/catrs_0.65 --sigmas 0.6 0.65 \
-        --copies 200 --floor 0.9 --out rsrouter/demo/assets/router
+        --copies 400 --floor 0.9 --out rsrouter/demo/assets/router
 
 The network started as the expert of sigma 0.5 and was trained whole, by CAT-RS at a noise level that reaches radius 2, on the
 experts' own training images (the last job of `fashion_jobs.json`). Who is asked, at which noise level, in which order and

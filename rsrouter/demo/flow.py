@@ -231,7 +231,7 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
     paper, small, routed = trained("dual-rs", fit_flat), trained("trained", fit), trained("router", bundled)
     plan = AdaptivePlan(settings.n_max, RADII)
     data = {"name": "Fashion-MNIST, bundled test slice"}
-    rows = range(settings.test_images)
+    rows = range(len(test) - settings.test_images, len(test))  # the first hundred have been looked at before
 
     def certify(smoothed: Smooth | RoutedSmooth, path: Path, name: str, rule: str = "tree") -> Table:
         with bars.votes(f"certify {name}") as bar:
