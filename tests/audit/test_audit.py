@@ -271,7 +271,9 @@ def test_a_damaged_router_file(run: Path) -> None:
     save_file(tensors, path)
     assert failed(audit(run)) == {"weights"}
     path.write_bytes(b"nonsense")
-    assert failed(audit(run)) == {"weights"}
+    report = audit(run)  # torn on the way, perhaps: nobody is accused, and nothing is confirmed
+    assert not failed(report)
+    assert not report.complete
 
 
 def test_what_cannot_be_audited(run: Path, tmp_path: Path, data: ImageData) -> None:

@@ -70,7 +70,13 @@ def test_remedies_speak_of_options(call, tmp_path):
 
 def test_an_interrupted_job_says_how_it_goes_on(tmp_path):
     words = ["certify", ROUTER, "--data", "demo", "--n", "100000", "--out", str(tmp_path / "t.tsv")]
-    process = subprocess.Popen([sys.executable, "-m", "rsrouter", *words], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rsrouter", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts background jobs with the signal ignored, and what they start inherits that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "t.tsv").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

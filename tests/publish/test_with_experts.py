@@ -115,7 +115,7 @@ def test_shards_and_false_roles_are_refused(run: Path) -> None:
     content = json.loads((run / "certificates.json").read_text())
     (run / "certificates.json").write_text(json.dumps({**content, "role": "expert"}))
     assert read_table(run / "certificates.tsv").described().role == "expert"
-    with pytest.raises(IntegrityError, match="about its role"):
+    with pytest.raises(IntegrityError, match="role: expert in the table, routed in the router"):
         publish(run, "org/router", dry_run=True, with_experts="org/expert")
 
 

@@ -17,6 +17,7 @@ from rsrouter import Expert, ExpertPool, FixedPlan, InputError, RoutedSmooth, lo
 from rsrouter.core.terms import Terms
 from rsrouter.demo import load_slice
 from rsrouter.experts import build_architecture
+from rsrouter.experts.preprocessing import Normalise
 from rsrouter.router import DeferralRouter, Voter
 from rsrouter.router.trunk import ResidualHead, Trunk, has_grid
 from rsrouter.sampling.execution import Execution, prepare
@@ -55,7 +56,8 @@ def test_features_of_cells_are_the_means_of_quadrants(resnets: ExpertPool) -> No
     expert = resnets["sigma_1"]
     x, _ = load_slice("test").batch(range(3))
     features, logits = Trunk(expert, 2).eval()(x)
-    maps = expert.module.forward_features(Trunk(expert).eval().normalise(x))  # 7 x 7: cells overlap in the middle
+    normalised = Normalise(expert.mean, expert.std)(x)
+    maps = expert.module.forward_features(normalised)  # 7 x 7: cells overlap in the middle
     assert features.shape == (3, 16 * 4)
     assert torch.allclose(features.view(3, 16, 2, 2)[:, :, 0, 1], maps[:, :, :4, 3:].mean((2, 3)), atol=1e-5)
     whole, same = Trunk(expert).eval()(x)
