@@ -14,7 +14,7 @@ from rsrouter.demo import load_pool, load_slice
 for expert, folder in zip(load_pool(), ("noise_0.25", "noise_0.50", "noise_1.00")):
     Path(folder).mkdir()
     weights = {f"1.module.{name}": value for name, value in expert.module.state_dict().items()}
-    torch.save({"epoch": 90, "arch": "small_resnet", "state_dict": weights}, f"{folder}/checkpoint.pth.tar")
+    torch.save({"epoch": 90, "arch": "small_cnn", "state_dict": weights}, f"{folder}/checkpoint.pth.tar")
 for name, count in (("train", 300), ("validation", 80), ("test", 12)):
     images, labels = load_slice(name).batch(range(count))
     np.savez(f"{name}.npz", images=(images * 255).round().byte().numpy(), labels=np.asarray(labels))
