@@ -20,9 +20,10 @@ from rsrouter.core.errors import PlanError
 from rsrouter.core.estimates import check_sides, check_split
 from rsrouter.core.passes import pass_entries
 from rsrouter.core.plans import Plan
-from rsrouter.core.rows import Ints, StoredRows, StoredVotes, Votes, read_votes
+from rsrouter.core.rows import StoredRows, StoredVotes, read_votes
 from rsrouter.core.tree import Stage, Tree
 from rsrouter.core.types import ABSTAIN, RULES, Certificate
+from rsrouter.core.votes import Ints, VoteColumns, Votes
 
 #: Relative room for another scipy: its quantiles err by about 1e-12.
 ROOM = 1e-9
@@ -128,7 +129,7 @@ def recompute_all(
     tree: Tree,
     plan: Plan,
     split: AlphaSplit,
-    votes: Sequence[Votes],
+    votes: Sequence[Votes] | VoteColumns,
     *,
     rule: str = "tree",
     sides: str = "two",
@@ -147,8 +148,9 @@ def recompute_all(
     if rule not in RULES:
         raise PlanError("Unknown rule", expected=f"one of {RULES}", received=repr(rule), remedy="use rule='tree'")
     check_split(tree, split)
-    read = StoredRows(tree, plan, votes)
-    apart = _disagreements(read, votes, moved)
+    columns = votes if isinstance(votes, VoteColumns) else VoteColumns.of(votes)
+    read = StoredRows(tree, plan, columns)
+    apart = _disagreements(read, columns, moved)
     n, rows = read.count, np.arange(read.count)
     grouped: dict[str, Array] = {}
     r_router, r_expert = np.full(n, np.inf), np.zeros(n)
@@ -190,12 +192,12 @@ def recompute_all(
     )
 
 
-def _disagreements(read: StoredRows, votes: Sequence[Votes], moved: Moved | None) -> dict[str, Array]:
+def _disagreements(read: StoredRows, columns: VoteColumns, moved: Moved | None) -> dict[str, Array]:
     """By voting stage `(N,)` upper bounds of the share of copies on which two networks disagree; 1 where none were drawn."""
     if moved is None:
-        for i, row in enumerate(votes):
-            if row.get("moved"):
-                read.fault([i], "Disagreements in a table that was not transferred", "none", [str(row["moved"])[:200]])
+        for key in columns.keys("moved"):
+            for i, pair in columns.each("moved", key):
+                read.fault([i], "Disagreements in a table that was not transferred", "none", [str({key: pair})[:200]])
         return {}
     check_split(read.tree, moved.split)
     found: dict[str, Array] = {}
@@ -203,10 +205,7 @@ def _disagreements(read: StoredRows, votes: Sequence[Votes], moved: Moved | None
         if not stage.votes:
             continue
         counts = np.full(read.count, moved.votes)
-        for i, row in enumerate(votes):
-            given = row.get("moved", {}).get(name)
-            if given is None:
-                continue
+        for i, given in columns.each("moved", name):
             if not (len(given) == 2 and all(type(v) is int for v in given) and 0 <= given[0] <= given[1] == moved.votes):
                 told = f"at most {moved.votes} of {moved.votes}"
                 read.fault([i], f"Disagreements of stage {name!r} do not fit the transfer", told, [str(given)[:200]])
@@ -268,4 +267,4 @@ def _bounds(read: StoredRows, stage: Stage, split: AlphaSplit, sides: str) -> tu
     return lower, upper
 
 
-__all__ = ["ROOM", "Moved", "Recomputed", "StoredVotes", "Votes", "read_votes", "recompute", "recompute_all"]
+__all__ = ["ROOM", "Moved", "Recomputed", "StoredVotes", "VoteColumns", "Votes", "read_votes", "recompute", "recompute_all"]

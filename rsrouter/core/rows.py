@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,15 +16,12 @@ from rsrouter.core.passes import pass_targets
 from rsrouter.core.plans import Plan
 from rsrouter.core.tree import Stage, Tree, stages_by_network
 from rsrouter.core.types import ABSTAIN
+from rsrouter.core.votes import Ints, VoteColumns, Votes
 
-#: Votes of one image: purpose ("select", "estimate", "earlier") to stage to counts, and "logits" to deterministic stage to
-#: numbers (None: not finite), as a results table stores them.
-Votes = Mapping[str, Mapping[str, Sequence[Any]]]
-
-Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 _EDITED = "the row was edited"
+_WORDS = {"select": "selection", "estimate": "estimation", "earlier": "earlier"}
 
 
 @dataclass
@@ -72,12 +69,13 @@ class StoredRows:
         faults: by image the first thing that cannot be.
     """
 
-    def __init__(self, tree: Tree, plan: Plan, votes: Sequence[Votes]) -> None:
-        self.tree, self.plan, self.count = tree, plan, len(votes)
+    def __init__(self, tree: Tree, plan: Plan, votes: Sequence[Votes] | VoteColumns) -> None:
+        columns = votes if isinstance(votes, VoteColumns) else VoteColumns.of(votes)
+        self.tree, self.plan, self.count = tree, plan, columns.count
         self.faults: dict[int, PlanError] = {}
-        found = self._gather(votes)
-        self.stages = {name: self._stage(tree.stages[name], *found[name]) for name in tree.order}
-        self.logits = {name: self._pass(tree.stages[name], votes) for name in tree.order if not tree.stages[name].votes}
+        self._refuse_unknown(columns)
+        self.stages = {name: self._stage(tree.stages[name], columns) for name in tree.order}
+        self.logits = {name: self._pass(tree.stages[name], columns) for name in tree.order if not tree.stages[name].votes}
         self._check_networks()
         self._descend()
         self._refer()
@@ -100,95 +98,95 @@ class StoredRows:
                 text = received[position] if isinstance(received, list | np.ndarray) else received
                 self.faults[int(i)] = PlanError(message, expected=expected, received=str(text), remedy=remedy)
 
-    def _gather(self, votes: Sequence[Votes]) -> dict[str, tuple[list[Any], list[Any], list[Any]]]:
-        """By stage: `(image, counts)` of selection and estimation, `(image, counts, votes as text)` of earlier looks."""
-        found: dict[str, tuple[list[Any], list[Any], list[Any]]] = {name: ([], [], []) for name in self.tree.order}
-        silent = {name for name, stage in self.tree.stages.items() if not stage.votes}
-        for i, row in enumerate(votes):
-            for key in set(row.get("logits", {})) - silent:
-                self.fault([i], "Logits of stages that the tree does not have", f"some of {sorted(silent)}", [key])
-            for place, purpose in enumerate(("select", "estimate", "earlier")):
-                for key, counts in row.get(purpose, {}).items():
-                    name, _, number = key.rpartition("@") if place == 2 else (key, "", "")
-                    if name in found and self.tree.stages[name].votes:
-                        found[name][place].append((i, counts, number))
-                    else:
-                        expected = f"some of {sorted(s for s, stage in self.tree.stages.items() if stage.votes)}"
-                        self.fault(
-                            [i],
-                            "Votes of stages that the tree does not have",
-                            expected,
-                            [key],
-                            "the table belongs to another router",
-                        )
-        return found
+    def _refuse_unknown(self, columns: VoteColumns) -> None:
+        voting = sorted(name for name, stage in self.tree.stages.items() if stage.votes)
+        silent = sorted(set(self.tree.stages) - set(voting))
+        for purpose, names in (("logits", silent), *((p, voting) for p in ("select", "estimate", "earlier"))):
+            for key in columns.keys(purpose):
+                if (key.rpartition("@")[0] if purpose == "earlier" else key) not in names:
+                    self.fault(
+                        columns.images(purpose, key),
+                        f"{'Logits' if purpose == 'logits' else 'Votes'} of stages that the tree does not have",
+                        f"some of {names}",
+                        [key] * self.count,
+                        "the table belongs to another router",
+                    )
 
-    def _pass(self, stage: Stage, votes: Sequence[Votes]) -> Array:
+    def _pass(self, stage: Stage, columns: VoteColumns) -> Array:
         """Logits `(N, k)` of one deterministic stage, which every row must have; NaN where they are not finite."""
         width = stage.num_outcomes - 1
         logits = np.full((self.count, width), np.nan)
-        for i, row in enumerate(votes):
-            given = row.get("logits", {}).get(stage.name)
-            if given is None or len(given) != width or not all(v is None or type(v) in (int, float) for v in given):
-                self.fault([i], f"Logits of stage {stage.name!r} do not fit it", f"{width} numbers", [str(given)[:200]])
+        given = dict(columns.rest("logits", stage.name))
+        for i in range(self.count):
+            row = given.get(i)
+            if row is None or len(row) != width or not all(v is None or type(v) in (int, float) for v in row):
+                self.fault([i], f"Logits of stage {stage.name!r} do not fit it", f"{width} numbers", [str(row)[:200]])
             else:
-                logits[i] = [np.nan if v is None else v for v in given]
+                logits[i] = [np.nan if v is None else v for v in row]
         return logits
 
-    def _matrix(self, stage: Stage, entries: list[Any], sums: Sequence[int], what: str) -> tuple[Ints, Ints, list[str]]:
-        """Images `(M,)`, counts `(M, L)` and texts of the entries that fit the stage and one of `sums`."""
-        width = stage.num_outcomes
-        try:
-            counts = np.array([e[1] for e in entries], dtype=np.int64).reshape(len(entries), -1 if entries else width)
-            fits = np.all((counts >= 0) & (counts <= MOST_VOTES), axis=1) if counts.shape[1] == width else None
-        except (ValueError, OverflowError, TypeError):
-            fits = None
-        if fits is None:  # some entry is of another length, or holds what is no count
-            fits = np.array([len(e[1]) == width and all(0 <= v <= MOST_VOTES for v in e[1]) for e in entries])
-            counts = np.array([e[1] if ok else [0] * width for e, ok in zip(entries, fits, strict=True)], dtype=np.int64)
-        rows = np.array([e[0] for e in entries], dtype=np.int64)
-        self.fault(
-            rows[~fits],
-            f"Votes of stage {stage.name!r} do not fit it",
-            f"{width} counts of at least 0",
-            [str(list(e[1]))[:200] for e, ok in zip(entries, fits, strict=True) if not ok],
-            "the table belongs to another router, or was edited",
-        )
-        total = counts.sum(1)
-        summed = np.isin(total, sums)
-        self.fault(
-            rows[fits & ~summed],
-            f"The {what} votes of stage {stage.name!r} do not sum to a look of the plan",
-            f"one of {tuple(sums)}",
-            total[fits & ~summed],
-            "the table was drawn under another plan, or edited",
-        )
-        kept = np.flatnonzero(fits & summed)
-        return rows[kept], counts[kept], [entries[k][2] for k in kept]
+    def _matrix(self, stage: Stage, columns: VoteColumns, purpose: str, key: str, sums: Sequence[int]) -> tuple[Ints, Ints]:
+        """Images `(M,)` and counts `(M, L)` of what is stored under one key and fits the stage and one of `sums`."""
+        kept = [(np.zeros(0, np.int64), np.zeros((0, stage.num_outcomes), np.int64))]
 
-    def _stage(self, stage: Stage, select: list[Any], estimate: list[Any], earlier: list[Any]) -> StageVotes:
+        def refuse(rows: Iterable[int], received: list[Any]) -> None:
+            self.fault(
+                rows,
+                f"Votes of stage {stage.name!r} do not fit it",
+                f"{stage.num_outcomes} counts of at least 0",
+                [str(counts)[:200] for counts in received],
+                "the table belongs to another router, or was edited",
+            )
+
+        rest = columns.rest(purpose, key)
+        refuse([i for i, _ in rest], [values for _, values in rest])
+        for rows, counts in columns.blocks(purpose, key):
+            fits = np.all((counts >= 0) & (counts <= MOST_VOTES), axis=1) & (counts.shape[1] == stage.num_outcomes)
+            refuse(rows[~fits], counts[~fits].tolist())
+            rows, counts = rows[fits], counts[fits]
+            total = counts.sum(1)
+            summed = np.isin(total, sums)
+            self.fault(
+                rows[~summed],
+                f"The {_WORDS[purpose]} votes of stage {stage.name!r} do not sum to a look of the plan",
+                f"one of {tuple(sums)}",
+                total[~summed],
+                "the table was drawn under another plan, or edited",
+            )
+            if len(rows):
+                kept.append((rows[summed], counts[summed]))
+        return np.concatenate([rows for rows, _ in kept]), np.concatenate([counts for _, counts in kept])
+
+    def _stage(self, stage: Stage, columns: VoteColumns) -> StageVotes:
         looks = np.asarray(self.plan.looks)
         chosen, look = np.zeros(self.count, bool), np.full(self.count, -1)
         selection, counts = (np.zeros((self.count, stage.num_outcomes), np.int64) for _ in range(2))
-        rows, matrix, _ = self._matrix(stage, select, (self.plan.n0,), "selection")
-        chosen[rows], selection[rows] = True, matrix
-        rows, matrix, _ = self._matrix(stage, estimate, self.plan.looks, "estimation")
-        look[rows], counts[rows] = np.searchsorted(looks, matrix.sum(1)), matrix
-        rows, past, numbers = self._matrix(stage, earlier, self.plan.looks, "earlier")
-        order = np.lexsort((past.sum(1), rows))
-        rows, past, numbers = rows[order], past[order], [numbers[k] for k in order]
-        before = np.searchsorted(looks, past.sum(1))
-        wrong = np.array([number != str(n) for number, n in zip(numbers, past.sum(1).tolist(), strict=True)], dtype=bool)
-        wrong |= (before >= look[rows]) | np.any(past > counts[rows], axis=1)
+        none = np.zeros(0, np.int64)
+        past = [(none, np.zeros((0, stage.num_outcomes), np.int64), np.zeros(0, bool))]
+        if stage.votes:
+            rows, matrix = self._matrix(stage, columns, "select", stage.name, (self.plan.n0,))
+            chosen[rows], selection[rows] = True, matrix
+            rows, matrix = self._matrix(stage, columns, "estimate", stage.name, self.plan.looks)
+            look[rows], counts[rows] = np.searchsorted(looks, matrix.sum(1)), matrix
+            for key in columns.keys("earlier"):
+                name, _, number = key.rpartition("@")
+                if name == stage.name:
+                    rows, matrix = self._matrix(stage, columns, "earlier", key, self.plan.looks)
+                    past.append((rows, matrix, np.array([number != str(n) for n in matrix.sum(1).tolist()], bool)))
+        rows, matrix, wrong = (np.concatenate(parts) for parts in zip(*past, strict=True))
+        order = np.lexsort((matrix.sum(1), rows))
+        rows, matrix, wrong = rows[order], matrix[order], wrong[order]
+        before = np.searchsorted(looks, matrix.sum(1))
+        wrong |= (before >= look[rows]) | np.any(matrix > counts[rows], axis=1)
         same = rows[1:] == rows[:-1]
-        wrong[1:] |= same & ((before[1:] <= before[:-1]) | np.any(past[1:] < past[:-1], axis=1))
+        wrong[1:] |= same & ((before[1:] <= before[:-1]) | np.any(matrix[1:] < matrix[:-1], axis=1))
         self.fault(
             rows[wrong],
             f"An earlier look of stage {stage.name!r} is not part of its last one",
             "fewer votes, of every outcome at most as many",
-            past[wrong],
+            matrix[wrong],
         )
-        return StageVotes(chosen, selection, look, counts, rows, before, past)
+        return StageVotes(chosen, selection, look, counts, rows, before, matrix)
 
     def _check_networks(self) -> None:
         for network, stages in stages_by_network(self.tree).items():
@@ -278,4 +276,4 @@ def read_votes(tree: Tree, plan: Plan, votes: Votes) -> StoredVotes:
     return row
 
 
-__all__ = ["StageVotes", "StoredRows", "StoredVotes", "Votes", "read_votes"]
+__all__ = ["StageVotes", "StoredRows", "StoredVotes", "VoteColumns", "Votes", "read_votes"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     metadata: dict[str, Any] = {}
     first: Path | None = None
     info: dict[str, Any] = {}
-    rows: dict[int, tuple[str, Path]] = {}
+    rows: dict[int, str] = {}
+    read: list[tuple[Path, Collection[int]]] = []
     present: dict[int, int] = {}
     count, about = None, None
     for path in map(Path, paths):
@@ -91,14 +92,12 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                     remedy="merge only shards of the same certify command",
                 )
             count = total
-        found_rows = _lines(path, own)
+        found_rows = _lines(path)
         present[index] = max(present.get(index, 0), len(found_rows))
-        for idx, line in found_rows:
-            if idx not in rows:
-                rows[idx] = line, path
-                continue
-            other, source = rows[idx]
-            mine, theirs = other.split("\t"), line.split("\t")
+        twice = rows.keys() & found_rows.keys()
+        for idx in sorted(twice):
+            source = next(earlier for earlier, ids in read if idx in ids)
+            mine, theirs = rows[idx].split("\t"), found_rows[idx].split("\t")
             if _untimed(mine) != _untimed(theirs):
                 column = next(c for c, a, b in zip(COLUMNS, mine, theirs, strict=True) if a != b and c != "time")
                 raise ResultsError(
@@ -107,22 +106,24 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                     received=f"{theirs[COLUMNS.index(column)]!r} in {path}",
                     remedy="certify this image again; one of the files is damaged",
                 )
-            if float(theirs[_TIME]) < float(mine[_TIME]):
-                rows[idx] = line, path
+            if float(theirs[_TIME]) >= float(mine[_TIME]):
+                del found_rows[idx]
+        rows |= found_rows
+        read.append((path, found_rows.keys()))
     if not partial:
         _check_complete(metadata, rows, present, count)
     metadata = {k: v for k, v in metadata.items() if k not in NOT_COMPARED} | ({"info": info} if info else {})
     order = [int(i) for i in unpack_ids(about.indices)] if about else []
-    text = HEADER + "".join(rows[idx][0] + "\n" for idx in order if idx in rows)
+    text = "\n".join([HEADER.rstrip("\n"), *[rows[idx] for idx in order if idx in rows], ""])
     _write(out, text.encode(), metadata)
     return out
 
 
-def _lines(path: Path, own: TableMetadata) -> list[tuple[int, str]]:
-    """Image ids and lines of a shard, every row seen to follow from its votes."""
+def _lines(path: Path) -> dict[int, str]:
+    """The lines of a shard by image id, every row seen to follow from its votes."""
     content = read_bytes(path)
     if content == HEADER.encode():
-        return []  # begun, and nothing finished
+        return {}  # begun, and nothing finished
     if not content.startswith(HEADER.encode()):
         raise ResultsError(
             f"{path.name} is not a table of this package",
@@ -131,7 +132,7 @@ def _lines(path: Path, own: TableMetadata) -> list[tuple[int, str]]:
             remedy="only tables of this package can be merged",
         )
     table = read_table(path, check="counts")
-    return list(zip(table.idx.tolist(), content.decode().split("\n")[1:], strict=False))
+    return dict(zip(table.idx.tolist(), content.decode().split("\n")[1:], strict=False))
 
 
 def _untimed(cells: list[str]) -> list[str]:

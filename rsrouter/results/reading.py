@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,8 +105,9 @@ def read_table(path: str | os.PathLike[str], *, name: str | None = None, check: 
             received=repr(text[-60:]),
             remedy="run the same certify command again: it redoes the torn row and goes on",
         )
+    every = check == "counts" and understood(metadata, "") is not None  # then each cell of votes is read below
     with uncollected():
-        table = parse_rows(text[:-1].split("\n"), path=path, metadata=metadata, name=called)
+        table = parse_rows(text[:-1].split("\n"), path=path, metadata=metadata, name=called, votes=not every)
     if len(table) == 0:
         raise ResultsError(
             f"{path.name} holds no rows",
@@ -113,24 +115,32 @@ def read_table(path: str | os.PathLike[str], *, name: str | None = None, check: 
             received="a header only",
             remedy="run certify again: it goes on where it stopped",
         )
-    if check != "counts" or table.about is None:
+    if not every:
         return table
     with uncollected():
-        return require_sound(table)
+        try:
+            return require_sound(table)
+        except ValueError:  # votes that are no votes: this names their line
+            parse_rows(text[:-1].split("\n"), path=path, metadata=metadata, name=called)
+            raise
 
 
-def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], name: str) -> Table:
-    """A table of ours from its lines, the header first; every cell is checked by itself.
+def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], name: str, votes: bool = True) -> Table:
+    """A table of ours from its lines, the header first; every cell is checked by itself (without `votes`, all but the votes).
 
     Raises:
         ResultsError: a line that is no row, named by its number.
     """
     columns = lines[0].rstrip("\r").split("\t")
-    cells = [line.rstrip("\r").split("\t") for line in lines[1:]]
-    for number, row in enumerate(cells, start=2):
-        if len(row) != len(columns):
-            raise bad_row(path, number, f"{len(columns)} tab-separated cells", f"{len(row)}: {lines[number - 1][:80]!r}")
-    texts: dict[str, Sequence[str]] = {c: [row[k] for row in cells] for k, c in enumerate(columns)}
+    rows = lines[1:]
+    if "\r" in "\t".join(rows):
+        rows = [line.rstrip("\r") for line in rows]
+    widths = [cells + 1 for cells in map(str.count, rows, repeat("\t"))]
+    if set(widths) - {len(columns)}:
+        at = next(k for k, width in enumerate(widths) if width != len(columns))
+        raise bad_row(path, at + 2, f"{len(columns)} tab-separated cells", f"{widths[at]}: {rows[at][:80]!r}")
+    cells = "\t".join(rows).split("\t") if rows else []
+    texts: dict[str, Sequence[str]] = {c: cells[k :: len(columns)] for k, c in enumerate(columns)}
     missing = [c for c in ("idx", "label", "predict", "radius", "correct", "time") if c not in texts]
     if missing or len(texts) != len(columns) or not texts.keys() <= set(COLUMNS):
         raise ResultsError(
@@ -142,9 +152,12 @@ def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], na
 
     def column(what: str, convert: Callable[[str], Any], missing: Any, expected: str, dtype: Any = np.int64) -> NDArray[Any]:
         given = texts.get(what)
-        array = np.empty(len(cells), dtype=dtype)
+        array = np.empty(len(rows), dtype=dtype)
         try:
-            array[:] = missing if given is None else [convert(t) if t else missing for t in given]
+            if given is None or convert is str:
+                array[:] = missing if given is None else list(given)
+            else:
+                array[:] = [convert(t) if t else missing for t in given] if "" in given else list(map(convert, given))
         except (ValueError, OverflowError) as error:
             for number, text in enumerate(given or (), start=2):
                 try:
@@ -160,12 +173,13 @@ def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], na
             raise bad_row(path, i + 2, expected(i), received(i))
 
     for what in ("idx", "label", "predict", "correct", "radius", "time"):
-        refuse(np.array([not t for t in texts[what]], bool), lambda i, w=what: f"{w} to be a number", lambda i: "an empty cell")  # type: ignore[misc]
+        if "" in texts[what]:
+            raise bad_row(path, texts[what].index("") + 2, f"{what} to be a number", "an empty cell")
     for what in ("idx", "label", "predict", "correct", "radius", "r_router", "r_expert", "n_drawn", "seed"):
         # Python alone reads 1_000, and digits of other scripts
-        for number, cell in enumerate(texts.get(what, ()), start=2):
-            if not _DIGITS.issuperset(cell):
-                raise bad_row(path, number, f"{what} in plain digits", repr(cell[:80]))
+        if not _DIGITS.issuperset("".join(texts.get(what, ()))):
+            number, cell = next((k, t) for k, t in enumerate(texts[what], start=2) if not _DIGITS.issuperset(t))
+            raise bad_row(path, number, f"{what} in plain digits", repr(cell[:80]))
     idx, label, predict, correct = (column(c, int, 0, "a whole number") for c in ("idx", "label", "predict", "correct"))
     radius = column("radius", float, 0.0, "a number", np.float64)
     refuse(
@@ -186,9 +200,9 @@ def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], na
         lambda i: f"correct {correct[i]}",
     )
     _refuse_twice(idx, path)
-    counts = np.empty(len(cells), dtype=object)
-    counts[:] = list(texts.get("counts", [""] * len(cells)))
-    if not all_counts(counts.tolist()):
+    counts = np.empty(len(rows), dtype=object)
+    counts[:] = list(texts.get("counts", [""] * len(rows)))
+    if votes and not all_counts(counts.tolist()):
         counts = column("counts", check_counts, "", "votes as JSON text", object)
     return Table(
         name=name,
@@ -199,7 +213,7 @@ def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], na
         predict=predict,
         radius=radius,
         correct=correct,
-        time=column("time", parse_time, 0.0, "seconds, or h:mm:ss", np.float64),
+        time=column("time", parse_time if ":" in "".join(texts["time"]) else float, 0.0, "seconds, or h:mm:ss", np.float64),
         expert=column("expert", str, "", "text", object),
         rule=column("rule", str, "", "text", object),
         bound_by=column("bound_by", str, "", "text", object),

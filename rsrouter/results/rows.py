@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Context, Decimal
 
+import numpy as np
+
 from rsrouter.core.errors import ResultsError
 from rsrouter.core.types import ABSTAIN, Certificate
+from rsrouter.core.votes import VoteColumns
 
 #: The field's own columns (Cohen et al. 2019, `certify.py`), which every existing analysis reads.
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -31,6 +34,7 @@ _NUMBER = r"(?:0|[1-9][0-9]{0,18}+)"
 _STAGES = r'\{(?:"[^"\\\x00-\x1f]*+":\[(?:NUMBER(?:,NUMBER)*+)?\](?:,(?=")|(?=\})))*+\}'.replace("NUMBER", _NUMBER)
 #: What `Row.to_line` writes, unless a stage's name needs escapes. Parsing the votes of 1,000 classes takes six times as long.
 _COUNTS = re.compile(r'\{"select":STAGES,"estimate":STAGES(?:,"earlier":STAGES)?\}'.replace("STAGES", _STAGES))
+_WHOLE = ("select", "estimate", "earlier", "moved")
 _MANY = re.compile(rf"(?:(?:{_COUNTS.pattern})?+(?:\n|\Z))*+")
 
 
@@ -233,19 +237,76 @@ def all_counts(texts: Sequence[str]) -> bool:
     return _MANY.fullmatch("\n".join(texts)) is not None if texts else True
 
 
-def votes_of(texts: Sequence[str]) -> tuple[list[dict[str, dict[str, list[int]]]], set[int]]:
+def votes_of(texts: Sequence[str]) -> tuple[VoteColumns, set[int]]:
     """The votes of many rows, and the positions of texts that are not written as `Row.to_line` writes them.
 
     Such a text may name a stage twice; of two readers each could see another one.
+
+    Raises:
+        ValueError: a text that `check_counts` refuses.
     """
-    joined = "[" + ",".join(text or "{}" for text in texts) + "]"
-    found = json.loads(joined)
-    # in this notation every list begins with `":[`, so a stage named twice makes their number differ
-    if all_counts(texts) and joined.count('":[') == sum(len(stages) for row in found for stages in row.values()):
-        return found, {i for i, text in enumerate(texts) if not text}
-    found = [json.loads(text or "{}") for text in texts]
+    columns = _columns(texts)
+    if columns is not None:
+        return columns, {i for i, text in enumerate(texts) if not text}
+    found = [json.loads(check_counts(text)) if text else {} for text in texts]
     odd = {i for i, (v, t) in enumerate(zip(found, texts, strict=True)) if json.dumps(v, separators=(",", ":")) != t}
-    return found, odd
+    return VoteColumns.of(found), odd
+
+
+def _columns(texts: Sequence[str]) -> VoteColumns | None:
+    """`VoteColumns` of texts that are all written as `Row.to_line` writes whole numbers, or empty; None if one is not.
+
+    The texts are cut at their brackets: numbers are read all at once, and what remains of a row, its outline, is looked at
+    once for all rows that share it.
+    """
+    joined = "\n".join(texts)
+    if "\0" in joined or "\1" in joined:
+        return None
+    pieces = joined.replace("]", "[\0").split("[")
+    outlines = "\1".join(pieces[::2]).split("\n")
+    lists = pieces[1::2]
+    numbers = ",".join(lists)
+    between = f",{numbers},".encode()
+    if len(outlines) != len(texts) or between.translate(None, b"0123456789,"):
+        return None
+    comma, zero = (np.frombuffer(between, np.uint8) == ord(character) for character in ",0")
+    # no number between two commas, or a zero before another digit
+    if lists and (np.any(comma[:-1] & comma[1:]) or np.any(comma[:-2] & zero[1:-1] & ~comma[2:])):
+        return None
+    values = np.fromstring(numbers, dtype=np.int64, sep=",") if lists else np.zeros(0, np.int64)
+    ends = np.cumsum(np.array(list(map(len, lists)), dtype=np.int64) + 1)
+    first = np.concatenate([[0], np.cumsum(comma)[ends] - 1])
+    widths = np.diff(first)
+    known = {outline: code for code, outline in enumerate(dict.fromkeys(outlines))}
+    codes = np.array(list(map(known.__getitem__, outlines)), dtype=np.int64)
+    slots = [_slots(outline) for outline in known]
+    held = np.array([-1 if keys is None else len(keys) for keys in slots], dtype=np.int64)[codes]
+    if np.any(held < 0) or held.sum() != len(lists):
+        return None
+    begins = np.cumsum(held) - held
+    columns = VoteColumns(len(texts))
+    for code, keys in enumerate(slots):
+        images = np.flatnonzero(codes == code)
+        for place, (purpose, key) in enumerate(keys or ()):
+            at = begins[images] + place
+            for width in np.unique(widths[at]):
+                some = widths[at] == width
+                columns.add(purpose, key, images[some], values[first[at[some], None] + np.arange(width)])
+    return columns
+
+
+def _slots(outline: str) -> list[tuple[str, str]] | None:
+    """Purpose and key of each list of numbers in an outline, in order; None if no row has such an outline."""
+    if not outline:
+        return []
+    text = outline.replace("\1\0", "[0]")
+    try:
+        row = parse_counts(text)
+    except ValueError:
+        return None
+    found = [(purpose, key) for purpose, stages in row.items() for key in stages]
+    strict = json.dumps(row, separators=(",", ":")) == text and len(found) == outline.count("\1")
+    return found if strict and all(purpose in _WHOLE for purpose, _ in found) else None
 
 
 def check_counts(text: str) -> str:

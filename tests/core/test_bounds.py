@@ -26,6 +26,15 @@ def test_agrees_with_statsmodels(n: int, alpha: float):
     assert np.all(upper >= np.where(k == n, 1.0, high))
 
 
+@pytest.mark.parametrize("bound", [binom_lower, binom_upper])
+def test_equal_entries_are_computed_once_and_get_their_own_values(bound):
+    rng = np.random.default_rng(3)
+    n = rng.choice([1, 40, 3000], (30, 40))
+    k, alpha = rng.integers(0, n + 1), rng.choice([1e-3, 2e-3, 0.05], 40)
+    one_by_one = [[float(bound(k[i, j], n[i, j], alpha[j])) for j in range(40)] for i in range(30)]
+    np.testing.assert_array_equal(bound(k, n, alpha), one_by_one)
+
+
 def test_published_values():
     lower = float(binom_lower(100_000, 100_000, 1e-3))
     assert lower == pytest.approx(1e-3 ** (1 / 100_000), rel=1e-11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from decimal import Decimal
 from pathlib import Path
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from rsrouter.core import Certificate
 from rsrouter.core.errors import ResultsError
+from rsrouter.core.votes import VoteColumns
 from rsrouter.results import COLUMNS, FIELD_COLUMNS, RADIUS_DECIMALS, ResultsWriter, Row, format_radius, read_table
-from rsrouter.results.rows import _COUNTS, check_counts, parse_counts, parse_time
+from rsrouter.results.rows import _COUNTS, _columns, check_counts, parse_counts, parse_time, votes_of
 from tests.helpers.fake_rows import METADATA, make_row, run_job
 
 radii = st.floats(min_value=0.0, max_value=1e6, allow_nan=False)
@@ -143,6 +145,48 @@ def test_votes_are_checked_as_they_are_parsed(idx: int, at: int, text: str, skip
     at %= len(counts)
     changed = counts[:at] + text + counts[at + skip :]
     assert readable(check_counts, changed) == readable(parse_counts, changed)
+
+
+def listed(columns: VoteColumns) -> list[tuple[str, str, int, list[int]]]:
+    return sorted(
+        (p, k, i, list(v)) for p in (*columns.counts, *columns.others) for k in columns.keys(p) for i, v in columns.each(p, k)
+    )
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    st.lists(st.integers(0, 400), min_size=1, max_size=4),
+    st.integers(0, 3),
+    st.integers(0, 400),
+    st.text('{}[],:"\\019 -.eu\x00\x01\nä', max_size=3),
+    st.integers(0, 3),
+)
+def test_all_votes_at_once_are_the_votes_one_by_one(rows: list[int], row: int, at: int, text: str, skip: int) -> None:
+    texts = [counts_of(idx) for idx in rows]
+    assert _columns(texts)  # the quick way is taken
+    row, at = row % len(texts), at % len(texts[row % len(texts)])
+    texts[row] = texts[row][:at] + text + texts[row][at + skip :]
+    if all(readable(check_counts, changed) for changed in texts):
+        columns, odd = votes_of(texts)
+        assert listed(columns) == listed(VoteColumns.of([parse_counts(changed) for changed in texts]))
+        assert odd == {i for i, t in enumerate(texts) if json.dumps(json.loads(t), separators=(",", ":")) != t}
+    else:
+        assert not readable(votes_of, texts)  # type: ignore[arg-type]
+
+
+def test_brackets_in_names_and_characters_that_mark_lists_are_not_taken_for_lists() -> None:
+    plain = '{"select":{"a":[1,2]},"estimate":{}}'
+    assert _columns([plain, plain])
+    for hostile in (
+        ['{"select":{"a[1,2]":[3]},"estimate":{}}', plain.replace("[1,2]", "\x01\x00")],
+        [plain.replace("1,2", "1],[2"), plain],
+        [plain.replace("1,2", "01,2"), plain],
+        [plain.replace("1,2", ",1"), plain],
+        [plain.replace('"a":[1,2]', '"a":[1,2],"a":[3,4]'), plain],
+        [plain.replace("1,2", "1\n2"), plain],
+        [plain.replace("1,2", "\u0661"), plain],  # a digit of another script
+    ):
+        assert _columns(hostile) is None
 
 
 @pytest.mark.parametrize(
