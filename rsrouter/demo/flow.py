@@ -67,7 +67,7 @@ class Settings:
     dtype: str = "float32"
 
 
-QUICK = {"head_images": 1000, "head_steps": 200, "validation_images": 100, "flat_images": 250, "test_images": 30}
+QUICK = {"head_images": 1000, "head_steps": 200, "validation_images": 100, "flat_images": 250, "test_images": 24, "n_max": 10_000}
 
 #: What the report calls the runs.
 ROUTED, TRAINED, PAPER = "routed", "router trained here", "Dual RS (flat router, min rule)"
