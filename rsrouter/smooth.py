@@ -100,10 +100,10 @@ class Smoothed:
         >>> from torch import nn
         >>> print(Smooth(Expert(nn.Flatten(), sigma=0.5, num_classes=4, input_shape=(1, 2, 2))).describe())
         1 stage over sigma_0.5, images of shape (1, 2, 2), gaussian noise, float32
-          1. sigma_0.5, noise 0.5: answers
+          1. sigma_0.5 at noise 0.5: answers
         """
-        stages = decides(self.routed)
-        experts = ", ".join(e.name for e in self.experts)
+        names = [e.name for e in self.experts]
+        stages, experts = decides(self.routed, names), ", ".join(names)
         count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
         lines = [f"{count} over {experts}, images of shape {self.shape}, {self.noise} noise, {self.execution.dtype}"]
         lines += [f"  {i}. {line}" for i, line in enumerate(stages, 1)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 from rsrouter import ABSTAIN, AdaptivePlan, RoutedSmooth, Smooth, Terms
 from rsrouter.core import CertifyPolicy
 from rsrouter.core.requests import SELECT
+from rsrouter.core.titles import stage_titles
 from rsrouter.demo import load_router
 from rsrouter.sampling import image_identity
 
@@ -136,13 +136,8 @@ def experts_beside(routed: RoutedSmooth, image: Tensor, n_max: int, moment: Mome
 
 
 def stage_names(routed: RoutedSmooth) -> dict[str, str]:
-    """Stages as people call them: an expert by its name, a head by the experts it reads."""
-    names: dict[str, str] = {}
-    for stage in reversed(routed.tree.order):
-        read = [e.name for e in routed.pool if e.name in re.split(r"[+@/ ]", stage)]
-        kind = "the router's own network, begun from" if stage.startswith("own ") else "head on"
-        names[stage] = stage if stage in routed.pool.names or not read else f"{kind} {' and '.join(read)}"
-    return names
+    """Stages as people call them, in the order in which they are asked."""
+    return stage_titles([routed.tree.stages[name] for name in reversed(routed.tree.order)], routed.pool.names)
 
 
 def worst_direction(routed: RoutedSmooth, image: Tensor, predict: int, copies: int = 16) -> Tensor:

@@ -119,7 +119,7 @@ def render_card(
             restricted={text_of(name): text_of(told) for name, told in restricted(routed.pool).items()},
             router_kind=router.kind,
             router_bytes=f"{sum(t.numel() * t.element_size() for t in router.modules.state_dict().values()):,}",
-            decides=[text_of(line) for line in decides(routed.routed)],
+            decides=[text_of(line) for line in decides(routed.routed, routed.pool.names)],
             needs=needs or {},
             imports=imports,
             results=None if summary is None else _results(summary, list(tables), routed, repo_id, figure),

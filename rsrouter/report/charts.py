@@ -140,7 +140,7 @@ def votes(table: Table, fixed: NDArray[np.int64] | None) -> Markup:
     counts, _ = np.histogram(np.log10(drawn), edges)
 
     def build(form: str) -> Markup:
-        tallest = float(counts.max()) * 1.3
+        tallest = float(counts.max()) * 1.45
         plot = Plot(
             *_SMALL[form],
             (float(edges[0]), float(edges[-1])),
@@ -164,7 +164,6 @@ def votes(table: Table, fixed: NDArray[np.int64] | None) -> Markup:
                     f'height="{max(plot.bottom - y, 1):.1f}">'
                     f"<title>{count} images: {10**a:,.0f} to {10**b:,.0f} votes</title></rect>"
                 )
-                plot.text((plot.px(a) + plot.px(b)) / 2, y - 4, str(count), "tick", "middle")
         markers = [(float(drawn.mean()), "mean"), *([] if fixed is None else [(float(fixed.mean()), "fixed plan")])]
         for line, (value, word) in enumerate(markers):
             x = plot.px(float(np.log10(value)))
@@ -177,6 +176,9 @@ def votes(table: Table, fixed: NDArray[np.int64] | None) -> Markup:
                 "onlabel strong",
                 "end" if right else "start",
             )
+        for a, b, count in zip(edges[:-1], edges[1:], counts, strict=True):
+            if count:  # over the markers' lines
+                plot.text((plot.px(a) + plot.px(b)) / 2, plot.py(count) - 4, str(count), "tick onlabel", "middle")
         return plot.render(form)
 
     return both(build)

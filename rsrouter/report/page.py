@@ -16,7 +16,8 @@ from rsrouter.files import is_leftover, write_atomically
 from rsrouter.report import charts, curves
 from rsrouter.report.overview import curve_csv, numbers_csv, report_json, runs, shares_csv, whole_table
 from rsrouter.report.regret import page_rows
-from rsrouter.report.stages import answering_stages
+from rsrouter.report.stages import Answering, answered_in_words
+from rsrouter.report.stages import answering as who_answered
 from rsrouter.report.summary import EXPERT, OTHER, ROUTED, Series, Source, Summary, load_tables, plan_radii, summarise
 from rsrouter.report.svg import standalone
 from rsrouter.report.thumbnails import by_id, gallery
@@ -25,9 +26,6 @@ from rsrouter.results.metadata import flatten
 
 #: Marks a folder as ours, so that a report may be made again over an earlier one.
 GENERATOR = "rsrouter report"
-
-#: Whether experts or stages are told apart, and the one that named each image's class.
-Answering = tuple[str, NDArray[np.object_]]
 
 #: The page first: it marks the folder as ours. Charts that a report does not have are not there.
 CHARTS = ("who.svg", "bound.svg", "votes.svg")
@@ -80,7 +78,7 @@ def write_report(
     pictures = None
     if images is not None:
         unsorted = next(t for t in loaded if t.name == summary.main.name)
-        pictures = gallery(summary.main, by_id(images, unsorted), classes)
+        pictures = gallery(summary.main, by_id(images, unsorted), classes, answered_in_words(summary.main))
     files = {
         "index.html": render(summary, title, pictures).encode(),
         "curve.svg": charts.curve_file(summary, title),
@@ -157,7 +155,7 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
     environment.filters["signed"] = lambda value: f"{100 * value:+.1f}".replace("-", "\u2212")
     main = summary.main
     colour = charts.colours(summary)
-    best, answering = _best(summary), _answering(main)
+    best, answering = _best(summary), who_answered(main)
     return environment.get_template("report.html.j2").render(
         title=title,
         generator=GENERATOR,
@@ -193,19 +191,13 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
 def _chart_files(summary: Summary) -> dict[str, bytes]:
     """The page's smaller charts as SVG files with the light colours; those that the main table has."""
     main = summary.main
-    answering = _answering(main)
+    answering = who_answered(main)
     found = {"who.svg": _who(main, summary, answering), "bound.svg": _bound(main, summary, answering), "votes.svg": _votes(main)}
     return {
         name: standalone(part["chart"], [(who, colour) for who, _, colour in part.get("rows", ())]).encode()
         for name, part in found.items()
         if part and part["chart"]
     }
-
-
-def _answering(table: Table) -> Answering:
-    """`("expert" or "stage", which one named each image's class)`: the stage where all of a chain's stages read one expert."""
-    stages = answering_stages(table) if len(set(table.expert.tolist()) - {""}) == 1 else None
-    return ("expert", table.expert) if stages is None else ("stage", stages)
 
 
 def _only(table: Table, answering: Answering) -> tuple[str, str] | None:

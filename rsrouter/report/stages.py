@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 from numpy.typing import NDArray
 
+from rsrouter.core.titles import stage_titles as titles_of
 from rsrouter.results import Table, printable
-from rsrouter.results.about import StageRecord, TableMetadata
+from rsrouter.results.about import TableMetadata
+
+#: Whether experts or stages are told apart, and which of them named each image's class.
+Answering = tuple[str, NDArray[np.object_]]
 
 
 def stage_titles(about: TableMetadata | None) -> dict[str, str]:
-    """Stage names to titles such as "head 1 on sigma_1 and sigma_0.5, noise 0.757, answers from 56%"; {} without metadata."""
+    """Stage names to titles such as "head 1 on sigma_1 and sigma_0.5 at noise 0.757, answers from 56%"; {} without metadata."""
     if about is None:
         return {}
-    experts = {e.name: e.sigma for e in about.experts}
-    heads = [s for s in about.tree.stages if not _plain(s, experts) and not _routes(s)]
-    titles = {}
-    for stage in about.tree.stages:
-        number = f" {heads.index(stage) + 1}" if stage in heads and len(heads) > 1 else ""
-        titles[stage.name] = _title(stage, experts, number)
-    return titles
+    answers = {s.name: f", answers from {100 * s.tau:.3g}%" for s in about.tree.stages if s.tau is not None}
+    return {name: title + answers.get(name, "") for name, title in _titles(about).items()}
 
 
-def _plain(stage: StageRecord, experts: dict[str, float]) -> bool:
-    """Whether the stage is an expert as it is."""
-    return stage.name == stage.expert == stage.network and experts.get(stage.name) == stage.sigma
-
-
-def _routes(stage: StageRecord) -> bool:
-    return stage.kind == "plurality" and any(isinstance(t, str) for t in stage.leads_to)
-
-
-def _title(stage: StageRecord, experts: dict[str, float], number: str) -> str:
-    parts = [printable(stage.name)]
-    if _routes(stage):
-        parts = [f"{parts[0]}, noise {stage.sigma:.3g}"]
-    elif not _plain(stage, experts):
-        read = re.sub(r"(/\d+x\d+)?(@[\d.e+-]+)?$", "", stage.network)
-        names = [read] if read in experts else read.split("+")
-        known = names if all(n in experts for n in names) else [stage.expert or stage.network]
-        own = read not in experts and read.endswith(f" from {stage.expert}")
-        who = f"network {printable(read)}" if own else f"head{number} on {' and '.join(map(printable, known))}"
-        parts = [f"{who}, noise {stage.sigma:.3g}"]
-    if stage.tau is not None:
-        parts.append(f"answers from {100 * stage.tau:.3g}%")
-    return ", ".join(parts)
+def _titles(about: TableMetadata) -> dict[str, str]:
+    found = titles_of(about.tree.stages, [e.name for e in about.experts])
+    return {name: printable(title) for name, title in found.items()}
 
 
 def answering_stages(table: Table) -> NDArray[np.object_] | None:
@@ -58,4 +35,23 @@ def answering_stages(table: Table) -> NDArray[np.object_] | None:
     return table.answered_by if table.answered_by is not None and len(table.described().tree.stages) > 1 else None
 
 
-__all__ = ["answering_stages", "stage_titles"]
+def answering(table: Table) -> Answering:
+    """`("expert" or "stage", which one named each image's class)`.
+
+    The stage wherever the experts' names would not tell: heads and networks of the router's own answer, or all stages of a chain
+    read one expert.
+    """
+    stages, experts = answering_stages(table), set(table.expert.tolist()) - {""}
+    if stages is None or (len(experts) != 1 and set(stages.tolist()) <= {*experts, ""}):
+        return "expert", table.expert
+    return "stage", stages
+
+
+def answered_in_words(table: Table) -> list[str]:
+    """Who named each image's class, for people."""
+    kind, column = answering(table)
+    titles = _titles(table.about) if kind == "stage" and table.about is not None else {}
+    return [titles.get(str(name), str(name)) for name in column]
+
+
+__all__ = ["Answering", "answered_in_words", "answering", "answering_stages", "stage_titles"]

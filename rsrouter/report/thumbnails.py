@@ -86,9 +86,17 @@ def data_uri(array: NDArray[np.uint8]) -> str:
 
 
 def gallery(
-    table: Table, images: Mapping[int, Any], classes: Sequence[str] | None = None, most: int = 8
+    table: Table,
+    images: Mapping[int, Any],
+    classes: Sequence[str] | None = None,
+    who: Sequence[str] | None = None,
+    most: int = 8,
 ) -> dict[str, list[Thumbnail]]:
-    """Images with the largest and smallest radius that are right, with the largest that are wrong, and abstained ones."""
+    """Images with the largest and smallest radius that are right, with the largest that are wrong, and abstained ones.
+
+    `who` says in words which expert or stage named each row's class; by default its expert.
+    """
+    who = table.expert.tolist() if who is None else who
     rows = np.array([i for i, idx in enumerate(table.idx) if int(idx) in images], dtype=np.int64)
     by_radius = rows[np.argsort(-table.radius[rows], kind="stable")]
     held = by_radius[~table.abstained[by_radius]]
@@ -100,10 +108,14 @@ def gallery(
         "wrong": wrong[:most],
         "abstained": by_radius[table.abstained[by_radius]][:most],
     }
-    return {name: [_thumbnail(table, int(i), images, classes) for i in chosen] for name, chosen in groups.items() if len(chosen)}
+    return {
+        name: [_thumbnail(table, int(i), images, classes, who[int(i)]) for i in chosen]
+        for name, chosen in groups.items()
+        if len(chosen)
+    }
 
 
-def _thumbnail(table: Table, i: int, images: Mapping[int, Any], classes: Sequence[str] | None) -> Thumbnail:
+def _thumbnail(table: Table, i: int, images: Mapping[int, Any], classes: Sequence[str] | None, who: str) -> Thumbnail:
     def word(c: int) -> str:
         return classes[c] if classes is not None and 0 <= c < len(classes) else f"class {c}"
 
@@ -112,6 +124,6 @@ def _thumbnail(table: Table, i: int, images: Mapping[int, Any], classes: Sequenc
     said = word(label) if label >= 0 else ""
     if predict >= 0 and label != predict:
         said = f"{word(predict)}, is {word(label)}" if label >= 0 else word(predict)
-    expert = str(table.expert[i]) if predict >= 0 else ""
+    expert = who if predict >= 0 else ""
     alt = ", ".join(text for text in (f"image {idx}: {said or 'unlabelled'}", caption, expert) if text)
     return Thumbnail(data_uri(_bytes(images[idx])), idx, caption, expert, said, alt)

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from rsrouter.core.titles import is_expert, stage_titles
 from rsrouter.core.tree import Stage
 from rsrouter.router.base import Routed
 
 
-def decides(routed: Routed) -> list[str]:
+def decides(routed: Routed, experts: Collection[str]) -> list[str]:
     """One sentence for each stage, in the order in which they are asked.
+
+    Args:
+        experts: names of the pool's experts.
 
     >>> from rsrouter.demo import load_pool
     >>> from rsrouter import CascadeRouter
     >>> cascade, pool = CascadeRouter((0.6,), ["sigma_0.5", "sigma_0.25"]), load_pool()
-    >>> print(*decides(cascade.bind(pool)), sep=chr(10))
-    sigma_0.5, noise 0.5: answers where one class has at least 60% of the votes, else asks sigma_0.25
-    sigma_0.25, noise 0.25: answers
+    >>> print(*decides(cascade.bind(pool), pool.names), sep=chr(10))
+    sigma_0.5 at noise 0.5: answers where one class has at least 60% of the votes, else asks sigma_0.25
+    sigma_0.25 at noise 0.25: answers
     """
-    return [_sentence(routed.tree.stages[name]) for name in reversed(routed.tree.order)]
+    stages = [routed.tree.stages[name] for name in reversed(routed.tree.order)]
+    titles = stage_titles(stages, experts)
+    return [_sentence(stage, titles) for stage in stages]
 
 
-def _sentence(stage: Stage) -> str:
-    onward = list(dict.fromkeys(t for t in stage.leads_to if isinstance(t, str)))
-    head = stage.name if stage.name == stage.network or not stage.network else f"{stage.name} on {stage.network}"
-    who = f"{head}, noise {stage.sigma:g}" if stage.votes else f"{head}, one pass without noise"
+def _sentence(stage: Stage, titles: Mapping[str, str]) -> str:
+    onward = [titles[t] for t in dict.fromkeys(t for t in stage.leads_to if isinstance(t, str))]
+    who = titles[stage.name]
+    if not stage.votes:
+        who += ", one pass without noise"
+    elif is_expert(stage):
+        who += f" at noise {stage.sigma:g}"
+    elif who != f"{stage.name} at noise {stage.sigma:.3g}":
+        who += f" ({stage.name!r} in tables)"
     if stage.tau is not None and not stage.votes:
         return f"{who}: answers where one logit leads by at least {stage.tau:g}, else asks {', '.join(onward)}"
     if stage.tau is not None:

@@ -129,7 +129,7 @@ def test_stages_that_read_one_expert_are_told_apart(tmp_path: Path) -> None:
     assert "by the stage that named the class" in page
     assert "every image" not in page
     assert "e, answers from 80%" in page
-    assert "head on e, noise 0.5" in page
+    assert "head on e at noise 0.5" in page
     shares = [r for r in read_csv(folder / "shares.csv") if r["kind"] == "stage" and r["radius"] == "0"]
     assert {r["name"]: float(r["share"]) for r in shares} == {"e": 0.5, "e:2": 0.5}
     only = write_report(chain(["e", "e"]), tmp_path / "only").read_text()
@@ -146,16 +146,27 @@ def test_stages_have_names_for_people() -> None:
     tree = cascade_tree(stages, (0.56, 0.7, 0.6))
     metadata = described(stages=list(tree.stages.values()), experts=[("sigma_0.5", 0.5), ("sigma_1", 1.0)])
     assert list(stage_titles(TableMetadata.read(metadata, "x")).values()) == [
-        "head 1 on sigma_1 and sigma_0.5, noise 0.757, answers from 56%",
-        "head 2 on sigma_1 and sigma_0.5, noise 0.757, answers from 70%",
-        "head 3 on sigma_0.5, noise 0.5, answers from 60%",
+        "head 1 on sigma_1 and sigma_0.5 at noise 0.757, answers from 56%",
+        "head 2 on sigma_1 and sigma_0.5 at noise 0.757, answers from 70%",
+        "head 3 on sigma_0.5 at noise 0.5, answers from 60%",
         "sigma_0.5",
     ]
+    own = [
+        expert_stage(f"{name} from sigma_0.5@{sigma}", sigma, 2, expert="sigma_0.5") for name, sigma in (("a", 0.65), ("b", 0.7))
+    ]
+    for count, wanted in (
+        (1, ["a network of its own at noise 0.65"]),
+        (2, [f"network {k} of its own at noise {s}" for k, s in ((1, 0.65), (2, 0.7))]),
+    ):
+        tree = cascade_tree([*own[:count], stages[3]], (0.505,) * count)
+        metadata = described(stages=list(tree.stages.values()), experts=[("sigma_0.5", 0.5)])
+        found = list(stage_titles(TableMetadata.read(metadata, "x")).values())
+        assert found == [*(f"{title}, answers from 50.5%" for title in wanted), "sigma_0.5"]
     flat = flat_tree("router", 1.0, [*stages[3:], expert_stage("sigma_1", 1.0, 2)])
     metadata = described(stages=list(flat.stages.values()), experts=[("sigma_0.5", 0.5), ("sigma_1", 1.0)])
-    assert stage_titles(TableMetadata.read(metadata, "x"))["router"] == "router, noise 1"
+    assert stage_titles(TableMetadata.read(metadata, "x"))["router"] == "router at noise 1"
     metadata["tree"]["stages"][0]["title"] = "the router, certified at 99.9%"  # nobody's to choose
-    assert stage_titles(TableMetadata.read(metadata, "x"))["router"] == "router, noise 1"
+    assert stage_titles(TableMetadata.read(metadata, "x"))["router"] == "router at noise 1"
     assert stage_titles(None) == {}
 
 

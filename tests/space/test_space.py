@@ -93,10 +93,12 @@ def test_a_moved_image_is_told_from_inside_and_outside(live, routed) -> None:
 
 
 def test_stages_have_names_for_people(live, routed) -> None:
-    assert live.stage_names(routed) == {name: name for name in routed.tree.stages}
+    assert live.stage_names(routed) == {
+        n: f"router at noise {s.sigma:g}" if n == "router" else n for n, s in routed.tree.stages.items()
+    }
     demo = live.demo_router(SPACE)
     assert all("@" not in title for title in live.stage_names(demo).values())
-    assert "begun from sigma_0.5" in "".join(live.stage_names(demo).values())
+    assert "a network of its own at noise 0.65" in live.stage_names(demo).values()
 
 
 def test_classes_are_called_by_their_names(live, routed) -> None:
