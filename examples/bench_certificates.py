@@ -1,4 +1,4 @@
-"""What the statistics cost, in microseconds an image: counts -> bounds -> radius, in one vectorised batch.
+"""Measures the cost of the statistics, in microseconds an image: counts -> bounds -> radius, in one vectorised batch.
 
     python examples/bench_certificates.py [--images 10000]
 

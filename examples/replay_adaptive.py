@@ -1,4 +1,4 @@
-"""What an adaptive plan saves: certify published tables again from binomial votes, fixed against adaptive.
+"""Measures what an adaptive plan saves: certify published tables again from binomial votes, fixed against adaptive.
 
     python examples/replay_adaptive.py --tables DIR
 

@@ -1,4 +1,4 @@
-"""What both routing studies share: certifying every method on the same votes, and the tables and figures.
+"""Shared by both routing studies: certifying every method on the same votes, and the tables and figures.
 
 Each method is certified by the package's own `certify_table`, in shards of consecutive work that may run in several
 processes and resume where they stopped; the networks' votes are drawn once per image and shared by all methods

@@ -1,4 +1,4 @@
-"""What `rsrouter doctor` tells: device, versions, caches, the Hub, and what would be slow on this machine."""
+"""The checks of `rsrouter doctor`: device, versions, caches, the Hub, and what would be slow on this machine."""
 
 from __future__ import annotations
 

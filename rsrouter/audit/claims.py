@@ -1,4 +1,4 @@
-"""What a table claims, against the router it is published with and the data it names: every row, no vote drawn."""
+"""Checks of a table's claims against its router and the data it names: every row, no vote drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an audit found, as data, JSON and text."""
+"""Findings of an audit, as data, JSON and text."""
 
 from __future__ import annotations
 

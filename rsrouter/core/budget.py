@@ -1,4 +1,4 @@
-"""What a number of votes buys, before any is drawn: reachable radii, needed votes, the price of drawing fewer."""
+"""Planning before any vote is drawn: reachable radii, needed votes, the price of drawing fewer."""
 
 from __future__ import annotations
 

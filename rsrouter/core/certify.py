@@ -1,4 +1,4 @@
-"""Which votes to draw next, and when to stop: the statistics side of certification, without torch.
+"""The statistics side of certification, without torch: which votes to draw next, and when to stop.
 
 `CertifyPolicy` and the sampling engine only exchange `VoteRequest`s and count arrays (vLLM's split of
 scheduler and executor), so it is tested with scripted votes and runs no network.

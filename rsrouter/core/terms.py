@@ -1,4 +1,4 @@
-"""What a certificate was asked for: one record, passed whole from the caller to the table and back to the audit."""
+"""The terms of a certificate: one record, passed whole from the caller to the table and back to the audit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people call the stages of a tree."""
+"""Titles of a tree's stages, for people."""
 
 from __future__ import annotations
 

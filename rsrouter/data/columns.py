@@ -1,4 +1,4 @@
-"""Which column holds the images and which the labels, and what number a class has."""
+"""Finds the columns of images and labels, and numbers the classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the card of a Hub data set (the YAML at the head of its README) declares: configurations, files, class names."""
+"""Reads the card of a Hub data set (the YAML at the head of its README): configurations, files, class names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a data set is, as one number: sha256 over names and contents of files."""
+"""Fingerprint of a data set: sha256 over names and contents of its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was understood of a data set: parts, classes, sizes, range, what was passed over; and a sheet of images by class."""
+"""Inspection of a data set: parts, classes, sizes, range, what was passed over; and a sheet of images by class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Python users have in memory: arrays, PIL images, `datasets.Dataset`, torch data sets and loaders."""
+"""Images held in memory: arrays, PIL images, `datasets.Dataset`, torch data sets and loaders."""
 
 from __future__ import annotations
 

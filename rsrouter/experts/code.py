@@ -1,4 +1,4 @@
-"""What code refers to: names of installed libraries, slots of classes, and what functions read from outside themselves."""
+"""References in code: names of installed libraries, slots of classes, and what functions read from outside themselves."""
 
 from __future__ import annotations
 

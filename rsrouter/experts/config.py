@@ -1,4 +1,4 @@
-"""What stands beside weights: `config.json` of our own experts, of timm and of transformers."""
+"""Settings stored beside weights: `config.json` of our own experts, of timm and of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors of a weight file are those of an architecture, and placing them into it.
+"""Finds the tensors of a weight file that belong to an architecture, and loads them into it.
 
 Wrappers leave prefixes on names (`module.`, `_orig_mod.`, `1.module.`), and training scripts keep other things beside the
 weights (means, counters, criteria, averaged weights). The largest set of names that fits decides.

@@ -1,4 +1,4 @@
-"""What a module is, by value: whatever decides its output and nothing else.
+"""Identity of a module by value: whatever decides its output and nothing else.
 
 A module that can be written down (a registered architecture as it was built, or a stack of torch.nn layers) is its
 description and its tensors, wherever its classes lie and whichever release of a library made it; so it is the same before it is

@@ -1,4 +1,4 @@
-"""What stands around a classifier inside an expert: resizing, normalisation before it, the order of its classes after it.
+"""The layers around a classifier inside an expert: resizing and normalisation before it, the order of its classes after it.
 
 All of it is part of the certified function, so that a radius is a distance between images of the data's own size, whatever the
 size at which the network looks at them.

@@ -1,4 +1,4 @@
-"""Which K experts to route between: greedy choice of a pool from labels of many candidates."""
+"""Greedy choice of the K experts to route between, from labels of many candidates."""
 
 from __future__ import annotations
 

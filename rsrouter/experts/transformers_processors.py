@@ -1,4 +1,4 @@
-"""What the image processor of a transformers repository does to an image, as the settings of an expert."""
+"""Image processors of transformers repositories, read as the settings of an expert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job will take, before it is started: a few votes are drawn and timed, the rest is simulated.
+"""Estimates of a job's time before it starts: a few votes are drawn and timed, the rest is simulated.
 
 Some images of the job get a few votes from every network. From these follow the seconds of a batch, and vote
 probabilities; the plan then runs on votes that are drawn from those probabilities, through the code that certifies. What

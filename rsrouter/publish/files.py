@@ -1,4 +1,4 @@
-"""What goes up: an explicit list of files in a fresh folder, checked before anything is sent."""
+"""The files to be published: an explicit list in a fresh folder, checked before anything is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a card cites: the paper behind each part of a routed classifier, as a sentence and as BibTeX."""
+"""Citations for cards: the paper behind each part of a routed classifier, as a sentence and as BibTeX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a results table says: certified accuracy, its intervals, envelope, oracle, coverage. Pure numpy and scipy.
+"""Figures from results tables: certified accuracy, its intervals, envelope, oracle, coverage. Pure numpy and scipy.
 
 Two kinds of randomness, never to be mixed up. The *images* are a sample of the data distribution: the intervals
 here and the bootstrap are over images. The *votes* are a sample of the noise: each certificate may be wrong with

@@ -1,4 +1,4 @@
-"""What stands behind the curves: the statement about a whole table, what each run drew and took, and all of it as files."""
+"""The numbers behind the curves: the statement about a whole table, what each run drew and took, and all of it as files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a results table says about its own run: one schema, filled by `certify` and read by every later step."""
+"""The metadata of a results table: one schema, filled by `certify` and read by every later step."""
 
 from __future__ import annotations
 

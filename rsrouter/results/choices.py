@@ -1,4 +1,4 @@
-"""What whoever made a table was free to choose, in words for cards and audits: the images and the seed."""
+"""The free choices behind a table, in words for cards and audits: its images and its seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which batch, and which dtype, this machine runs fastest: measured once, then recorded."""
+"""Measures the fastest batch and dtype of this machine, once, and records them."""
 
 from __future__ import annotations
 

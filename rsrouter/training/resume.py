@@ -1,4 +1,4 @@
-"""What a long training has finished, kept so that a killed one resumes where it stopped and ends at the same bits.
+"""The finished units of a long training, kept so that a killed one resumes where it stopped and ends at the same bits.
 
 The functions that do the long work (`label_votes`, `noisy_features`, `train_head`, `train_flat`) take a `ResumeStore`. Every unit
 is filed under a key of everything that decides its result.

@@ -1,4 +1,4 @@
-"""What holds for every verb: one output convention, examples that parse, exit codes, no traceback for what a user can mend."""
+"""Rules for every verb: one output convention, examples that parse, exit codes, no traceback for what a user can mend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `datasets`, the Hub and torchvision leave is read as they read it; what is left out, and what is understood, is told."""
+"""Files of `datasets`, the Hub and torchvision are read as those read them; what is left out, and what is understood, is told."""
 
 from __future__ import annotations
 

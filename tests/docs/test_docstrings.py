@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +32,10 @@ def test_there_are_examples() -> None:
         for e in t.examples
     ]
     assert len(examples) > 100
+
+
+def test_modules_say_what_they_are() -> None:
+    """No module's docstring opens like a question."""
+    root = Path(rsrouter.__file__).parent
+    opening = {p.relative_to(root): p.read_text(encoding="utf-8")[3:].split(" ", 1)[0] for p in root.rglob("*.py")}
+    assert not [path for path, word in opening.items() if word in {"What", "Which"}]

@@ -1,4 +1,4 @@
-"""What decides a module's output and stands in no attribute of a module: each case is told, or makes the module unique."""
+"""State that decides a module's output and stands in no attribute of a module: each case is told, or makes the module unique."""
 
 from __future__ import annotations
 

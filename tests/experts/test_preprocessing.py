@@ -1,4 +1,4 @@
-"""What stands around a classifier: resizing inside the certified function, the order of classes, features through it."""
+"""The layers around a classifier: resizing inside the certified function, the order of classes, features through it."""
 
 from __future__ import annotations
 

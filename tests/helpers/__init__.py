@@ -1,1 +1,1 @@
-"""What the tests share: routers that certify in milliseconds, a Hub on loopback, odd inputs, closed forms."""
+"""Shared by the tests: routers that certify in milliseconds, a Hub on loopback, odd inputs, closed forms."""

@@ -1,4 +1,4 @@
-"""What stands behind the curves: whole-table statements, runs, and the files beside the page."""
+"""The numbers behind the curves: whole-table statements, runs, and the files beside the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training is given: the process around it, what is wanted of the router, the paper's recipe, bars, a full disk."""
+"""The settings of a training: the process around it, what is wanted of the router, the paper's recipe, bars, a full disk."""
 
 from __future__ import annotations
 
