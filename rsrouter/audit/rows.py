@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,6 +42,27 @@ from rsrouter.sampling.paired import pairs_of
 from rsrouter.smooth import RoutedSmooth, Smooth
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The rows of a table that are looked at.
+
+    Attributes:
+        rows: `(row number, its stored votes)`.
+        pixels: row number to image `(C, H, W)`.
+    """
+
+    state: State
+    table: Table
+    run: TableMetadata
+    subject: Smooth | RoutedSmooth
+    rows: list[tuple[int, StoredVotes]]
+    pixels: dict[int, Tensor]
+
+    def engine(self) -> Engine:
+        """Draws the votes of the published seed."""
+        return self.subject.engine(self.run.seed, self.state.settings.device)
+
+
 def audit_rows(state: State, table: Table, run: TableMetadata, subject: Smooth | RoutedSmooth, images: ImageData) -> None:
     settings = state.settings
     rng = np.random.default_rng([settings.seed, int.from_bytes(hashlib.sha256(table.name.encode()).digest()[:4], "little")])
@@ -64,24 +86,19 @@ def audit_rows(state: State, table: Table, run: TableMetadata, subject: Smooth |
             state.skip(check, table.name, "none of the rows has votes that can be read")
         return
     pixels = {i: images.image(int(table.idx[i])) for i, _ in rows}
+    picked = Chosen(state, table, run, subject, rows, pixels)
     if run.transfer is not None:
-        _transfer(state, table, run, subject, rows, pixels)
+        _transfer(picked)
     if subject.tree.passing:
-        _passes(state, table, run, subject, rows, pixels)
-    _votes(state, table, run, subject, rows, pixels)
-    _fresh(state, table, run, subject, rows, pixels)
-    _attack(state, table, run, subject, rows, pixels)
+        _passes(picked)
+    _votes(picked)
+    _fresh(picked)
+    _attack(picked)
 
 
-def _transfer(
-    state: State,
-    table: Table,
-    run: TableMetadata,
-    subject: Smooth | RoutedSmooth,
-    rows: list[tuple[int, StoredVotes]],
-    pixels: dict[int, Tensor],
-) -> None:
+def _transfer(chosen: Chosen) -> None:
     """Paired draws again: those of the table's own execution and of the one that it was carried over to."""
+    state, table, run, subject, rows, pixels = chosen.state, chosen.table, chosen.run, chosen.subject, chosen.rows, chosen.pixels
     told = run.transfer
     assert told is not None
     here = environment(state.settings.device)
@@ -101,7 +118,7 @@ def _transfer(
         state.skip("transfer", table.name, "; ".join(dict.fromkeys(differs)))
         return
     other = subject.with_execution(Execution.from_dict(told.execution, f"the transfer of {table.name}"))
-    engines = [subject.engine(run.seed, state.settings.device), other.engine(run.seed, state.settings.device)]
+    engines = [chosen.engine(), other.engine(run.seed, state.settings.device)]
     found: list[tuple[int | None, str]] = []
     drawn = 0
     for i, _ in rows:
@@ -116,16 +133,10 @@ def _transfer(
     state.add("transfer", table.name, found, f"{drawn:,} pairs of {len(rows)} rows drawn again, compared bit for bit")
 
 
-def _passes(
-    state: State,
-    table: Table,
-    run: TableMetadata,
-    subject: Smooth | RoutedSmooth,
-    rows: list[tuple[int, StoredVotes]],
-    pixels: dict[int, Tensor],
-) -> None:
+def _passes(chosen: Chosen) -> None:
     """Logits of the stages that do not vote again: on any machine, to the rounding that the stages state."""
-    engine = subject.engine(run.seed, state.settings.device)
+    state, table, subject, rows, pixels = chosen.state, chosen.table, chosen.subject, chosen.rows, chosen.pixels
+    engine = chosen.engine()
     found: list[tuple[int | None, str]] = []
     for i, row in rows:
         far = moved_logits(subject.tree, engine, pixels[i], row)
@@ -138,15 +149,9 @@ def _passes(
     state.add("passes", table.name, found, f"logits of {stages} computed again for {len(rows)} rows, to their rounding")
 
 
-def _votes(
-    state: State,
-    table: Table,
-    run: TableMetadata,
-    subject: Smooth | RoutedSmooth,
-    rows: list[tuple[int, StoredVotes]],
-    pixels: dict[int, Tensor],
-) -> None:
+def _votes(chosen: Chosen) -> None:
     """Votes again from the published seed."""
+    state, table, run, subject, rows, pixels = chosen.state, chosen.table, chosen.run, chosen.subject, chosen.rows, chosen.pixels
     here = environment(state.settings.device)
     recorded = {
         "device": run.device,
@@ -165,7 +170,7 @@ def _votes(
         state.warn(table.name, f"{unlike}; until then its votes are only compared with fresh ones")
         state.skip("votes", table.name, unlike)
         return
-    engine = subject.engine(run.seed, state.settings.device)
+    engine = chosen.engine()
     named, results = True, list[tuple[int, int, int]]()
     for at, (i, row) in enumerate(rows):
         state.tell("votes", at, len(rows))
@@ -224,19 +229,13 @@ def _shares(table: Table, rows: list[tuple[int, StoredVotes]]) -> list[float]:
     return shares
 
 
-def _fresh(
-    state: State,
-    table: Table,
-    run: TableMetadata,
-    subject: Smooth | RoutedSmooth,
-    rows: list[tuple[int, StoredVotes]],
-    pixels: dict[int, Tensor],
-) -> None:
+def _fresh(chosen: Chosen) -> None:
     """Fresh noise against counts and radii.
 
     An adaptive plan stops where its votes look decided, so a test at its last look pays for all of its looks; and
     the shares at stopping lean, if only slightly, so they are not pooled over rows.
     """
+    state, table, run, subject, rows, pixels = chosen.state, chosen.table, chosen.run, chosen.subject, chosen.rows, chosen.pixels
     settings, looks = state.settings, len(run.plan.looks)
     each = settings.level / 3 / len(rows) / looks
     # streams of their own, also where the table shared one between its images
@@ -304,15 +303,9 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _attack(
-    state: State,
-    table: Table,
-    run: TableMetadata,
-    subject: Smooth | RoutedSmooth,
-    rows: list[tuple[int, StoredVotes]],
-    pixels: dict[int, Tensor],
-) -> None:
+def _attack(chosen: Chosen) -> None:
     """Looks for another answer inside the certified balls."""
+    state, table, run, subject, rows, pixels = chosen.state, chosen.table, chosen.run, chosen.subject, chosen.rows, chosen.pixels
     settings = state.settings
     if settings.attack_steps < 1:
         state.skip("attack", table.name, "switched off (attack_steps=0)")

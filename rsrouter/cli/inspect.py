@@ -35,7 +35,7 @@ def inspect(
     *,
     reading: dict[str, Any],
 ) -> None:
-    """Say what is understood of a data set: part, classes, sizes, range, what is passed over and why.
+    """Show how a data set is read: part, classes, sizes, range, and what is passed over, with the reason.
 
     Example: rsrouter inspect cifar10/ --split test --contact-sheet sheet.png
     """

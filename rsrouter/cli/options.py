@@ -331,7 +331,7 @@ def _data(
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Read a Hub data set as images are needed; keep no copy.")] = False,
     skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave out pictures that cannot be decoded; which is recorded.")
+        bool, typer.Option("--skip-unreadable", help="Leave out pictures that cannot be decoded; their names are recorded.")
     ] = False,
 ) -> dict[str, Any]:
     return {**locals(), "classes": _class_names(classes)}

@@ -177,7 +177,7 @@ def train(
         str | None, typer.Argument(metavar="[POOL]", help="pool.json or a spec file; with --from that router's own pool.")
     ] = None,
     data: Annotated[
-        str, typer.Option("--data", help="Training images, best ones that no expert has seen; demo: the bundled ones.")
+        str, typer.Option("--data", help="Training images, preferably unseen by every expert; demo: the bundled ones.")
     ] = "",
     out: Out = Path("router"),
     kind: Annotated[str, typer.Option("--kind", help="auto, deferral, cascade or flat.")] = "auto",

@@ -15,7 +15,7 @@ from rsrouter.cli.options import importing
 #: Verb to its module in `rsrouter.cli` and what `rsrouter --help` says about it, in the order of that page.
 VERBS = {
     "demo": ("demo", "Run the whole path offline on bundled Fashion-MNIST experts."),
-    "inspect": ("inspect", "Say what is understood of a data set, before it is used."),
+    "inspect": ("inspect", "Show how a data set is read, before it is used."),
     "wrap": ("experts", "Pin checkpoints into a pool: commits, sha256, sigma, normalisation."),
     "convert": ("experts", "Turn a checkpoint into a folder that can be put on the Hub."),
     "select": ("experts", "Choose the experts over which a perfect router would certify most."),

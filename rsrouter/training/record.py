@@ -44,7 +44,7 @@ class Training:
         router: a kind out of `KINDS`, or a router: a `FlatRouter` is trained in place (from where its weights are), any other
             keeps what it has. `auto` trains heads and a flat router, and takes what scores higher on the validation images
             (simulated votes).
-        images: `(N, C, H, W)` pixels in [0,1], best ones that no expert was trained on: experts look better than they are on
+        images: `(N, C, H, W)` pixels in [0,1], preferably unseen by every expert: experts look better than they are on
             their own training images, and the router would learn to trust them.
         labels: `(N,)` class indices.
         radii: radii the user cares about, L2 in [0,1]-pixel units.
