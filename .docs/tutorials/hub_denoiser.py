@@ -130,5 +130,5 @@ for certificate in theirs.certify(pixels, FixedPlan(n0=50, n=500)):
 hub.stop()
 
 # %% [markdown]
-# Denoisers of diffusers, improved-diffusion and guided-diffusion: [Denoisers](../guide/denoisers.md). Classifiers of timm, transformers,
-# torchvision and open_clip: [Experts as the Hub has them](../guide/hub-experts.md).
+# Denoisers of diffusers, improved-diffusion and guided-diffusion: [Denoisers](../guide/denoisers.md). Classifiers of timm,
+# transformers, torchvision and open_clip: [Experts as the Hub has them](../guide/hub-experts.md).

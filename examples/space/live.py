@@ -125,14 +125,15 @@ def class_names(routed: RoutedSmooth, known: Sequence[str] = ()) -> tuple[str, .
 
 def experts_beside(routed: RoutedSmooth, image: Tensor, n_max: int, moment: Moment, classes: Sequence[str]) -> Iterator[str]:
     """Class and radius of every expert by itself on the same image, as HTML; yields again after each of them."""
-    rows = [f"<tr><th>routed</th><td>{_answer(moment.predict, classes)}</td><td>{_down(moment.radius)}</td></tr>"]
+    rows = ["<tr><th>classifier</th><th>class</th><th>L2 radius</th></tr>"]
+    rows += [f"<tr><th>routed</th><td>{_answer(moment.predict, classes)}</td><td>{_down(moment.radius)}</td></tr>"]
     for expert in routed.pool:
         alone = Smooth(expert, execution=routed.execution, noise=routed.noise)
         terms = Terms(_plan(alone, n_max), alpha=ALPHA, seed=secrets.randbits(60))
         (found,) = alone.certify(image[None], terms)
         answer = _answer(found.predict, classes)
         rows.append(f"<tr><th>{escape(expert.name)}</th><td>{answer}</td><td>{_down(found.radius)}</td></tr>")
-        yield f'<section class="beside"><h4>The experts by themselves</h4><table>{"".join(rows)}</table></section>'
+        yield f'<section class="beside"><h4>Beside the experts by themselves</h4><table>{"".join(rows)}</table></section>'
 
 
 def stage_names(routed: RoutedSmooth) -> dict[str, str]:
@@ -251,7 +252,7 @@ def stages(moment: Moment, routed: RoutedSmooth, classes: tuple[str, ...]) -> st
             bars += f"<small>{total:,} votes</small>"
         threshold = f" · answers from {100 * stage.tau:g}%, else defers" if stage.tau is not None else ""
         limit = " · limits the radius" if moment.done and name == moment.limit else ""
-        kind = "decided" if decided else "on" if name in moment.path else "off"
+        kind = "decided" if decided else "on" if votes else "off"
         head = f"<header><b>{escape(titles[name])}</b><em>{role}</em></header>"
         cards.append(f'<li class="{kind}">{head}<small>sigma {stage.sigma:g}{threshold}{limit}</small>{bars}</li>')
     return f'<ol class="stages">{"".join(cards)}</ol>'
