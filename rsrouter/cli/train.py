@@ -45,6 +45,7 @@ from rsrouter.cli.options import (
     readable_rows,
 )
 from rsrouter.core.errors import InputError
+from rsrouter.core.titles import stage_titles
 
 Pool = Annotated[str, typer.Argument(metavar="POOL", help="pool.json or a spec file, as `rsrouter wrap` writes it.")]
 
@@ -376,13 +377,11 @@ def _explain(routed: Any) -> list[str]:
     voters = getattr(routed.router, "voters", None)
     if voters is None:
         return []
-    lines, asked = [], set()
-    for voter, stage in zip(voters, reversed(routed.tree.order), strict=True):
-        asked |= {voter.expert, *voter.others}
-        if voter.head is not None:
-            sigma = routed.tree.stages[stage].sigma
-            experts = " and ".join((voter.expert, *voter.others))
-            lines.append(f"{voter.head}: a head on {experts}, smoothed at {sigma:g}; tables and reports call it {stage}")
+    stages = [routed.tree.stages[name] for name in reversed(routed.tree.order)]
+    titles = stage_titles(stages, routed.pool.names)
+    asks = list(zip(voters, stages, strict=True))
+    lines = [f"{v.head}: {titles[s.name]} ({s.name!r} in tables)" for v, s in asks if v.head is not None]
+    asked = {name for v in voters for name in (v.expert, *v.others)}
     if unused := [name for name in routed.pool.names if name not in asked]:
         lines.append(f"not asked: {', '.join(unused)} (nothing on the validation images was gained by it)")
     return lines
