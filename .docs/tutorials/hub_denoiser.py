@@ -68,7 +68,7 @@ _ = hub.put("org/clean-classifier", files, tag="v1")
 denoiser = build_architecture("small_unet", None, {"width": 8}).train()
 _ = hub.put("org/denoiser", {"unet.safetensors": train(denoiser, predicts_the_noise, 250)}, tag="v1")
 
-for name, count in (("validation", 40), ("test", 8)):
+for name, count in (("train", 40), ("validation", 40), ("test", 8)):
     pixels, truth = load_slice(name).batch(range(count))
     np.savez(f"{name}.npz", images=(pixels * 255).round().byte().numpy(), labels=np.asarray(truth))
 
@@ -95,7 +95,8 @@ for name, count in (("validation", 40), ("test", 8)):
 # `--kind cascade` trains nothing; it chooses the order of the experts and the thresholds on validation images.
 
 # %%
-# !rsrouter train pool.json --data validation.npz --kind cascade --radii 0:1:0.25 --n 500 --out router
+# !rsrouter train pool.json --data train.npz --validation validation.npz --kind cascade --radii 0:1:0.25 \
+#     --n 500 --out router
 
 # %%
 # !rsrouter certify router --data test.npz --radii 0:1:0.25 --n 500 --experts --out run

@@ -158,10 +158,13 @@ def wrap(
     for expert in wrapped.pool:
         origin = expert.provenance
         where = "" if origin is None else f"{origin.location}@{origin.revision[:12]}" if origin.revision else origin.filename
+        parts: list[str] = []
         if origin is not None and origin.source == "composite":
-            where = "; ".join(role for role, _ in parts_of(origin, expert.sigma))
+            where, parts = "", [role for role, _ in parts_of(origin, expert.sigma)]
         accuracy = f"  noisy accuracy {checks[expert.name].accuracy:.1%}" if expert.name in checks else ""
-        typer.echo(f"{expert.name:24} sigma {expert.sigma:<6g} digest {expert.digest[:12]}  {where}{accuracy}")
+        typer.echo(f"{expert.name:24} sigma {expert.sigma:<6g} digest {expert.digest[:12]}{where and '  ' + where}{accuracy}")
+        for part in parts:
+            typer.echo(f"    {part}")
     for warning in wrapped.warnings:
         typer.secho(f"warning: {warning}", err=True, fg="yellow")
     typer.echo(f"Pool: {out}")
