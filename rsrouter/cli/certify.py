@@ -199,6 +199,7 @@ def certify(
     shown = tuple(r for r in parse_radii(radii) if r in (0.0, 0.5, 1.0)) or (0.0,)
     alone = list(smoothed.pool) if experts and isinstance(smoothed, RoutedSmooth) else []
     if experts:
+        smoothed.routed.resolve(terms)  # what cannot be certified is refused before the folder is there
         out = _run_folder(source, smoothed, out)
 
     def filled(what: Any, terms: Terms, path: Path, title: str, name: str | None) -> Any:

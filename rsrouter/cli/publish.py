@@ -22,6 +22,8 @@ from rsrouter.cli.options import (
     read_data,
 )
 
+NO_TABLES = "note: no certificates beside the router; give --certificates, or a run folder with router/ in it"
+
 
 def publish(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A router's folder, or a whole run with router/ in it.")],
@@ -81,6 +83,8 @@ def publish(
         typer.echo(f"  {file.size:>10,}  {file.sha256[:12]}  {file.path}")
     for path in done.deleted:
         typer.echo(f"  {'removed':>10}  {'':12}  {path}")
+    if not any(file.path.endswith(".tsv") for file in done.files):
+        typer.echo(NO_TABLES, err=True)
     if done.dry_run:
         typer.echo("\n--- README.md ---\n" + done.card)
         if done.refused is not None:
@@ -111,7 +115,7 @@ def card(
         return
     typer.echo(f"Card: {path}")
     if not any((path.parent / "certificates").glob("*.tsv")):
-        typer.echo("note: no certificates beside the router; give --certificates, or a run folder with router/ in it", err=True)
+        typer.echo(NO_TABLES, err=True)
 
 
 @data_options
