@@ -237,8 +237,8 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
         alone = f"best single expert: {100 * single.least:.0f}%"
         tiles.append((f"{100 * own.least:.0f}%", "least ratio to the envelope", f"at r\u00a0=\u00a0{own.at:g}; {alone}"))
         alone = f"best single expert: {100 * single.coverage:.0f}%"
-        between = f"{100 * own.low:.0f} to {100 * own.high:.0f}%"
-        tiles.append((f"{100 * own.coverage:.0f}%", "coverage of the envelope", f"{between}; {alone}"))
+        between = own.between(0) and f"{own.between(0)}%; "
+        tiles.append((f"{100 * own.coverage:.0f}%", "coverage of the envelope", f"{between}{alone}"))
     for r in _landmarks(summary):
         tiles.append(_tile_at(summary, main, r))
     by_role = {s.role: s for s in summary.series}

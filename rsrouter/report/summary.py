@@ -58,7 +58,8 @@ class Standing:
     Attributes:
         name, role: of the table.
         least, at: the smallest ratio of its accuracy to the envelope, and the radius where it is.
-        coverage, low, high: the mean of the ratios, with a bootstrap interval over images.
+        coverage, low, high: the mean of the ratios, with a bootstrap interval over images; NaN where they are so few that the
+            experts may certify none of a sample.
     """
 
     name: str
@@ -72,10 +73,17 @@ class Standing:
     @property
     def words(self) -> str:
         """In one sentence."""
+        if np.isnan(self.coverage):
+            return f"{self.name}: the experts' envelope is 0 at every radius"
+        between = self.between(1) or "too few images for an interval"
         return (
             f"{self.name}: at least {100 * self.least:.1f}% of the experts' envelope (at radius {self.at:g}), "
-            f"{100 * self.coverage:.1f}% on average ({100 * self.low:.1f} to {100 * self.high:.1f})"
+            f"{100 * self.coverage:.1f}% on average ({between})"
         )
+
+    def between(self, digits: int) -> str:
+        """The interval in percent, such as "93.5 to 101.4"; "" where there is none."""
+        return "" if np.isnan(self.low) else f"{100 * self.low:.{digits}f} to {100 * self.high:.{digits}f}"
 
 
 @dataclass

@@ -87,6 +87,18 @@ def test_report_json_has_no_nan() -> None:
     assert found["coverage"]["r"]["value"] is None
 
 
+def test_few_images_have_no_interval(tmp_path: Path) -> None:
+    """Where samples of the images may leave the experts nothing, no interval is told, and nowhere is a NaN."""
+    experts = [make_table(name, [1.0, 0.0], [1, 0], abstain=[False, True], expert=[name] * 2) for name in ("a", "b")]
+    routed = make_table("r", [1.0, 0.5], [1, 1], rule="tree")
+    summary = summarise([routed, *experts], radii=[0.0, 0.5])
+    assert summary.standings[0].words.endswith("200.0% on average (too few images for an interval)")
+    page = write_report([routed, *experts], tmp_path, radii=[0.0, 0.5]).read_text()
+    assert not re.search(r"\bnan\b", page)
+    nothing = [make_table(name, [0.0, 0.0], [0, 0], abstain=[True, True], expert=[name] * 2) for name in ("a", "b")]
+    assert summarise([routed, *nothing]).standings[0].words == "r: the experts' envelope is 0 at every radius"
+
+
 def test_charts_stand_on_their_own(tmp_path: Path) -> None:
     folder = write_report(tables((HOSTILE, "'\"><img src=x onerror=alert(1)>", "c")), tmp_path).parent
     for name in ("who.svg", "bound.svg", "votes.svg"):
