@@ -72,7 +72,7 @@ def test_the_experts_stand_beside_with_names(live, routed) -> None:
     image = small.images().image(1)
     moment = list(live.watch(routed, image, 500))[-1]
     *_, page = live.experts_beside(routed, image, 500, moment, ("left", "<b>middle</b>", "right"))
-    assert page.count("<tr>") == 3
+    assert page.count("<tr><th>") == 4  # a head, the router, two experts
     assert page.count("&lt;b&gt;middle") == 3
     assert "sigma_0.25" in page
     assert live.certified_pixels(image).count("<img") == 1
