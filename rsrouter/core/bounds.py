@@ -107,7 +107,9 @@ def _each_once(
     other = np.any([array[1:] != array[:-1] for array in sorted_by], axis=0)
     first = np.flatnonzero(np.concatenate([[True], other]))
     found = np.empty(counts.size)
-    found[order] = np.repeat(bound(*(array[first] for array in sorted_by)), np.diff([*first, counts.size]))
+    once = order[first]
+    values = bound(counts.ravel()[once], totals.ravel()[once], level.ravel()[once])
+    found[order] = np.repeat(values, np.diff([*first, counts.size]))
     return found.reshape(counts.shape)
 
 
