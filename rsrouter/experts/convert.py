@@ -92,6 +92,8 @@ def save_expert(expert: Expert, folder: str | os.PathLike[str], *, origin: dict[
         config["resize"] = expert.resize.model_dump(mode="json")
     if expert.order is not None:
         config["order"] = list(expert.order)
+    if expert.core:
+        config["core"] = True
     if expert.lipschitz is not None:
         config |= {"lipschitz": expert.lipschitz.constants, "rounding": expert.lipschitz.rounding}
     if origin:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from rsrouter.core.titles import is_expert, stage_titles
 from rsrouter.core.tree import Stage
+from rsrouter.core.types import ABSTAIN
 from rsrouter.router.base import Routed
 
 
@@ -29,6 +30,7 @@ def decides(routed: Routed, experts: Collection[str]) -> list[str]:
 
 def _sentence(stage: Stage, titles: Mapping[str, str]) -> str:
     onward = [titles[t] for t in dict.fromkeys(t for t in stage.leads_to if isinstance(t, str))]
+    other = f"asks {', '.join(onward)}" if onward else "certifies nothing"
     who = titles[stage.name]
     if not stage.votes:
         who += ", one pass without noise"
@@ -37,9 +39,11 @@ def _sentence(stage: Stage, titles: Mapping[str, str]) -> str:
     elif who != f"{stage.name} at noise {stage.sigma:.3g}":
         who += f" ({stage.name!r} in tables)"
     if stage.tau is not None and not stage.votes:
-        return f"{who}: answers where one logit leads by at least {stage.tau:g}, else asks {', '.join(onward)}"
+        return f"{who}: answers where one logit leads by at least {stage.tau:g}, else {other}"
     if stage.tau is not None:
-        return f"{who}: answers where one class has at least {100 * stage.tau:g}% of the votes, else asks {', '.join(onward)}"
+        return f"{who}: answers where one class has at least {100 * stage.tau:g}% of the votes, else {other}"
+    if onward and ABSTAIN in stage.leads_to[:-1]:
+        onward.append("nobody (nothing is certified)")
     most = "the outcome with most votes" if stage.votes else "the largest logit"
     return f"{who}: {most} names who answers: {' or '.join(onward)}" if onward else f"{who}: answers"
 
