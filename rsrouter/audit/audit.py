@@ -45,9 +45,9 @@ def audit(
 
     For every table: the digests of the router and of every pinned expert, what the table's JSON says about them, and the
     execution; that the seed derives from the classifier; every cell of *every* row against the votes stored in it; that no row
-    is missing or repeated. Given the images: every label, every uncertified answer of a core, and for `rows` rows drawn at random the votes (earlier looks
-    included), drawn again from the published seed; fresh votes, against which counts and radii are tested; and an attack inside
-    the certified ball. Where a card and a curve stand beside the tables, their figures must be the tables' own.
+    is missing or repeated. Given the images: every label, every uncertified answer of a core, and for `rows` rows drawn at
+    random the votes (earlier looks included), drawn again from the published seed; fresh votes, against which counts and radii
+    are tested; and an attack inside the certified ball. Where a card and a curve stand beside the tables, their figures must be the tables' own.
 
     A table that passes is what this code makes of these weights, this plan and these images, as far as the audited rows show;
     `caveats` say what weakens that. Each statistical check errs with probability `level`; an honest certificate fails the
@@ -110,11 +110,12 @@ def audit(
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
             )
+        core = "" if routed.core is None else ", and the core,"
         state.add(
             "weights",
             "",
             [],
-            f"router and {len(routed.pool)} experts{'' if routed.core is None else ', and the core,'} are the ones that are pinned",
+            f"router and {len(routed.pool)} experts{core} are the ones that are pinned",
             experts={e.name: e.digest for e in routed.pool.members},
             router=routed.router.digest,
         )
