@@ -47,7 +47,8 @@ def audit(
     execution; that the seed derives from the classifier; every cell of *every* row against the votes stored in it; that no row
     is missing or repeated. Given the images: every label, every uncertified answer of a core, and for `rows` rows drawn at
     random the votes (earlier looks included), drawn again from the published seed; fresh votes, against which counts and radii
-    are tested; and an attack inside the certified ball. Where a card and a curve stand beside the tables, their figures must be the tables' own.
+    are tested; and an attack inside the certified ball. Where a card and a curve stand beside the tables, their figures must be
+    the tables' own.
 
     A table that passes is what this code makes of these weights, this plan and these images, as far as the audited rows show;
     `caveats` say what weakens that. Each statistical check errs with probability `level`; an honest certificate fails the

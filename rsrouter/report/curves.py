@@ -127,7 +127,7 @@ def certified_accuracy(table: Table, radii: ArrayLike, *, confidence: float = 0.
 
 
 def natural_accuracy(table: Table, *, confidence: float = 0.95) -> tuple[float, float, float] | None:
-    """Share of images that a routed classifier with a core answers right, certified or not, and its interval; None without a core.
+    """Share of images that a classifier with a core answers right, certified or not, and its interval; None without a core.
 
     Certified accuracy at radius 0 is another figure: no answer of the core counts there.
 

@@ -112,8 +112,8 @@ class Natural:
         if self.accuracy is None or self.low is None or self.high is None:
             return f"{self.name}: {answered}"
         return (
-            f"{self.name}: natural accuracy {100 * self.accuracy:.1f}% ({100 * self.low:.1f} to {100 * self.high:.1f}), certified or "
-            f"not; {answered}"
+            f"{self.name}: natural accuracy {100 * self.accuracy:.1f}% ({100 * self.low:.1f} to {100 * self.high:.1f}), "
+            f"certified or not; {answered}"
         )
 
 
