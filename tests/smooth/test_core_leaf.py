@@ -342,3 +342,44 @@ def test_a_trained_chain_leaves_to_the_core_what_was_asked(tmp_path: Path) -> No
             train_router(Training(members, kind, images, torch.as_tensor(labels), radii=[0.0], core_at=0.8))
     with pytest.raises(InputError, match="threshold"):
         train_router(Training(pool(), "cascade", images, torch.as_tensor(labels), radii=[0.0], core_at=0.4))
+
+
+def test_the_verbs_wrap_and_predict(tmp_path: Path) -> None:
+    for name, made in (("a", small.expert(0.25)), ("accurate", core())):
+        (tmp_path / name).mkdir()
+        files = small.expert_files(made, tmp_path / name)
+        told = json.loads(files["config.json"])
+        told.pop("sigma")
+        (tmp_path / name / "config.json").write_text(json.dumps(told))
+    words = [
+        "wrap",
+        str(tmp_path / "a"),
+        "--sigma",
+        "0.25",
+        "--core",
+        str(tmp_path / "accurate"),
+        "--out",
+        str(tmp_path / "pool.json"),
+    ]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "core, uncertified" in result.output
+    loaded = ExpertPool.load(tmp_path / "pool.json")
+    assert (loaded.names, loaded.core.digest) == (("sigma_0.25",), core(name="core").digest)
+    RoutedSmooth(loaded, CascadeRouter((0.9,))).save_pretrained(tmp_path / "router")
+    data = small.images(COUNT)
+    np.savez(tmp_path / "test.npz", images=small.pixels(data).numpy(), labels=data.labels.numpy())
+    asked = ["predict", str(tmp_path / "router"), "--data", str(tmp_path / "test.npz"), "--n", "300", "--seed", "1"]
+    told = json.loads(CliRunner().invoke(app, [*asked, "--format", "json"]).output)
+    assert all((row["answer"] == ABSTAIN) == (row["core"] is not None) for row in told.values())
+    assert len({row["answer"] == ABSTAIN for row in told.values()}) == 2
+    lines = CliRunner().invoke(app, asked).output.splitlines()
+    assert all(("uncertified" in line) == (line.split("\t")[1] == "-1") for line in lines)
+    spec = tmp_path / "experts.toml"
+    spec.write_text(
+        f'[defaults]\nsigma = 0.25\n[[expert]]\nsource = "{tmp_path / "a"}"\n[[expert]]\nsource = "{tmp_path / "accurate"}"\n'
+        "core = true\n"
+    )
+    assert ExpertPool.load(spec).core.digest == loaded.core.digest
+    with pytest.raises(InputError, match="spec and flags"):
+        CliRunner().invoke(app, ["wrap", str(spec), "--core", str(tmp_path / "accurate")], catch_exceptions=False)
