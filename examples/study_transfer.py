@@ -3,9 +3,10 @@
     rsrouter demo --out demo
     python examples/study_transfer.py demo --out study-transfer
 
-The demo's table was drawn in float32. `transfer_table` draws pairs on the same noisy copies and moves every bound (THEORY.md,
-section 7); what it certifies is the classifier in bfloat16, at alpha = 0.002 instead of 0.001. Beside it stands a new
-certification in bfloat16 under the demo's own plan. Started again, it goes on with the tables that are there.
+The demo's router is certified in float32 by the demo's plan, on the first images of the demo's table. `transfer_table` then draws
+pairs on the same noisy copies and moves every bound (THEORY.md, section 7); what it certifies is the classifier in bfloat16, at
+alpha = 0.002 instead of 0.001. Beside it stands a new certification in bfloat16. Started again, it goes on with the tables that
+are there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rsrouter import Execution, RoutedSmooth, Terms, read_table
 from rsrouter.core.types import ABSTAIN
@@ -50,38 +50,42 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="folder of `rsrouter demo`, or of another run on the bundled test slice")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--votes", type=int, nargs="+", default=[1000, 4000], help="paired draws for each network and image")
+    parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="through torch.compile as well")
     args = parser.parse_args(arguments)
-    old = read_table(args.run / "certificates.tsv")
-    about = old.described()
-    if about.threads is not None:
-        torch.set_num_threads(about.threads)  # the pairs must run the very function that the table is about
+    demo = read_table(args.run / "certificates.tsv")
+    about, indices = demo.described(), demo.idx[: args.images].tolist()
     smoothed, data = RoutedSmooth.from_pretrained(args.run / "router"), load_slice("test")
-    target = replace(Execution.from_dict(about.execution), dtype=args.dtype, compile=args.compile)
+    smoothed = smoothed.with_execution(replace(Execution.from_dict(about.execution), dtype="float32"))
+    target = replace(smoothed.execution, dtype=args.dtype, compile=args.compile)
     args.out.mkdir(parents=True, exist_ok=True)
+    terms = Terms(about.plan, about.terms.alpha, about.rule, about.sides)
 
     def told(what: str, make: Callable[[], Table]) -> Table:
         print(what, flush=True)
         return make()
 
+    own = args.out / "float32.tsv"
+    old = told("certify", lambda: certify_table(smoothed, data, own, terms, indices=indices, name="float32"))
+    same = demo.take(np.arange(len(indices))).counts_text == old.counts_text
+    print(f"{int(same.sum())} of {len(old)} rows have the votes of the demo's table", flush=True)
     new = args.dtype + (", compiled" if args.compile else "")
     lines = [
         f"| certificates | alpha | {' | '.join(f'r = {r:g}' for r in RADII)} | ACR | votes | seconds | |",
         "|" + "---|" * (len(RADII) + 6),
-        line(f"{about.execution['dtype']}, as certified", old, old.n_drawn.mean()),
+        line("float32", old, old.n_drawn.mean()),
     ]
     for votes in args.votes:
         out = args.out / f"transfer_{votes}.tsv"
         moved = told(f"transfer, {votes}", lambda o=out, v=votes: transfer_table(  # type: ignore[misc]
-            smoothed, data, args.run / "certificates.tsv", o, target, votes=v
+            smoothed, data, own, o, target, votes=v
         ))  # fmt: skip
         kept = f"{int((moved.predict != ABSTAIN).sum())} of {int((old.predict != ABSTAIN).sum())} still certified; "
         lines.append(line(f"{new}, transferred", moved, pairs(moved), f"{kept}{100 * apart(moved):.2f}% of the pairs differ"))
     # a fresh seed: the same noise in two executions would make the comparison look closer than it is
-    terms = Terms(about.plan, about.terms.alpha, about.rule, about.sides)
     anew = told("certify anew", lambda: certify_table(
-        smoothed.with_execution(target), data, args.out / "anew.tsv", terms, seed_from="anew", indices=old.idx.tolist(),
+        smoothed.with_execution(target), data, args.out / "anew.tsv", terms, seed_from="anew", indices=indices,
         name="anew",
     ))  # fmt: skip
     lines.append(line(f"{new}, certified anew", anew, anew.n_drawn.mean()))
