@@ -31,12 +31,11 @@ from rsrouter.core.tree import Tree
 from rsrouter.core.types import Certificate
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.identity import module_digest
-from rsrouter.experts.parts import composed
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_count, check_ids, check_images, check_seed
 from rsrouter.publish import Publication, publish
 from rsrouter.router.base import Routed, Router, bound_state, single_tree
-from rsrouter.router.words import decides, in_one_line
+from rsrouter.router.words import in_lines, in_one_line
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution
 from rsrouter.sampling.memo import VoteMemo
@@ -111,12 +110,7 @@ class Smoothed:
         1 stage over sigma_0.5, images of shape (1, 2, 2), gaussian noise, float32
           1. sigma_0.5 at noise 0.5: answers
         """
-        names = [e.name for e in self.experts]
-        stages, experts = decides(self.routed, names), ", ".join(names)
-        count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
-        lines = [f"{count} over {experts}, images of shape {self.shape}, {self.noise} noise, {self.execution.dtype}"]
-        lines += [f"  {i}. {line}" for i, line in enumerate(stages, 1)]
-        lines += [f"  {line}" for line in composed(self.experts)]
+        lines = in_lines(self.routed, self.experts, self.shape)
         return "\n".join([*lines, *([] if self.core is None else [f"  {self.core.words}"])])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from rsrouter.core.titles import is_expert, stage_titles
 from rsrouter.core.tree import Stage
 from rsrouter.core.types import ABSTAIN
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.parts import composed
 from rsrouter.router.base import Routed
 
 
@@ -48,10 +50,20 @@ def _sentence(stage: Stage, titles: Mapping[str, str]) -> str:
     return f"{who}: {most} names who answers: {' or '.join(onward)}" if onward else f"{who}: answers"
 
 
+def in_lines(routed: Routed, experts: Sequence[Expert], shape: Sequence[int]) -> list[str]:
+    """Who decides what: stages in the order in which they are asked, how networks run, and what composite experts are made of."""
+    names = [e.name for e in experts]
+    stages = decides(routed, names)
+    count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
+    lines = [f"{count} over {', '.join(names)}, images of shape {tuple(shape)}, {routed.noise} noise, {routed.execution.dtype}"]
+    lines += [f"  {i}. {line}" for i, line in enumerate(stages, 1)]
+    return [*lines, *(f"  {line}" for line in composed(experts))]
+
+
 def in_one_line(routed: Routed, experts: Sequence[str]) -> str:
     """What `print` shows of a classifier: number of stages, experts, and which it is."""
     stages = len(routed.tree.stages)
     return f"{stages} stage{'s' if stages > 1 else ''} over {', '.join(experts)}; digest {routed.digest[:12]}"
 
 
-__all__ = ["decides", "in_one_line"]
+__all__ = ["decides", "in_lines", "in_one_line"]

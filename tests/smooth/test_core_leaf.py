@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from rsrouter import (
     CascadeRouter,
+    Execution,
     Expert,
     ExpertPool,
     FixedPlan,
@@ -31,9 +36,10 @@ from rsrouter import (
 from rsrouter.audit import audit
 from rsrouter.cli import app
 from rsrouter.core import ABSTAIN, Certificate
-from rsrouter.jobs import certify_table
-from rsrouter.report import curves, summarise
-from rsrouter.results import Row, Table, read_table, require_sound
+from rsrouter.jobs import certify_table, transfer_table
+from rsrouter.report import curves, summarise, write_report
+from rsrouter.report.text import print_summary
+from rsrouter.results import Row, Table, merge_tables, read_table, require_sound
 from rsrouter.results.field import parse_field
 from rsrouter.router.stored import MOST_STAGES
 from tests.helpers import small_router as small
@@ -383,3 +389,36 @@ def test_the_verbs_wrap_and_predict(tmp_path: Path) -> None:
     assert ExpertPool.load(spec).core.digest == loaded.core.digest
     with pytest.raises(InputError, match="spec and flags"):
         CliRunner().invoke(app, ["wrap", str(spec), "--core", str(tmp_path / "accurate")], catch_exceptions=False)
+
+
+def test_shards_workers_and_transfers_keep_it(run: Path, table: Table) -> None:
+    for k in (0, 1):
+        told = {"shard": (k, 2), "data": {"name": "bright-columns"}}
+        certify_table(routed(), small.images(COUNT), run / f"shard-{k}.tsv", small.PLAN, **told)
+    merged = read_table(merge_tables([run / "shard-0.tsv", run / "shard-1.tsv"], run / "merged.tsv"), check="counts")
+    assert merged.core.tolist() == table.core.tolist()
+    assert merged.metadata["core"] == table.metadata["core"]
+    copied = pickle.loads(pickle.dumps(routed()))
+    x = small.images(COUNT).batch(range(COUNT))[0]
+    assert [c.core for c in copied.certify(x, small.PLAN, ids=range(COUNT))] == table.core.tolist()
+    carried = {"table": run / "certificates.tsv", "out": run / "half.tsv", "execution": Execution(dtype="bfloat16"), "votes": 100}
+    moved = require_sound(transfer_table(routed(), small.images(COUNT), **carried))
+    assert moved.abstained.sum() >= table.abstained.sum()
+    assert np.all((moved.core >= 0) == moved.abstained)
+    assert np.all(moved.core[table.abstained] == table.core[table.abstained])
+    other = RoutedSmooth(pool(core(0.3)), CascadeRouter(TAUS))
+    with pytest.raises(IntegrityError, match="core"):
+        transfer_table(other, small.images(COUNT), **{**carried, "out": run / "other.tsv"})
+
+
+def test_a_report_has_a_line_of_its_own(table: Table, tmp_path: Path) -> None:
+    page = write_report(table, tmp_path / "report").read_text()
+    assert summarise(table).natural[0].words in html.unescape(page)
+    told = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert told["natural"][0]["accuracy"] == curves.natural_accuracy(table)[0]
+    assert "natural" not in (tmp_path / "report" / "numbers.csv").read_text()
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_summary(summarise(table), console)
+    assert "natural accuracy" in console.export_text()
+    without = replace(table, metadata={k: v for k, v in table.metadata.items() if k != "core"}, core=np.full(COUNT, ABSTAIN))
+    assert summarise(without).natural == []
