@@ -160,7 +160,7 @@ def _layer(bound: _Bound, layer: nn.Module, x: Tensor, who: str) -> None:
         size, stride = (v if isinstance(v, tuple) else (v, v) for v in (layer.kernel_size, layer.stride))
         norm = sqrt(prod(-(-k // s) for k, s in zip(size, stride, strict=True)) / prod(size))
         if scaled:
-            norm *= abs(float(layer._coefficient_lip) * float(layer.scalingFactor))  # type: ignore[arg-type]
+            norm *= abs(float(layer._coefficient_lip) * float(layer.scalingFactor))
         return bound.affine(norm * (1.0 + _ROOM), norm * (1.0 + _ROOM), 0.0, prod(size) + 2)
     if kind is Reordered:
         repeats = sqrt(float(torch.bincount(layer.order).max()))  # type: ignore[arg-type]

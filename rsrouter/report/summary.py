@@ -326,7 +326,8 @@ def _natural(table: Table, confidence: float) -> Natural:
     found = curves.natural_accuracy(table, confidence=confidence) if table.labelled else None
     core = table.described().core
     share = float((table.core != ABSTAIN).mean())
-    return Natural(table.name, printable(core.name if core else ""), *(found or (None, None, None)), share)
+    accuracy, low, high = (None, None, None) if found is None else found
+    return Natural(table.name, printable(core.name if core else ""), accuracy, low, high, share)
 
 
 def notes_of(tables: Sequence[Table]) -> list[tuple[str, str]]:
