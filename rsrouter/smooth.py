@@ -90,9 +90,8 @@ class Smoothed:
                 remedy="leave it out, or use an expert with a sigma",
             )
         self.routed = replace(routed, execution=execution or Execution(), noise=noise)
-        self.experts, self.shape = tuple(experts), shape
+        self.experts, self.shape, self.core = tuple(experts), shape, None if core is None else Core(core)
         self.memo: VoteMemo | None = None
-        self.core = None if core is None else Core(core)
         for expert in (*self.experts, *([] if core is None else [core])):
             expert.digest  # noqa: B018 (taken now, so that a change from here on is seen)
             expert.check_unchanged()
@@ -110,8 +109,8 @@ class Smoothed:
         1 stage over sigma_0.5, images of shape (1, 2, 2), gaussian noise, float32
           1. sigma_0.5 at noise 0.5: answers
         """
-        lines = in_lines(self.routed, self.experts, self.shape)
-        return "\n".join([*lines, *([] if self.core is None else [f"  {self.core.words}"])])
+        more = [] if self.core is None else [f"  {self.core.words}"]
+        return "\n".join([*in_lines(self.routed, self.experts, self.shape), *more])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "memo": None}
@@ -147,7 +146,10 @@ class Smoothed:
         return {}
 
     def _state(self) -> dict[str, str]:
-        return {**bound_state(self.routed.models, self.experts, self.core and self.core.expert), **self._settings()}
+        return {
+            **bound_state(self.routed.models, self.experts, None if self.core is None else self.core.expert),
+            **self._settings(),
+        }
 
     def check_unchanged(self) -> None:
         """Refuses weights and settings that were changed in place since they were bound: digests, seeds and tables would

@@ -82,7 +82,9 @@ class ExpertPool(Sequence[Expert]):
                     remedy="leave out the experts that differ",
                 )
         self.labels = same_labels(members, "experts of one pool")
-        self.experts, self.members, self.core = tuple(able), tuple(members), cores[0] if cores else None
+        self.experts: tuple[Expert, ...] = tuple(able)
+        self.members: tuple[Expert, ...] = tuple(members)
+        self.core: Expert | None = cores[0] if cores else None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, lazy: bool = False, hub: Hub | None = None) -> ExpertPool:

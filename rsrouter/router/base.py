@@ -176,13 +176,13 @@ def vote_digest(experts: Sequence[Expert], sigma: float, **more: Any) -> str:
     return digest_of({"experts": [e.network_digest for e in experts], "sigma": float(sigma), **more})
 
 
-def bound_state(models: Sequence[VoteModel], experts: Sequence[Expert], core: Expert | None) -> dict[str, str]:
-    """What of networks and experts may not change in place once they are bound, as `{what: its state}`."""
+def bound_state(models: Sequence[VoteModel], experts: Sequence[Expert]) -> dict[str, str]:
+    """What of networks, experts and a core may not change in place once they are bound, as `{what: its state}`."""
     found = {f"network {m.name!r}": module_digest(m.module) for m in models}
-    for e in (*experts, *([] if core is None else [core])):
+    for e in experts:
         told = (e.name, e.sigma, e.lipschitz, e.num_classes, e.input_shape, e.mean, e.std, e.resize, e.order)
         found[f"expert {e.name!r}"] = repr(told)
-    return found if core is None else {**found, f"network {core.name!r}, the core": module_digest(core.module)}
+    return found | {f"network {e.name!r}, the core": module_digest(e.module) for e in experts if e.core}
 
 
 def single_tree(expert: Expert) -> Routed:

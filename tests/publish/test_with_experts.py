@@ -204,7 +204,7 @@ def test_a_core_goes_up_as_experts_do_and_the_card_keeps_it_apart(hub: HubServer
     index = readme.partition("model-index")[2].partition("---\n\n")[0]
     assert "natural" not in index
     assert f"value: {100 * table.correct.mean():.1f}" in index
-    assert "no certificate" in hub.files("org/part-accurate")["README.md"].decode()
+    assert "without a certificate" in hub.files("org/part-accurate")["README.md"].decode()
     with pytest.raises(InputError, match="core"):
         load_expert("hf-hub:org/part-accurate", sigma=0.5)
     other = tmp_path / "run" / "certificates.json"
