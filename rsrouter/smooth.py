@@ -92,7 +92,8 @@ class Smoothed:
         self.routed = replace(routed, execution=execution or Execution(), noise=noise)
         self.experts, self.shape, self.core = tuple(experts), shape, None if core is None else Core(core)
         self.memo: VoteMemo | None = None
-        for expert in (*self.experts, *([] if core is None else [core])):
+        self._members = self.experts if core is None else (*self.experts, core)
+        for expert in self._members:
             expert.digest  # noqa: B018 (taken now, so that a change from here on is seen)
             expert.check_unchanged()
         self._bound = self._state()
@@ -146,10 +147,7 @@ class Smoothed:
         return {}
 
     def _state(self) -> dict[str, str]:
-        return {
-            **bound_state(self.routed.models, self.experts, None if self.core is None else self.core.expert),
-            **self._settings(),
-        }
+        return {**bound_state(self.routed.models, self._members), **self._settings()}
 
     def check_unchanged(self) -> None:
         """Refuses weights and settings that were changed in place since they were bound: digests, seeds and tables would
