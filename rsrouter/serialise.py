@@ -131,9 +131,9 @@ def save_routed(folder: Path, pool: ExpertPool, router: Router, execution: Execu
     """
     folder = Path(os.path.abspath(folder))
     router_config = router.to_config()
-    described = [describe_module(e.module) for e in pool if e.provenance is None]  # refuse before anything is written
+    described = [describe_module(e.module) for e in pool.members if e.provenance is None]  # refuse before anything is written
     folder.mkdir(parents=True, exist_ok=True)
-    pinned = ExpertPool([_written_down(e, folder) for e in pool]) if described else pool
+    pinned = ExpertPool([_written_down(e, folder) for e in pool.members]) if described else pool
     content = {
         "schema_version": SCHEMA_VERSION,
         "rsrouter_version": __version__,
@@ -161,7 +161,7 @@ def needed_packages(pool: ExpertPool, router_config: Mapping[str, Any]) -> dict[
     {}
     """
     names, found = _architectures_in(dict(router_config)), set()
-    for origin in (origin for expert in pool for origin in origins(expert)):
+    for origin in (origin for expert in pool.members for origin in origins(expert)):
         names |= {origin.architecture} | _architectures_in(origin.kwargs)
         if origin.loader not in ("checkpoint", "rsrouter"):
             found.add(origin.loader)  # a loader that reads with a library is called like it

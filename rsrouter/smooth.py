@@ -31,15 +31,15 @@ from rsrouter.core.tree import Tree
 from rsrouter.core.types import Certificate
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.identity import module_digest
-from rsrouter.experts.parts import composed
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_count, check_ids, check_images, check_seed
 from rsrouter.publish import Publication, publish
-from rsrouter.router.base import Routed, Router, single_tree
-from rsrouter.router.words import decides, in_one_line
+from rsrouter.router.base import Routed, Router, bound_state, single_tree
+from rsrouter.router.words import in_lines, in_one_line
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution
 from rsrouter.sampling.memo import VoteMemo
+from rsrouter.sampling.uncertified import Core
 from rsrouter.serialise import load_routed, save_routed
 
 
@@ -69,11 +69,18 @@ class Smoothed:
         routed: the bound classifier (`rsrouter.router.Routed`): tree, networks, execution, noise, digest, default seed.
         experts: the frozen base classifiers.
         shape: `(C, H, W)` of an image.
+        core: the network that answers where nothing is certified, without a certificate; None without one.
         memo: votes to share with other classifiers that certify the same images; None: draw them all.
     """
 
     def __init__(
-        self, routed: Routed, experts: Sequence[Expert], shape: tuple[int, ...], execution: Execution | None, noise: str
+        self,
+        routed: Routed,
+        experts: Sequence[Expert],
+        shape: tuple[int, ...],
+        execution: Execution | None,
+        noise: str,
+        core: Expert | None = None,
     ) -> None:
         if not routed.tree.voting and noise != "gaussian":
             raise InputError(
@@ -83,9 +90,10 @@ class Smoothed:
                 remedy="leave it out, or use an expert with a sigma",
             )
         self.routed = replace(routed, execution=execution or Execution(), noise=noise)
-        self.experts, self.shape = tuple(experts), shape
+        self.experts, self.shape, self.core = tuple(experts), shape, None if core is None else Core(core)
         self.memo: VoteMemo | None = None
-        for expert in self.experts:
+        self._members = self.experts if core is None else (*self.experts, core)
+        for expert in self._members:
             expert.digest  # noqa: B018 (taken now, so that a change from here on is seen)
             expert.check_unchanged()
         self._bound = self._state()
@@ -102,12 +110,8 @@ class Smoothed:
         1 stage over sigma_0.5, images of shape (1, 2, 2), gaussian noise, float32
           1. sigma_0.5 at noise 0.5: answers
         """
-        names = [e.name for e in self.experts]
-        stages, experts = decides(self.routed, names), ", ".join(names)
-        count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
-        lines = [f"{count} over {experts}, images of shape {self.shape}, {self.noise} noise, {self.execution.dtype}"]
-        lines += [f"  {i}. {line}" for i, line in enumerate(stages, 1)]
-        return "\n".join([*lines, *(f"  {line}" for line in composed(self.experts))])
+        more = [] if self.core is None else [f"  {self.core.words}"]
+        return "\n".join([*in_lines(self.routed, self.experts, self.shape), *more])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "memo": None}
@@ -143,14 +147,7 @@ class Smoothed:
         return {}
 
     def _state(self) -> dict[str, str]:
-        networks = {f"network {m.name!r}": module_digest(m.module) for m in self.routed.models}
-        settings = {
-            f"expert {e.name!r}": repr(
-                (e.name, e.sigma, e.lipschitz, e.num_classes, e.input_shape, e.mean, e.std, e.resize, e.order)
-            )
-            for e in self.experts
-        }
-        return {**networks, **settings, **self._settings()}
+        return {**bound_state(self.routed.models, self._members), **self._settings()}
 
     def check_unchanged(self) -> None:
         """Refuses weights and settings that were changed in place since they were bound: digests, seeds and tables would
@@ -249,8 +246,9 @@ class Smoothed:
             np.add.at(drawn, [r.image for r in requests], [r.count for r in requests])
             votes += sum(r.count for r in requests if r.purpose != PASS)
             seconds += (time.perf_counter() - start) * drawn / max(1, drawn.sum())
-            for i in [i for i in live if policy.done[i]]:
-                done[i] = certificate = policy.certificate(i)
+            made = {i: policy.certificate(i) for i in live if policy.done[i]}
+            for i, certificate in (made if self.core is None else self.core.fill(made, x, device)).items():
+                done[i] = certificate
                 finished += 1
                 if on_certificate is not None:
                     on_certificate(i, certificate, float(seconds[i]))
@@ -271,7 +269,7 @@ class Smoothed:
         device: str | None = None,
     ) -> NDArray[np.int64]:
         """The smoothed classifier's answer, or ABSTAIN, for each image (Cohen et al. 2019, PREDICT; for a tree:
-        `rsrouter.core.predict`).
+        `rsrouter.core.predict`). Where it abstains, `core.answers(images)` is what a core says, uncertified.
 
         Args:
             images: `(N, C, H, W)` pixels in [0,1].
@@ -332,7 +330,7 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
     """A smoothed router over frozen smoothed experts, certified as one classifier.
 
     Args:
-        pool: the experts.
+        pool: the experts; its core, if it has one, answers where nothing is certified.
         router: which of them answers.
         execution: how the networks run (part of the certified function).
         noise: `"gaussian"`, `"sound"`, `"gaussian-shared"` or `"sound-shared"`, as in `Smooth`.
@@ -350,7 +348,7 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
                 remedy="ExpertPool([...]), FlatRouter(...)",
             )
         self.pool, self.router = pool, router
-        super().__init__(router.bind(pool), pool.experts, pool.input_shape, execution, noise)
+        super().__init__(router.bind(pool), pool.experts, pool.input_shape, execution, noise, pool.core)
 
     def _settings(self) -> dict[str, str]:
         own = {k: v for k, v in vars(self.router).items() if not hasattr(type(self.router), k)}

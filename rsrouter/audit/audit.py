@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from rsrouter.audit.card import check_card
-from rsrouter.audit.claims import check_labels, check_rows, check_seed, find_subject
+from rsrouter.audit.claims import check_core, check_labels, check_rows, check_seed, find_subject
 from rsrouter.audit.report import AuditReport
 from rsrouter.audit.rows import audit_rows
 from rsrouter.audit.state import Settings, State, environment
@@ -45,9 +45,10 @@ def audit(
 
     For every table: the digests of the router and of every pinned expert, what the table's JSON says about them, and the
     execution; that the seed derives from the classifier; every cell of *every* row against the votes stored in it; that no row
-    is missing or repeated. Given the images: every label, and for `rows` rows drawn at random the votes (earlier looks
-    included), drawn again from the published seed; fresh votes, against which counts and radii are tested; and an attack inside
-    the certified ball. Where a card and a curve stand beside the tables, their figures must be the tables' own.
+    is missing or repeated. Given the images: every label, every uncertified answer of a core, and for `rows` rows drawn at
+    random the votes (earlier looks included), drawn again from the published seed; fresh votes, against which counts and radii
+    are tested; and an attack inside the certified ball. Where a card and a curve stand beside the tables, their figures must be
+    the tables' own.
 
     A table that passes is what this code makes of these weights, this plan and these images, as far as the audited rows show;
     `caveats` say what weakens that. Each statistical check errs with probability `level`; an honest certificate fails the
@@ -110,12 +111,13 @@ def audit(
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
             )
+        core = "" if routed.core is None else ", and the core,"
         state.add(
             "weights",
             "",
             [],
-            f"router and {len(routed.pool)} experts are the ones that are pinned",
-            experts={e.name: e.digest for e in routed.pool},
+            f"router and {len(routed.pool)} experts{core} are the ones that are pinned",
+            experts={e.name: e.digest for e in routed.pool.members},
             router=routed.router.digest,
         )
     except (ArchitectureError, ImportError) as error:
@@ -183,6 +185,8 @@ def _audit_table(state: State, table: Table, routed: RoutedSmooth | None, images
             remedy="give the data set of the table's JSON",
         )
     check_labels(state, table, run, images)
+    if subject is not None:
+        check_core(state, table, subject, images)
     if subject is None:
         for check in ("votes", "fresh", "attack"):
             state.skip(check, table.name, "the router could not be loaded")

@@ -15,6 +15,8 @@ from rsrouter.sampling.execution import KERNELS, Execution, default_batch
 from rsrouter.smooth import RoutedSmooth, Smooth
 
 Found = list[tuple[int | None, str]]
+#: Images in one pass of a core.
+CORE_ROWS = 64
 
 
 def find_subject(state: State, table: Table, run: TableMetadata, routed: RoutedSmooth) -> Smooth | RoutedSmooth:
@@ -39,6 +41,7 @@ def find_subject(state: State, table: Table, run: TableMetadata, routed: RoutedS
         router=kind,
         experts=[(e.name, float(e.sigma), e.digest) for e in subject.experts],
         kernels=KERNELS,
+        core=None if subject.core is None else (subject.core.expert.name, subject.core.expert.digest),
     )
     wrong += [(None, text) for text in claims]
     state.add("digests", name, wrong, "the table is about these weights" if not wrong else "the table is about other weights")
@@ -111,6 +114,26 @@ def check_rows(state: State, table: Table, run: TableMetadata, subject: Smooth |
         [(g[0], f"images {', '.join(map(str, g))} have equal votes, which chance does not explain") for g in groups],
         "no two images share their votes" if not groups else f"{len(groups)} groups of images share their votes",
     )
+
+
+def check_core(state: State, table: Table, subject: Smooth | RoutedSmooth, images: ImageData) -> None:
+    """Every uncertified answer against a new pass of the core network."""
+    rows = np.flatnonzero(table.abstained)
+    if subject.core is None:
+        return
+    found: Found = []
+    for start in range(0, len(rows), CORE_ROWS):
+        state.tell("core", start, len(rows))
+        part = rows[start : start + CORE_ROWS]
+        x = torch.stack([images.image(int(i)) for i in table.idx[part]])
+        other = subject.core.differs(x, table.core[part], state.settings.device)
+        again = subject.core.answers(x, state.settings.device)
+        found += [
+            (int(table.idx[i]), f"the core's answer {table.core[i]} published, {own} by its network")
+            for i, own, wrong in zip(part, again, other, strict=True)
+            if wrong
+        ]
+    state.add("core", table.name, found, f"{len(rows)} uncertified answers of {subject.core.expert.name} computed again")
 
 
 def check_labels(state: State, table: Table, run: TableMetadata, images: ImageData) -> None:

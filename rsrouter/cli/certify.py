@@ -43,6 +43,7 @@ from rsrouter.cli.options import (
     readable_rows,
 )
 from rsrouter.core.errors import InputError
+from rsrouter.core.types import ABSTAIN
 
 Source = Annotated[
     str, typer.Argument(metavar="NAME_OR_DIR", help="A router's folder or Hub repository, or a pool.json with --expert.")
@@ -281,23 +282,26 @@ def predict(
     *,
     reading: dict[str, Any],
 ) -> None:
-    """Print the smoothed classifier's answer for each image, -1 where it abstains.
+    """Print the smoothed classifier's answer for each image, -1 where it abstains; a core's uncertified answer stands beside it.
 
     Example: rsrouter predict demo/router --data test.npz --count 5
     """
     smoothed, images = load_smoothed(source, expert, revision), read_data(data, reading)
     smoothed = smoothed.with_execution(choose_execution(smoothed.execution, execution, dtype, execution_batch))
     last = len(images) if count is None else min(len(images), start + count)
-    answers: dict[int, int] = {}
+    answers, uncertified = dict[int, int](), dict[int, int]()
     rows = readable_rows(images, range(start, last))
     for part in (rows[k : k + 256] for k in range(0, len(rows), 256)):
         found = smoothed.predict(images.batch(part)[0], n=n, alpha=alpha, seed=seed, device=device)
         answers.update(zip(part, found.tolist(), strict=True))
+        if smoothed.core is not None and (left := [i for i in part if answers[i] == ABSTAIN]):
+            uncertified.update(zip(left, smoothed.core.answers(images.batch(left)[0], device).tolist(), strict=True))
     if format is Format.json:
-        echo_json(answers)
+        told = {i: {"answer": a, "core": uncertified.get(i)} for i, a in answers.items()}
+        echo_json(answers if smoothed.core is None else told)
         return
     for index, answer in answers.items():
-        typer.echo(f"{index}\t{answer}")
+        typer.echo(f"{index}\t{answer}" + (f"\tcore {uncertified[index]}, uncertified" if index in uncertified else ""))
 
 
 def register(app: typer.Typer) -> None:

@@ -39,6 +39,10 @@ def wrap(
     classifier: Annotated[
         str | None, typer.Option(help="The classifier behind --denoiser; the options about a checkpoint are about it.")
     ] = None,
+    core: Annotated[
+        str | None,
+        typer.Option("--core", help="An accurate, uncertified network, which answers where the router would abstain: as SOURCE."),
+    ] = None,
     timestep: Annotated[
         str | None,
         typer.Option(help="Time step of the denoiser: first (whose noise is at least 2 sigma, the default) or nearest."),
@@ -83,6 +87,8 @@ def wrap(
 
     rsrouter wrap hf-hub:org/clip --sigma 0.25 --class-names cat,dog --template "a photo of a {}."
 
+    rsrouter wrap a.pth b.pth --sigma 0.25,0.5 --core accurate.pth --architecture cifar_resnet110 --normalisation cifar10
+
     rsrouter wrap --denoiser hf-hub:org/ddpm-cifar10 --classifier clean/model.safetensors --sigma 0.25,0.5,1
     """
     from rsrouter.experts import wrap as wrap_spec
@@ -115,13 +121,15 @@ def wrap(
                 remedy="--sigma 0.25,0.5 in the order of the sources",
             )
         spec = [{"source": s, **settings, **({} if v is None else {"sigma": v})} for s, v in zip(source, sigmas, strict=True)]
-    elif settings or sigma is not None:
+    elif settings or sigma is not None or core is not None:
         raise InputError(
             "A spec and flags were given",
             expected="one of the two",
-            received=str(sorted(settings) or ["sigma"]),
-            remedy="write them under [defaults] in the spec",
+            received=str(sorted(settings) or ["sigma" if sigma is not None else "core"]),
+            remedy="write them under [defaults] in the spec, and core = true into the [[expert]] of a core",
         )
+    if core is not None:
+        spec = [*spec, {"source": core, **settings, "core": True}]
     x = y = None
     if data is not None:
         found = read_data(data, reading, "validation")
@@ -147,22 +155,25 @@ def wrap(
                     {
                         "name": e.name,
                         "sigma": e.sigma,
+                        "core": e.core,
                         "digest": e.digest,
                         "noisy_accuracy": checks[e.name].accuracy if e.name in checks else None,
                     }
-                    for e in wrapped.pool
+                    for e in wrapped.pool.members
                 ],
             }
         )
         return
-    for expert in wrapped.pool:
+    for expert in wrapped.pool.members:
         origin = expert.provenance
         where = "" if origin is None else f"{origin.location}@{origin.revision[:12]}" if origin.revision else origin.filename
         parts: list[str] = []
         if origin is not None and origin.source == "composite":
             where, parts = "", [role for role, _ in parts_of(origin, expert.sigma)]
-        accuracy = f"  noisy accuracy {checks[expert.name].accuracy:.1%}" if expert.name in checks else ""
-        typer.echo(f"{expert.name:24} sigma {expert.sigma:<6g} digest {expert.digest[:12]}{where and '  ' + where}{accuracy}")
+        what = "  accuracy" if expert.core else "  noisy accuracy"
+        accuracy = f"{what} {checks[expert.name].accuracy:.1%}" if expert.name in checks else ""
+        noise = "core, uncertified" if expert.core else f"sigma {expert.sigma:<6g}"
+        typer.echo(f"{expert.name:24} {noise} digest {expert.digest[:12]}{where and '  ' + where}{accuracy}")
         for part in parts:
             typer.echo(f"    {part}")
     for warning in wrapped.warnings:

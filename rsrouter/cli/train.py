@@ -203,6 +203,10 @@ def train(
         list[str] | None,
         typer.Option("--never-below", metavar="NAME@RADIUS", help="At this radius no less than this expert; repeatable."),
     ] = None,
+    core_at: Annotated[
+        float | None,
+        typer.Option("--core-at", help="Leave to the pool's core what gets less than this share of the last stage's votes: 0.6."),
+    ] = None,
     parent: Annotated[
         str | None, typer.Option("--from", help="Folder or Hub repository of a router to train further, over other experts too.")
     ] = None,
@@ -228,6 +232,8 @@ def train(
     Examples: rsrouter train pool.json --data train.npz --validation validation.npz --radii 0:2:0.25 --out router
 
     rsrouter train pool.json --data train.npz --kind deferral --recipe quick --out first-try
+
+    rsrouter train pool-with-core.json --data train.npz --core-at 0.6 --out accurate
     """
     from rsrouter import Execution, ExpertPool, FlatRouter, RoutedSmooth, Training, train_router
     from rsrouter.serialise import resolve_source
@@ -305,6 +311,7 @@ def train(
         execution=choose_execution(Execution() if old is None else old.execution, execution, dtype, execution_batch),
         notes=notes,
         parent=old,
+        core_at=core_at,
         show=True,
         **wishes,
     )

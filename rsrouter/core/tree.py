@@ -345,10 +345,11 @@ def expert_stage(
     return Stage(name, sigma, "plurality", None, targets, None, network, expert or name, lipschitz, rounding)
 
 
-def flat_tree(router: str, router_sigma: float, experts: Sequence[Stage], *, network: str = "", **constants: Any) -> Tree:
-    """Dual RS: a router whose outcome k leads to expert k (arXiv 2512.01782)."""
-    targets: tuple[Target, ...] = (*(stage.name for stage in experts), INVALID_TARGET)
-    return Tree.of([Stage(router, router_sigma, "plurality", None, targets, None, network, **constants), *experts])
+def flat_tree(router: str, router_sigma: float, experts: Sequence[Stage | None], *, network: str = "", **constants: Any) -> Tree:
+    """Dual RS: a router whose outcome k leads to expert k (arXiv 2512.01782); an outcome None answers nothing (ABSTAIN)."""
+    targets: tuple[Target, ...] = (*(ABSTAIN if e is None else e.name for e in experts), INVALID_TARGET)
+    stages = [e for e in experts if e is not None]
+    return Tree.of([Stage(router, router_sigma, "plurality", None, targets, None, network, **constants), *stages])
 
 
 def cascade_tree(experts: Sequence[Stage], thresholds: Sequence[float]) -> Tree:
@@ -356,17 +357,18 @@ def cascade_tree(experts: Sequence[Stage], thresholds: Sequence[float]) -> Tree:
 
     Args:
         experts: plurality stages in the order in which they are asked.
-        thresholds: one tau per expert but the last.
+        thresholds: one tau per expert but the last; where the last has one too, it defers to nobody (ABSTAIN).
     """
-    if len(thresholds) != len(experts) - 1:
+    if len(thresholds) not in (len(experts) - 1, len(experts)):
         raise PlanError(
             "A cascade needs a threshold for each expert but the last",
-            expected=f"{len(experts) - 1} thresholds",
+            expected=f"{len(experts) - 1} thresholds, or {len(experts)} where the last expert may defer to nobody",
             received=f"{len(thresholds)}",
             remedy="give one tau in (1/2, 1) per expert that may defer",
         )
+    onward: list[Target] = [*(e.name for e in experts[1:]), ABSTAIN]
     stages = [
-        replace(e, kind="threshold", tau=float(tau), leads_to=(*e.leads_to, following.name), reference=None)
-        for e, following, tau in zip(experts, experts[1:], thresholds, strict=False)
+        replace(e, kind="threshold", tau=float(tau), leads_to=(*e.leads_to, target), reference=None)
+        for e, target, tau in zip(experts, onward, thresholds, strict=False)
     ]
-    return Tree.of([*stages, experts[-1]])
+    return Tree.of([*stages, *experts[len(thresholds) :]])

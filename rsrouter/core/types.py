@@ -37,6 +37,8 @@ class Certificate:
             does not reach: `"stage@votes"` to the same layout as `counts`. With it the radius is a function of
             the stored votes (`rsrouter.core.recompute`).
         logits: of each deterministic stage, from its one forward pass; they cost no votes.
+        core: what an uncertified core network answers where `predict` is `ABSTAIN`; -1 where there is none. Nothing is certified
+            about it, at no radius.
     """
 
     predict: int
@@ -50,10 +52,12 @@ class Certificate:
     r_expert: float = 0.0
     earlier: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     logits: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    core: int = ABSTAIN
 
     def __str__(self) -> str:
         if self.predict == ABSTAIN:
-            return f"abstains after {self.n_drawn:,} votes"
+            answered = "" if self.core == ABSTAIN else f"; the core answers class {self.core}, uncertified"
+            return f"abstains after {self.n_drawn:,} votes{answered}"
         by = f" by {self.expert}" if self.expert else ""
         # rounded down: what is shown is certified
         return f"class {self.predict} within L2 radius {int(self.radius * 1e4) / 1e4:.4f}{by}, {self.n_drawn:,} votes"

@@ -43,6 +43,7 @@ class Settings(Stored):
         input_size: `(height, width)` of the data, where `input_shape` is what the network sees.
         templates: of an open_clip model's prompts, with `{}` for the class name.
         lipschitz, rounding: as in `Expert`, for one that is not smoothed.
+        core: as in `Expert`, for the network that answers where nothing is certified.
     """
 
     name: Name | None = None
@@ -63,6 +64,7 @@ class Settings(Stored):
     templates: Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)] | None = None
     lipschitz: Literal["compute"] | float | Annotated[tuple[Channels, ...], Field(max_length=1_000)] | None = None
     rounding: float | None = None
+    core: bool | None = None
 
 
 class ExpertConfig(Settings):

@@ -20,13 +20,12 @@ from rsrouter.files import sync_folder
 
 _CARD = """# {title}
 
-A base classifier for randomized smoothing (Cohen et al. 2019, arXiv 1902.02918), for Gaussian noise of standard deviation
-**{sigma:g}** on pixels in [0,1]. It is meant to be smoothed: its own predictions on clean images carry no guarantee.
+{about}
 
 | | |
 |---|---|
 | architecture | `{architecture}` |
-| sigma | {sigma:g} |
+| {kind} |
 | classes | {num_classes} |
 | input | {shape} |
 | normalisation | {normalisation} |
@@ -34,14 +33,27 @@ A base classifier for randomized smoothing (Cohen et al. 2019, arXiv 1902.02918)
 | converted from | {origin} |
 
 ```python
-from rsrouter import Smooth, load_expert
-
-smoothed = Smooth(load_expert("hf-hub:ORG/NAME"))
+{use}
 ```
 
 The weights were converted without change from the file named above. Whoever publishes them states under which licence, and
 who trained them.
 """
+
+
+_SMOOTHED = """A base classifier for randomized smoothing (Cohen et al. 2019, arXiv 1902.02918), for Gaussian noise of standard
+deviation **{sigma:g}** on pixels in [0,1]. It is meant to be smoothed: its own predictions on clean images carry no guarantee."""
+_SILENT = (
+    """A classifier with a known L2 Lipschitz constant on pixels in [0,1]: one forward pass without noise certifies its answer."""
+)
+_CORE = """A classifier without a certificate: the core of a router, which answers where nothing is certified (ACES, Horvath et
+al. 2022, arXiv 2204.00487). Its predictions carry no guarantee."""
+_USE = """from rsrouter import Smooth, load_expert
+
+smoothed = Smooth(load_expert("hf-hub:ORG/NAME"))"""
+_USE_CORE = """from rsrouter import ExpertPool, load_expert
+
+pool = ExpertPool([*experts, load_expert("hf-hub:ORG/NAME")])"""
 
 
 def save_expert(expert: Expert, folder: str | os.PathLike[str], *, origin: dict[str, Any] | None = None) -> Path:
@@ -92,6 +104,8 @@ def save_expert(expert: Expert, folder: str | os.PathLike[str], *, origin: dict[
         config["resize"] = expert.resize.model_dump(mode="json")
     if expert.order is not None:
         config["order"] = list(expert.order)
+    if expert.core:
+        config["core"] = True
     if expert.lipschitz is not None:
         config |= {"lipschitz": expert.lipschitz.constants, "rounding": expert.lipschitz.rounding}
     if origin:
@@ -141,9 +155,13 @@ def card(expert: Expert, config: dict[str, Any]) -> str:
         normalisation = f"mean {list(expert.mean)}, std {list(expert.std)}"
     origin = config.get("converted_from") or {}
     where = f"`{origin['filename']}`, sha256 `{origin['sha256']}`" if origin else "a module in memory"
+    noise = "core" if expert.core else "without noise" if expert.lipschitz is not None else f"sigma {expert.sigma:g}"
+    about = _CORE if expert.core else _SILENT if expert.lipschitz is not None else _SMOOTHED.format(sigma=expert.sigma)
     text = _CARD.format(
-        title=f"{config['architecture']}, sigma {expert.sigma:g}",
-        sigma=expert.sigma,
+        title=f"{config['architecture']}, {noise}",
+        about=about,
+        kind=noise.replace(" ", " | ", 1) if noise.startswith("sigma") else f"use | {noise}",
+        use=_USE_CORE if expert.core else _USE,
         architecture=config["architecture"],
         num_classes=expert.num_classes,
         shape=" x ".join(map(str, expert.input_shape)),

@@ -38,6 +38,7 @@ class Entry(Stored):
     probe: Probe | None = None
     lipschitz: float | tuple[Channels, ...] | None = None
     rounding: float | None = None
+    core: bool = False
 
 
 class PoolFile(Stored):
@@ -85,6 +86,7 @@ def expert_to_dict(expert: Expert, folder: Path | None = None) -> dict[str, Any]
         probe=expert.probe,
         lipschitz=None if expert.lipschitz is None else expert.lipschitz.constants,
         rounding=None if expert.lipschitz is None else expert.lipschitz.rounding,
+        core=expert.core,
     )
     return entry.model_dump(mode="json")
 
@@ -156,8 +158,7 @@ def _expert(entry: Entry, sources: Sources, lazy: bool) -> Expert:
             remedy=REMEDY,
         )
     provenance = _absolute(entry.provenance, Path(os.path.abspath(sources.folder or Path())))
-    told = ("name", "sigma", "mean", "std", "resize", "order", "num_classes", "input_shape", "labels", "lipschitz", "rounding")
-    settings = {key: getattr(entry, key) for key in told}
+    settings = {key: getattr(entry, key) for key in Entry.model_fields if key not in ("digest", "provenance", "probe")}
     expert = make_expert(provenance, settings, sources, probe=entry.probe)
     if expert.digest != entry.digest:
         raise IntegrityError(

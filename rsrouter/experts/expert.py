@@ -49,6 +49,18 @@ def check_sigma(sigma: object, who: str) -> float:
     return sigma
 
 
+def _no_votes(sigma: object, lipschitz: object, who: str) -> float:
+    """0, the sigma of a core; InputError where it is to be certified as well."""
+    if lipschitz is not None or (sigma is not None and (isinstance(sigma, bool) or sigma != 0)):
+        raise InputError(
+            f"{who[0].upper()}{who[1:]} is a core, and has what certificates are made of",
+            expected="core=True alone: it answers where nothing is certified, and is never certified itself",
+            received=f"sigma={sigma!r}" if lipschitz is None else f"lipschitz={lipschitz!r}"[:200],
+            remedy="leave out sigma and lipschitz, or core",
+        )
+    return 0.0
+
+
 def _no_noise(sigma: object, who: str) -> float:
     """0, the sigma of a deterministic expert; InputError where another one is given."""
     if sigma is not None and (isinstance(sigma, bool) or sigma != 0):
@@ -93,6 +105,17 @@ def check_labels(labels: object, num_classes: int, who: str) -> tuple[str, ...] 
     return names
 
 
+def refuse_core(expert: Expert, what: str) -> None:
+    """Raises InputError where a core is asked for what only an expert can give."""
+    if expert.core:
+        raise InputError(
+            f"{expert.name!r} is a core, and cannot {what}",
+            expected="an expert with a sigma, or with a Lipschitz constant",
+            received="a core: it answers where nothing is certified, without a certificate",
+            remedy="put it beside experts in an ExpertPool; RoutedSmooth then asks it where it would abstain",
+        )
+
+
 def same_labels(experts: Sequence[Expert], who: str) -> tuple[str, ...] | None:
     """The class names that experts share; None where none of them says any.
 
@@ -118,16 +141,19 @@ def same_labels(experts: Sequence[Expert], who: str) -> tuple[str, ...] | None:
 class Expert:
     """A frozen base classifier trained for one noise level, or, with `lipschitz`, for none: one forward pass then certifies.
 
+    With `core` it is no expert that certifies, but the accurate network that answers where a router certifies nothing
+    (ACES, Horvath et al. 2022): it stands in an `ExpertPool`, whose `core` it becomes.
+
     Args:
         module: maps images `(B, C, H, W)` to logits `(B, num_classes)`; called in eval mode without gradients
             and never changed.
-        sigma: noise level it is used at, standard deviation for pixels in [0,1]; left out (0) with `lipschitz`.
+        sigma: noise level it is used at, standard deviation for pixels in [0,1]; left out (0) with `lipschitz` and `core`.
         num_classes: width of the logits.
         input_shape: `(C, H, W)` of one image of the data; radii are distances between such images.
         mean, std: per-channel normalisation applied before the module; None for both: it normalises itself.
         resize: how such an image becomes one of the network's size, before the normalisation; None: it is that size.
         order: which of the module's logits each class reads; None: as they come.
-        name: unique in its pool; default `sigma_<sigma>`, or `lipschitz`.
+        name: unique in its pool; default `sigma_<sigma>`, `lipschitz` or `core`.
         labels: class names in the order of the logits; None where they are not known.
         provenance: where the weights came from; None for a module made in memory, which cannot be published.
         probe: logits that the network gave when it was wrapped; compared when `load` gives the module.
@@ -136,6 +162,7 @@ class Expert:
             table of constants of their differences, or `"compute"` for layers that are known (`rsrouter.experts.lipschitz`).
             A declared constant is what certificates rest on; it is tried on pairs of inputs, which proves nothing.
         rounding: by how much a logit of a float64 pass may be wrong; None: computed, or 1e-6 where the constant is declared.
+        core: whether it is the core of a pool; its answers carry no certificate.
 
     Raises:
         NetworkError: a declared constant that does not hold, or layers whose constant cannot be computed.
@@ -164,10 +191,17 @@ class Expert:
         load: Callable[[], nn.Module] | None = None,
         lipschitz: Constants | str | None = None,
         rounding: float | None = None,
+        core: bool = False,
     ) -> None:
         who = f"expert {name!r}" if name else "the expert"
-        self.sigma = check_sigma(sigma, who) if lipschitz is None else _no_noise(sigma, who)
-        self.name = (f"sigma_{self.sigma:g}" if lipschitz is None else "lipschitz") if name is None else name
+        self.core = bool(core)
+        if core:
+            self.sigma = _no_votes(sigma, lipschitz, who)
+        else:
+            self.sigma = check_sigma(sigma, who) if lipschitz is None else _no_noise(sigma, who)
+        if name is None:
+            name = "core" if core else f"sigma_{self.sigma:g}" if lipschitz is None else "lipschitz"
+        self.name = name
         if not isinstance(self.name, str) or not _NAME.match(self.name):
             raise InputError(
                 "An expert's name is not usable",
@@ -345,6 +379,8 @@ class Expert:
             told["labels"] = self.labels
         if self.lipschitz is not None:
             told["lipschitz"] = [self.lipschitz.constants, self.lipschitz.rounding]
+        if self.core:
+            told["core"] = True
         return digest_of(told)
 
     def check_unchanged(self) -> None:
@@ -372,7 +408,7 @@ class Expert:
         settings = {key: getattr(self, key) for key in kept}
         if self.lipschitz is not None and "lipschitz" not in changes:
             settings |= {"lipschitz": self.lipschitz.constants, "rounding": self.lipschitz.rounding}
-        made = Expert(self.module, **{**settings, **changes})
+        made = Expert(self.module, **{**settings, "core": self.core, **changes})
         made._token, made.beside = self._token, self.beside
         return made
 
@@ -389,7 +425,7 @@ class Expert:
         return made
 
     def __repr__(self) -> str:
-        noise = f"sigma={self.sigma:g}" if self.lipschitz is None else "deterministic"
+        noise = "core" if self.core else f"sigma={self.sigma:g}" if self.lipschitz is None else "deterministic"
         return f"Expert({self.name!r}, {noise}, num_classes={self.num_classes}, input_shape={self.input_shape})"
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rsrouter.core.errors import InputError, NetworkError
 from rsrouter.experts.preprocessing import Normalise, Preprocessed, Reordered
@@ -105,12 +106,6 @@ def conv_norm(weight: NDArray[np.float64], shape: tuple[int, ...], stride: tuple
     return min(torus, patches)
 
 
-def known(module: nn.Module) -> type[nn.Module]:
-    """The class of a layer, parametrisations left out."""
-    classes = type(module).__mro__
-    return classes[1] if hasattr(module, "parametrizations") and classes[0].__name__.startswith("Parametrized") else classes[0]
-
-
 def _is_torchlip(kind: type[nn.Module], *names: str) -> bool:
     return kind.__module__.startswith("deel.torchlip.") and kind.__name__ in names
 
@@ -134,17 +129,19 @@ class _Bound:
 
 
 def _layer(bound: _Bound, layer: nn.Module, x: Tensor, who: str) -> None:
-    kind = known(layer)
-    if kind in (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d, nn.ReLU, GroupSort):
+    kind = type(layer)
+    if kind in (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.PixelUnshuffle, GroupSort):
         return
-    if _is_torchlip(kind, "GroupSort", "GroupSort2", "MaxMin"):
-        factor = float(layer._coefficient_lip)  # type: ignore[arg-type]
-        return bound.affine(abs(factor), abs(factor), 0.0, 1)
-    if kind is nn.Linear or _is_torchlip(kind, "SpectralLinear", "FrobeniusLinear"):
+    if _is_torchlip(kind, "InvertibleDownSampling"):
+        return
+    if _is_torchlip(kind, "GroupSort", "GroupSort2", "FullSort", "MaxMin"):
+        factor = abs(float(layer._coefficient_lip))  # type: ignore[arg-type]
+        return bound.affine(factor, factor, 0.0, 1)
+    if kind is nn.Linear:
         weight = _array(layer.weight)  # type: ignore[arg-type]
         bias = 0.0 if layer.bias is None else float(np.linalg.norm(_array(layer.bias)))  # type: ignore[arg-type]
         return bound.affine(spectral_norm(weight), float(np.linalg.norm(weight)), bias, weight.shape[1] + 1)
-    if kind is nn.Conv2d or _is_torchlip(kind, "SpectralConv2d", "FrobeniusConv2d"):
+    if kind is nn.Conv2d:
         assert isinstance(layer, nn.Conv2d)
         if layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and layer.groups == 1:
             weight = _array(layer.weight)
@@ -155,10 +152,16 @@ def _layer(bound: _Bound, layer: nn.Module, x: Tensor, who: str) -> None:
             places = prod(layer(x).shape[2:])
             bias = 0.0 if layer.bias is None else float(np.linalg.norm(_array(layer.bias))) * sqrt(places)
             return bound.affine(norm, absolute, bias, prod(weight.shape[1:]) + 1)
-    if kind is nn.AvgPool2d and layer.padding == 0 and not layer.ceil_mode and layer.divisor_override is None:
+    if _is_torchlip(kind, "ScaledAdaptiveAvgPool2d"):  # sums over all places, divided by the root of their number
+        factor = abs(float(layer._coefficient_lip)) * (1.0 + _ROOM)  # type: ignore[arg-type]
+        return bound.affine(factor, factor, 0.0, prod(x.shape[2:]) + 2)
+    scaled = _is_torchlip(kind, "ScaledAvgPool2d")
+    if (kind is nn.AvgPool2d or scaled) and layer.padding == 0 and not layer.ceil_mode and layer.divisor_override is None:
         size, stride = (v if isinstance(v, tuple) else (v, v) for v in (layer.kernel_size, layer.stride))
         norm = sqrt(prod(-(-k // s) for k, s in zip(size, stride, strict=True)) / prod(size))
-        return bound.affine(norm * (1.0 + _ROOM), norm * (1.0 + _ROOM), 0.0, prod(size) + 1)
+        if scaled:
+            norm *= abs(float(layer._coefficient_lip) * float(layer.scalingFactor))
+        return bound.affine(norm * (1.0 + _ROOM), norm * (1.0 + _ROOM), 0.0, prod(size) + 2)
     if kind is Reordered:
         repeats = sqrt(float(torch.bincount(layer.order).max()))  # type: ignore[arg-type]
         return bound.affine(repeats, repeats, 0.0, 1)
@@ -169,8 +172,8 @@ def _layer(bound: _Bound, layer: nn.Module, x: Tensor, who: str) -> None:
         return bound.affine(norm * (1.0 + _ROOM), norm * (1.0 + _ROOM), shift, 3)
     raise NetworkError(
         f"The Lipschitz constant of layer {who!r} cannot be computed",
-        expected="a sequence of dense layers, convolutions with zero padding, average pooling, ReLU and GroupSort, or those of "
-        "deel-torchlip",
+        expected="a sequence of dense layers, convolutions with zero padding, average pooling, ReLU and GroupSort, or an "
+        "exported one of deel-torchlip",
         received=f"{kind.__module__}.{kind.__qualname__}",
         remedy="declare it: Expert(module, lipschitz=L, ...), with a constant that you can prove",
     )
@@ -178,7 +181,15 @@ def _layer(bound: _Bound, layer: nn.Module, x: Tensor, who: str) -> None:
 
 def _layers(module: nn.Module, who: str = "") -> list[tuple[str, nn.Module]]:
     """The layers of nested sequences, in order."""
-    kind = known(module)
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        raise NetworkError(
+            f"The weights of layer {who or kind.__name__!r} are computed anew in every pass",
+            expected="weights that are stored: another machine must get the same ones",
+            received=f"parametrisations of {', '.join(sorted(module.parametrizations))}",  # type: ignore[arg-type]
+            remedy="export the network first: model.eval().vanilla_export() of deel-torchlip, or "
+            "torch.nn.utils.parametrize.remove_parametrizations",
+        )
     if "forward" in vars(module) or any(getattr(module, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
         raise NetworkError(
             f"Layer {who or kind.__name__!r} was given hooks or another forward pass, which may compute anything",

@@ -197,7 +197,7 @@ def merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: We
         "input_shape": "C,H,W, such as 3,32,32",
         "mean": "'cifar10' (or another name), 'none' if it takes raw pixels, or per-channel mean and std",
     }
-    if merged.get("lipschitz") is not None:
+    if merged.get("lipschitz") is not None or merged.get("core"):
         merged.setdefault("sigma", 0)  # one forward pass without noise
     if missing := [key for key in asked if key not in merged]:
         if "std" in merged:
@@ -304,7 +304,7 @@ def load_expert(
         token, cache_dir, local_files_only: passed to `huggingface_hub`.
         **overrides: what the files do not say, or say differently: `name`, `architecture`, `kwargs`, `sigma`,
             `num_classes`, `input_shape`, `mean` and `std` (None for both: it normalises itself), or `normalisation`,
-            a name in `NORMALISATIONS`; `labels`, the class names in order; `lipschitz` and `rounding`; `licence`;
+            a name in `NORMALISATIONS`; `labels`, the class names in order; `lipschitz` and `rounding`; `core`; `licence`;
             `weights_key`, which of several sets of weights in the file is meant; `input_size`, `(height, width)` of the data
             where the network sees images of another size, and `resize`, a `Resize` (or its settings), where the files do not
             say how; `templates`, of an open_clip model's prompts.
@@ -373,5 +373,6 @@ def make_expert(
         probe=probe,
         lipschitz=settings.get("lipschitz"),
         rounding=settings.get("rounding"),
+        core=bool(settings.get("core")),
         load=None if module is not None else lambda: load_network(provenance, num_classes, sources),
     )

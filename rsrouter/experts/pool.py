@@ -11,7 +11,7 @@ from typing import Any
 
 from rsrouter.core.errors import InputError
 from rsrouter.experts.entries import experts_from_dict, experts_to_dict
-from rsrouter.experts.expert import Expert, same_labels
+from rsrouter.experts.expert import Expert, refuse_core, same_labels
 from rsrouter.experts.loaders import Sources
 from rsrouter.experts.provenance import REMEDY
 from rsrouter.experts.spec import SPEC_SUFFIXES, experts_of_spec
@@ -25,10 +25,17 @@ class ExpertPool(Sequence[Expert]):
     """The experts of one router, ordered by (sigma, name), over one label set and one input shape.
 
     Args:
-        experts: at least one, with different names; or the path of a saved pool or of a spec file.
+        experts: at least one, with different names, and at most one core beside them; or the path of a saved pool or of a spec
+            file.
+
+    Attributes:
+        experts: those that can be certified, in the pool's order.
+        core: the network that answers where a router certifies nothing; None without one. It is no part of the sequence.
+        members: all of them, the core last.
+        labels: class names; None where they are not known.
 
     Raises:
-        InputError: no expert, a name twice, or class counts, input shapes or class names that differ.
+        InputError: no expert, a name twice, two cores, or class counts, input shapes or class names that differ.
 
     >>> from torch import nn
     >>> pool = ExpertPool(Expert(nn.Flatten(), sigma=s, num_classes=4, input_shape=(1, 2, 2)) for s in (0.5, 0.25))
@@ -39,9 +46,24 @@ class ExpertPool(Sequence[Expert]):
     def __init__(self, experts: Iterable[Expert] | str | os.PathLike[str]) -> None:
         if isinstance(experts, str | os.PathLike):
             experts = type(self).load(experts)
-        members = sorted(experts, key=lambda e: (e.sigma, e.name))
-        if not members:
-            raise InputError("A pool needs experts", expected="at least one Expert", received="none", remedy="wrap a checkpoint")
+        experts = experts.members if isinstance(experts, ExpertPool) else experts
+        given = sorted(experts, key=lambda e: (e.sigma, e.name))
+        able, cores = [e for e in given if not e.core], [e for e in given if e.core]
+        members = [*able, *cores]
+        if len(cores) > 1:
+            raise InputError(
+                "A pool has one core at most",
+                expected="one network that answers where nothing is certified",
+                received=str([e.name for e in cores]),
+                remedy="leave out the others",
+            )
+        if not able:
+            raise InputError(
+                "A pool needs experts",
+                expected="at least one Expert",
+                received="none" if not cores else "a core alone",
+                remedy="wrap a checkpoint",
+            )
         names = [e.name for e in members]
         if len(set(names)) != len(names):
             raise InputError(
@@ -60,7 +82,9 @@ class ExpertPool(Sequence[Expert]):
                     remedy="leave out the experts that differ",
                 )
         self.labels = same_labels(members, "experts of one pool")
-        self.experts = tuple(members)
+        self.experts: tuple[Expert, ...] = tuple(able)
+        self.members: tuple[Expert, ...] = tuple(members)
+        self.core: Expert | None = cores[0] if cores else None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, lazy: bool = False, hub: Hub | None = None) -> ExpertPool:
@@ -134,14 +158,15 @@ class ExpertPool(Sequence[Expert]):
 
     def __getitem__(self, key: int | str) -> Expert:  # type: ignore[override]
         if isinstance(key, str):
-            for expert in self.experts:
+            for expert in self.members:
                 if expert.name == key:
+                    refuse_core(expert, "be certified")
                     return expert
             raise InputError("No such expert", expected=f"one of {list(self.names)}", received=repr(key), remedy="check the name")
         return self.experts[key]
 
     def __repr__(self) -> str:
-        return f"ExpertPool({list(self.experts)!r})"
+        return f"ExpertPool({list(self.members)!r})"
 
 
 def _pool_path(file: Path) -> Path:
@@ -150,7 +175,7 @@ def _pool_path(file: Path) -> Path:
 
 def pool_to_dict(pool: ExpertPool, folder: Path | None = None) -> dict[str, Any]:
     """JSON-ready content of `pool.json`; local locations inside `folder` are relative to it."""
-    return experts_to_dict(pool, folder)
+    return experts_to_dict(pool.members, folder)
 
 
 def pool_from_dict(

@@ -15,6 +15,10 @@ A spec has one `[[expert]]` per expert; what several share stands under `[defaul
     sigma = [0.5, 1.0]                                   # one model, an expert at each
 
     [[expert]]
+    source = "accurate.safetensors"                      # a network without noise: it answers where nothing is certified
+    core = true
+
+    [[expert]]
     kind = "ensemble"
     consensus = 2
     sigma = 0.5
@@ -157,7 +161,7 @@ def _experts(entry: Mapping[str, Any], defaults: Mapping[str, Any], base: Path, 
             received=str(unknown),
             remedy="check the spelling",
         )
-    sigmas = entry.get("sigma", defaults.get("sigma") if kind == "plain" else None)
+    sigmas = entry.get("sigma", defaults.get("sigma") if kind == "plain" and not entry.get("core") else None)
     several = sigmas if isinstance(sigmas, list) else [sigmas]
     if kind != "plain":
         several = [check_sigma(s, f"a {kind} expert") for s in several if s is not None]
@@ -244,6 +248,8 @@ def _load(entry: Mapping[str, Any], defaults: Mapping[str, Any], base: Path, hub
     if {"mean", "std", "normalisation"} & entry.keys():
         for key in ("mean", "std", "normalisation"):
             settings.pop(key, None)
+    if entry.get("core"):
+        settings.pop("sigma", None)
     settings.update({k: v for k, v in entry.items() if k not in {"kind", "source"}})
     if unknown := sorted(set(map(str, settings)) - _KEYS["plain"]):
         raise InputError(

@@ -24,7 +24,7 @@ class Wrapped:
 
     Attributes:
         pool: pinned.
-        checks: one per expert, in the pool's order; empty where no labelled images were given.
+        checks: one per expert, in the pool's order, and of the core (without noise); empty where no labelled images were given.
     """
 
     pool: ExpertPool
@@ -64,8 +64,8 @@ def wrap(
     """
     experts = experts_of_spec(spec, folder=folder, hub=hub)
     pool = ExpertPool(experts if label_map is None else map_labels(experts, **label_map))
-    for expert in pool:
+    for expert in pool.members:
         expert.probe = expert.probe or take_probe(expert.network(), expert.input_shape, f"expert {expert.name!r}")
     if images is None or labels is None:
         return Wrapped(pool)
-    return Wrapped(pool, tuple(check_expert(e, images, torch.as_tensor(labels), seed=seed) for e in pool))
+    return Wrapped(pool, tuple(check_expert(e, images, torch.as_tensor(labels), seed=seed) for e in pool.members))

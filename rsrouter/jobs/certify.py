@@ -191,12 +191,14 @@ def job_metadata(
     """What makes a table reproducible; rows are only ever added under the same metadata (but for `info`)."""
     execution = {**smoothed.execution.to_dict(), "batch": settled_batch(smoothed, device)}
     experts = smoothed.pool if isinstance(smoothed, RoutedSmooth) else [smoothed.expert]
+    core = smoothed.core
     return TableMetadata(
         name=name,
         role="routed" if isinstance(smoothed, RoutedSmooth) else "expert",
         digest=smoothed.digest,
         router=smoothed.router.kind if isinstance(smoothed, RoutedSmooth) else None,
         experts=tuple(ExpertRecord(name=e.name, sigma=float(e.sigma), digest=e.digest) for e in experts),
+        core=None if core is None else ExpertRecord(name=core.expert.name, sigma=0.0, digest=core.expert.digest),
         tree=TreeRecord.of(smoothed.tree),
         terms=terms,
         seed_from=seed_from,

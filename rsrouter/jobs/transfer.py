@@ -71,6 +71,7 @@ def transfer_table(
         ResultsError: no table of certificates, or one that was transferred before; the errors of writing.
         InputError: another machine than the one that drew the votes, whose function could not be run; arguments that do not fit.
     """
+    core = None if smoothed.core is None else smoothed.core.expert.digest
     path, votes, alpha = Path(table), check_whole("votes", votes, 1), float(check_alpha(alpha))
     parent = require_sound(read_table(path))
     about = parent.described()
@@ -85,11 +86,11 @@ def transfer_table(
         raise InputError(
             "The alphas add up to 1 or more", expected="less", received=f"{about.terms.alpha + alpha}", remedy="lower them"
         )
-    if smoothed.digest != about.digest:
+    if smoothed.digest != about.digest or core != (None if about.core is None else about.core.digest):
         raise IntegrityError(
             "The table is about another classifier",
-            expected=f"digest {about.digest}",
-            received=f"digest {smoothed.digest}",
+            expected=f"digest {about.digest}" + ("" if about.core is None else f", core {about.core.digest}"),
+            received=f"digest {smoothed.digest}" + ("" if core is None else f", core {core}"),
             remedy="give the router that the table was certified with",
         )
     _same_machine(about, own_device)
@@ -119,7 +120,10 @@ def transfer_table(
     with ResultsWriter(out, metadata) as writer:
         for at in range(len(parent)):
             if int(parent.idx[at]) not in writer.done():
-                writer.append(_row(parent, at, images, tree, engines, about, moved))
+                row = _row(parent, at, images, tree, engines, about, moved)
+                if second.core is not None and row.predict == ABSTAIN:
+                    row = replace(row, core=int(second.core.answers(images[row.idx][0][None], device)[0]))
+                writer.append(row)
             if progress is not None:
                 progress(at + 1, len(parent))
         for engine in engines:

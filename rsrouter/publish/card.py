@@ -99,9 +99,11 @@ def render_card(
         ResultsError: a table that does not say how it was made.
     """
     summary = summarise(list(tables), common=True) if tables else None
-    rows = [row for expert in routed.pool for row in _expert(expert)]
-    router, made_of = routed.router, [e.provenance for e in routed.pool if e.provenance is not None]
+    rows = [row for expert in routed.pool.members for row in _expert(expert)]
+    router, made_of = routed.router, [e.provenance for e in routed.pool.members if e.provenance is not None]
     papers = [PAPERS[key] for key in cited(router.kind, routed.noise, made_of)]
+    if routed.pool.core is not None:
+        papers.append(PAPERS["horvath2022b"])
     sets = sorted({name for table in tables if (name := _on_hub(table)) is not None})
     body = (
         _environment()
@@ -116,9 +118,10 @@ def render_card(
             experts=rows,
             parts=any(row["part"] for row in rows),
             on_hub=all(row["hub"] for row in rows),
-            restricted={text_of(name): text_of(told) for name, told in restricted(routed.pool).items()},
+            restricted={text_of(name): text_of(told) for name, told in restricted(routed.pool.members).items()},
             router_kind=router.kind,
             router_bytes=f"{sum(t.numel() * t.element_size() for t in router.modules.state_dict().values()):,}",
+            core=None if routed.pool.core is None else text_of(routed.pool.core.name),
             decides=[text_of(line) for line in decides(routed.routed, routed.pool.names)],
             needs=needs or {},
             imports=imports,
@@ -162,7 +165,7 @@ def _expert(expert: Expert) -> list[dict[str, Any]]:
         {
             "name": text_of(expert.name),
             "part": text_of(role),
-            "sigma": f"{expert.sigma:g}",
+            "sigma": "core" if expert.core else f"{expert.sigma:g}",
             "repo": p.location,
             "hub": p.source == "hub",
             "where": f"[{text_of(p.location)}](https://huggingface.co/{quote(p.location)})"
@@ -185,6 +188,7 @@ def _results(summary: Summary, tables: list[Table], routed: Saved, repo_id: str,
         "labelled": summary.labelled,
         "confidence": f"{100 * summary.confidence:g}",
         "lines": headline(summary),
+        "natural": [text_of(n.words) for n in summary.natural],
         "standings": [text_of(s.words) for s in summary.standings],
         "figure": figure,
         "runs": [_run(table, routed, repo_id) for table in tables],

@@ -80,7 +80,7 @@ class Uploader:
             CheckpointError: an expert that cannot be written.
         """
         entries = []
-        for expert in saved.pool:
+        for expert in saved.pool.members:
             entry = expert_to_dict(expert)
             pinned = self._pin(expert.provenance, f"{self.prefix}-{expert.name}", expert, expert.num_classes)
             entries.append({**entry, "provenance": pinned.to_dict()})

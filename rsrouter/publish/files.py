@@ -90,7 +90,7 @@ def collect(
     if not pinned and (folder / "experts").is_dir():
         shutil.copytree(folder / "experts", fresh / "experts")  # weights that were written with the router
     routed = load_folder(fresh)
-    check_licence(licence, routed.pool)
+    check_licence(licence, routed.pool.members)
     check_packages(routed, config)
     names = [CONFIG, WEIGHTS]
     (fresh / "certificates").mkdir()
@@ -168,6 +168,7 @@ def check_table(table: Table, saved: Saved) -> Table:
         router=saved.router.kind if role == "routed" else None,
         experts=[(e.name, float(e.sigma), e.digest) for e in saved.pool if role == "routed" or e.name == subject.tree.root],
         kernels=KERNELS,
+        core=None if role == "expert" or saved.pool.core is None else (saved.pool.core.name, saved.pool.core.digest),
     )
     derived = about.seed == subject.default_seed(about.seed_from)
     if about.seed_derived != derived:

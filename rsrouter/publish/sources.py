@@ -58,6 +58,13 @@ PAPERS: dict[str, tuple[str, str, str]] = {
         "Horv{\\'a}th, Mikl{\\'o}s Z. and M{\\\"u}ller, Mark Niklas and Fischer, Marc and Vechev, Martin}, booktitle={ICLR}, "
         "year={2022}}",
     ),
+    "horvath2022b": (
+        "An uncertified core network where nothing is certified",
+        "Horváth et al. 2022 (ACES), arXiv:2204.00487",
+        "@article{horvath2022b, title={Robust and Accurate - Compositional Architectures for Randomized Smoothing}, author={"
+        "Horv{\\'a}th, Mikl{\\'o}s Z. and M{\\\"u}ller, Mark Niklas and Fischer, Marc and Vechev, Martin}, "
+        "journal={arXiv:2204.00487}, year={2022}}",
+    ),
     "voracek2023": (
         "Noise that is exact in floating point",
         "Voráček and Hein 2023, arXiv:2207.07209",

@@ -10,14 +10,16 @@ from rsrouter.report.curves import (
     coverage,
     coverage_interval,
     envelope,
+    natural_accuracy,
     oracle,
     wrong_certificates,
 )
 from rsrouter.report.page import write_report
-from rsrouter.report.summary import Summary, summarise
+from rsrouter.report.summary import Natural, Summary, summarise
 
 __all__ = [
     "Curve",
+    "Natural",
     "Summary",
     "abstention_rate",
     "accuracy_difference",
@@ -27,6 +29,7 @@ __all__ = [
     "coverage",
     "coverage_interval",
     "envelope",
+    "natural_accuracy",
     "oracle",
     "summarise",
     "wrong_certificates",

@@ -126,6 +126,25 @@ def certified_accuracy(table: Table, radii: ArrayLike, *, confidence: float = 0.
     return _curve(certified_correct(table, radii), radii, confidence, interval)
 
 
+def natural_accuracy(table: Table, *, confidence: float = 0.95) -> tuple[float, float, float] | None:
+    """Share of images that a classifier with a core answers right, certified or not, and its interval; None without a core.
+
+    Certified accuracy at radius 0 is another figure: no answer of the core counts there.
+
+    Raises:
+        InputError: unknown labels.
+    """
+    right = table.natural
+    if right is None:
+        return None
+    if not table.labelled:
+        raise InputError(
+            "Accuracy needs labels", expected="the label of every image", received=table.name, remedy="certify labelled images"
+        )
+    low, high = proportion_interval(right.sum(), len(right), confidence=confidence)
+    return float(right.mean()), float(low), float(high)
+
+
 def certified_share(table: Table, radii: ArrayLike, *, confidence: float = 0.95, interval: str = "clopper-pearson") -> Curve:
     """Share of images with *any* class certified at radius r: what a table without labels can say."""
     return _curve(certified(table, radii), radii, confidence, interval)

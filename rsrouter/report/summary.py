@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rsrouter.core.errors import InputError
+from rsrouter.core.types import ABSTAIN
 from rsrouter.report import curves
 from rsrouter.report.stages import stage_titles
 from rsrouter.results import Table, align, printable, read_table, require_sound, unfinished
@@ -86,6 +87,36 @@ class Standing:
         return "" if np.isnan(self.low) else f"{100 * self.low:.{digits}f} to {100 * self.high:.{digits}f}"
 
 
+@dataclass(frozen=True)
+class Natural:
+    """How often a routed classifier with a core answers right, certified or not: no certified figure.
+
+    Attributes:
+        name: of the table.
+        core: name of the network.
+        accuracy, low, high: of all answers, with an interval over images; None without labels.
+        share: of the images that the core answered, uncertified.
+    """
+
+    name: str
+    core: str
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    share: float
+
+    @property
+    def words(self) -> str:
+        """In one sentence."""
+        answered = f"the core {self.core} answers {100 * self.share:.1f}% of the images, without a certificate"
+        if self.accuracy is None or self.low is None or self.high is None:
+            return f"{self.name}: {answered}"
+        return (
+            f"{self.name}: natural accuracy {100 * self.accuracy:.1f}% ({100 * self.low:.1f} to {100 * self.high:.1f}), "
+            f"certified or not; {answered}"
+        )
+
+
 @dataclass
 class Summary:
     """Everything a report shows, as numbers.
@@ -98,6 +129,7 @@ class Summary:
         labelled: whether accuracy can be told; without labels every figure is the certified share.
         series: lines in drawing order: routed, other, experts, envelope, oracle.
         standings: of every routed (or other) table, then of the best single expert; empty without experts.
+        natural: of every table with a core; no part of any certified figure.
         notes: `(table, sentence)` of what a reader must know: "" where it is about all tables.
         titles: stage names to words for people.
     """
@@ -110,6 +142,7 @@ class Summary:
     confidence: float
     series: list[Series]
     standings: list[Standing] = field(default_factory=list)
+    natural: list[Natural] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     titles: dict[str, str] = field(default_factory=dict)
 
@@ -151,6 +184,7 @@ class Summary:
                 }
                 for s in self.series
             ],
+            "natural": [asdict(n) for n in self.natural],
             "notes": [{"table": name, "note": note} for name, note in self.notes],
             "standings": [asdict(s) for s in self.standings],
             "coverage": {name: {"value": v, "low": low, "high": high} for name, (v, low, high) in self.coverage.items()},
@@ -272,6 +306,7 @@ def summarise(
             )
         )
     summary = Summary(by_role, roles, columns, grid, labelled, confidence, series, notes=notes_of(loaded))
+    summary.natural = [_natural(t, confidence) for t in by_role if t.about is not None and t.about.core is not None]
     summary.titles = stage_titles(summary.main.about)
     pool = summary.named(EXPERT)
     if labelled and len(pool) > 1:
@@ -285,6 +320,14 @@ def summarise(
                 Standing(table.name, roles[table.name], least, where, curves.coverage(table, pool, columns), *interval)
             )
     return summary
+
+
+def _natural(table: Table, confidence: float) -> Natural:
+    found = curves.natural_accuracy(table, confidence=confidence) if table.labelled else None
+    core = table.described().core
+    share = float((table.core != ABSTAIN).mean())
+    accuracy, low, high = (None, None, None) if found is None else found
+    return Natural(table.name, printable(core.name if core else ""), accuracy, low, high, share)
 
 
 def notes_of(tables: Sequence[Table]) -> list[tuple[str, str]]:

@@ -51,7 +51,7 @@ def _block(summary: Summary, columns: list[tuple[str, list[str]]], name: int) ->
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
-    """Prints the headline table, how routed and best single expert stand against the envelope, and what a reader must know."""
+    """Prints the headline table, natural accuracies, how routed and best single expert stand against the envelope, and notes."""
     console = console or Console()
     for name, note in summary.notes:
         loud = note.startswith("UNFINISHED")
@@ -64,6 +64,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
             console.print()
         console.print(table)
     console.print()
+    for natural in summary.natural:
+        console.print(Text(natural.words))
     for standing in summary.standings:
         console.print(Text(("best single expert " if standing is summary.best_single else "") + standing.words))
 

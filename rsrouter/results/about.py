@@ -176,6 +176,7 @@ class TableMetadata(Stored):
         digest: of the smoothed classifier.
         router: kind of the router; None for a single expert.
         experts: of the classifier, in the order of its pool.
+        core: the uncertified network that answered where nothing was certified; None without one. It decides no certificate.
         tree: the stages that voted.
         terms: plan, alpha, rule, sides and seed, all of them resolved.
         seed_from: public text that was mixed into the derived seed, "" for none.
@@ -200,6 +201,7 @@ class TableMetadata(Stored):
     digest: str
     router: str | None = None
     experts: tuple[ExpertRecord, ...]
+    core: ExpertRecord | None = None
     tree: TreeRecord
     terms: StoredTerms
     seed_from: str = ""
@@ -248,7 +250,7 @@ class TableMetadata(Stored):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready content, as it is written."""
-        return self.model_dump(mode="json", exclude={key for key in ("shard", "transfer") if getattr(self, key) is None})
+        return self.model_dump(mode="json", exclude={key for key in ("core", "shard", "transfer") if getattr(self, key) is None})
 
     @cached_property
     def split(self) -> AlphaSplit:

@@ -117,6 +117,7 @@ def parse_field(text: str, *, path: Path, metadata: dict[str, Any], name: str) -
         arrays[column] = np.full(count, "", dtype=object)
     arrays["seed"] = np.full(count, None, dtype=object)
     arrays["n_drawn"] = np.full(count, -1, dtype=np.int64)
+    arrays["core"] = np.full(count, ABSTAIN, dtype=np.int64)
     for column in ("r_router", "r_expert"):
         arrays[column] = np.full(count, np.nan)
     return Table(name=name, metadata=metadata, path=path, ours=False, notes=tuple(notes), **arrays)

@@ -175,7 +175,7 @@ def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], na
     for what in ("idx", "label", "predict", "correct", "radius", "time"):
         if "" in texts[what]:
             raise bad_row(path, texts[what].index("") + 2, f"{what} to be a number", "an empty cell")
-    for what in ("idx", "label", "predict", "correct", "radius", "r_router", "r_expert", "n_drawn", "seed"):
+    for what in ("idx", "label", "predict", "correct", "radius", "r_router", "r_expert", "n_drawn", "seed", "core"):
         # Python alone reads 1_000, and digits of other scripts
         if not _DIGITS.issuperset("".join(texts.get(what, ()))):
             number, cell = next((k, t) for k, t in enumerate(texts[what], start=2) if not _DIGITS.issuperset(t))
@@ -192,6 +192,12 @@ def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], na
         (predict == ABSTAIN) & (radius > 0),
         lambda i: "radius 0 where predict is -1 (abstained)",
         lambda i: f"radius {radius[i]}",
+    )
+    core = column("core", int, ABSTAIN, "a whole number")
+    refuse(
+        (core != ABSTAIN) & ((core < 0) | (predict != ABSTAIN)),
+        lambda i: "no answer of the core where predict is a class: nothing of it is certified",
+        lambda i: f"core {core[i]}, predict {predict[i]}",
     )
     right = np.where(label < 0, -1, label == predict)
     refuse(
@@ -221,6 +227,7 @@ def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], na
         r_expert=column("r_expert", float, np.nan, "a number", np.float64),
         n_drawn=column("n_drawn", int, -1, "a whole number"),
         seed=column("seed", int, None, "a whole number", object),
+        core=core,
         counts_text=counts,
     )
 

@@ -19,7 +19,7 @@ from rsrouter.core.votes import VoteColumns
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 
 #: Columns of our tables, in file order.
-COLUMNS = (*FIELD_COLUMNS, "expert", "rule", "r_router", "r_expert", "n_drawn", "seed", "bound_by", "counts")
+COLUMNS = (*FIELD_COLUMNS, "expert", "rule", "r_router", "r_expert", "n_drawn", "seed", "bound_by", "core", "counts")
 
 HEADER = "\t".join(COLUMNS) + "\n"
 
@@ -94,6 +94,8 @@ class Row:
         n_drawn: votes drawn over all stages, selection included.
         seed: certification seed; None where there is none.
         bound_by: name of the stage that limits the radius.
+        core: class that an uncertified core network answers where `predict` is -1; -1, written as an empty cell, where none
+            does. The field's columns then say what they say of an abstention: predict -1, radius 0, correct 0.
         counts: `{"select": {stage: [votes]}, "estimate": {stage: [votes]}}`, and `"earlier": {"stage@votes": [votes]}`
             where a bound stands on a look before the last (`Certificate.earlier`), and `"logits": {stage: [numbers]}` of
             deterministic stages, null for a number that is not finite; of a transferred table `"moved": {stage: [disagreements,
@@ -112,6 +114,7 @@ class Row:
     n_drawn: int = 0
     seed: int | None = None
     bound_by: str = ""
+    core: int = ABSTAIN
     counts: Mapping[str, Mapping[str, Sequence[int]]] | None = None
 
     @classmethod
@@ -132,6 +135,7 @@ class Row:
             n_drawn=certificate.n_drawn,
             seed=None if seed is None else int(seed),
             bound_by=certificate.bound_by,
+            core=certificate.core,
             counts={
                 "select": certificate.selection,
                 "estimate": certificate.counts,
@@ -167,6 +171,13 @@ class Row:
                 "An abstention has no radius",
                 expected="radius 0 where predict is -1",
                 received=f"radius {self.radius!r} for image {self.idx}",
+                remedy="write Certificates as certify returns them",
+            )
+        if self.core < ABSTAIN or (self.core != ABSTAIN and self.predict != ABSTAIN):
+            raise ResultsError(
+                "A row has an answer of the core beside a certified one",
+                expected="core -1 where predict is a class",
+                received=f"core {self.core}, predict {self.predict} for image {self.idx}",
                 remedy="write Certificates as certify returns them",
             )
         if not math.isfinite(self.radius) or not math.isfinite(self.time):
@@ -208,6 +219,7 @@ class Row:
             str(self.n_drawn),
             "" if self.seed is None else str(self.seed),
             self.bound_by,
+            "" if self.core == ABSTAIN else str(self.core),
             json.dumps(counts, separators=(",", ":")),
         )
 

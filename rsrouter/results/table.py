@@ -29,6 +29,7 @@ class Table:
         time: float64 seconds.
         expert, rule, bound_by: text, "" where unknown.
         seed: Python ints or None.
+        core: int64; class that an uncertified core network answers where the image got no certificate, -1 elsewhere.
         counts_text: the vote counts as JSON text, "" where unknown; `counts(i)` parses one.
         path: where it was read from, None if it was not.
         notes: what was unusual about the file and how it was understood, a sentence each.
@@ -54,6 +55,7 @@ class Table:
     n_drawn: NDArray[np.int64]
     seed: NDArray[np.object_]
     bound_by: NDArray[np.object_]
+    core: NDArray[np.int64]
     counts_text: NDArray[np.object_] = field(repr=False)
     path: Path | None = None
     ours: bool = True
@@ -115,6 +117,16 @@ class Table:
         return np.equal(self.predict, ABSTAIN)
 
     @property
+    def natural(self) -> NDArray[np.bool_] | None:
+        """`(N,)` whether the certified class, or else the core's uncertified answer, is right; None without a core.
+
+        This is no certified accuracy, at no radius.
+        """
+        if self.about is None or self.about.core is None:
+            return None
+        return np.asarray((np.where(self.abstained, self.core, self.predict) == self.label) & (self.label >= 0))
+
+    @property
     def labelled(self) -> bool:
         """Whether every image's label is known."""
         return bool(np.all(self.correct >= 0))
@@ -153,6 +165,7 @@ ARRAYS = (
     "n_drawn",
     "seed",
     "bound_by",
+    "core",
     "counts_text",
 )
 
@@ -160,6 +173,7 @@ _TYPES: dict[str, tuple[Callable[[str], Any], Any]] = {
     **dict.fromkeys(("idx", "label", "predict", "correct", "n_drawn"), (int, np.int64)),
     **dict.fromkeys(("radius", "time", "r_router", "r_expert"), (float, np.float64)),
     "seed": (lambda text: int(text) if text else None, object),
+    "core": (lambda text: int(text) if text else ABSTAIN, np.int64),
 }
 
 

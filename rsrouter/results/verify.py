@@ -18,6 +18,7 @@ from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import IntegrityError, ResultsError
 from rsrouter.core.recompute import ROOM, Moved, Recomputed, recompute_all
 from rsrouter.core.tree import Tree
+from rsrouter.core.types import ABSTAIN
 from rsrouter.results.about import TableMetadata, TreeRecord
 from rsrouter.results.rows import RADIUS_DECIMALS, votes_of
 from rsrouter.results.table import Table
@@ -92,6 +93,9 @@ def _compare(table: Table, again: Recomputed, odd: set[int]) -> Iterator[Mismatc
             yield Mismatch(int(table.idx[i]), column, str(published[i]), str(recomputed[i]))
 
     sound = np.ones(len(table), bool)
+    classes = about.tree.tree.classes
+    stray = (table.core != ABSTAIN) & ~(np.isin(table.core, classes) & (about.core is not None))
+    yield from told(stray, "core", table.core, np.full(len(table), "none" if about.core is None else "a class", dtype=object))
     for i in sorted({*odd, *again.faults}):
         sound[i] = False
         why = again.faults.get(i) if str(table.counts_text[i]) else "no votes, so nothing"
@@ -131,6 +135,7 @@ def other_claims(
     router: str | None,
     experts: Sequence[tuple[str, float, str]],
     kernels: Mapping[str, Any],
+    core: tuple[str, str] | None = None,
 ) -> list[str]:
     """What a table's JSON says about its classifier that is not so, one sentence each.
 
@@ -140,6 +145,7 @@ def other_claims(
         role, router: "routed" and the router's kind, or "expert" and None.
         experts: name, sigma and digest of each, in order.
         kernels: settings that its networks run under.
+        core: name and digest of the uncertified network that answers where nothing is certified.
     """
     told, known, wrong = about.tree, TreeRecord.of(tree), list[str]()
     theirs, ours = ({s.name: s.model_dump() for s in record.stages} for record in (told, known))
@@ -155,6 +161,7 @@ def other_claims(
         ("router", about.router, router),
         ("experts", [(e.name, e.sigma, e.digest) for e in about.experts], list(experts)),
         ("kernels", dict(about.kernels), dict(kernels)),
+        ("core", None if about.core is None else (about.core.name, about.core.digest), core),
     )
     return wrong + [f"{what}: {claimed} in the table, {true} in the router" for what, claimed, true in claims if claimed != true]
 

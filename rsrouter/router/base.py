@@ -17,7 +17,8 @@ from rsrouter.core.errors import InputError
 from rsrouter.core.plans import AdaptivePlan, Plan
 from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Stage, Tree, expert_stage
-from rsrouter.experts.expert import Expert
+from rsrouter.experts.expert import Expert, refuse_core
+from rsrouter.experts.identity import module_digest
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.experts.tensors import digest_of, tensors_digest
 from rsrouter.sampling.engine import VoteModel
@@ -109,6 +110,10 @@ class Routed:
         return AlphaSplit.even(terms.alpha, self.tree.paths)
 
 
+#: In the place of an expert's name: the gate's own outcome for "nobody here", where the pool's core answers, if it has one.
+CORE = "core"
+
+
 class Router(ABC):
     """Decides which expert answers; only its own parameters are ever trained.
 
@@ -142,7 +147,12 @@ class Router(ABC):
 
 
 def stage_of(expert: Expert, network: str = "") -> Stage:
-    """The expert as a plurality stage."""
+    """The expert as a plurality stage.
+
+    Raises:
+        InputError: a core, which certifies nothing.
+    """
+    refuse_core(expert, "be certified")
     return expert_stage(
         expert.name, expert.sigma, expert.num_classes, network=network, expert=expert.name, **constants_of(expert)
     )
@@ -164,6 +174,15 @@ def vote_model(expert: Expert) -> VoteModel:
 def vote_digest(experts: Sequence[Expert], sigma: float, **more: Any) -> str:
     """sha256 of what casts a vote: the experts that look at the image and what else decides, by value and not by name."""
     return digest_of({"experts": [e.network_digest for e in experts], "sigma": float(sigma), **more})
+
+
+def bound_state(models: Sequence[VoteModel], experts: Sequence[Expert]) -> dict[str, str]:
+    """What of networks, experts and a core may not change in place once they are bound, as `{what: its state}`."""
+    found = {f"network {m.name!r}": module_digest(m.module) for m in models}
+    for e in experts:
+        told = (e.name, e.sigma, e.lipschitz, e.num_classes, e.input_shape, e.mean, e.std, e.resize, e.order)
+        found[f"expert {e.name!r}"] = repr(told)
+    return found | {f"network {e.name!r}, the core": module_digest(e.module) for e in experts if e.core}
 
 
 def single_tree(expert: Expert) -> Routed:

@@ -22,7 +22,8 @@ class CascadeRouter(Router):
 
     Args:
         thresholds: one tau in (1/2, 1) per expert but the last; for a deterministic expert the lead above 0, in logits,
-            that its largest logit must have over every other one.
+            that its largest logit must have over every other one. Where the last expert has one too, it defers to nobody: nothing
+            is certified there, and the pool's core answers, if it has one.
         experts: names in the order in which they are asked; None: largest sigma first. A name may come again
             later (not at once): the expert's votes are then drawn once and read twice.
 

@@ -62,7 +62,8 @@ class _Votes(nn.Module):
 
 
 def check_thresholds(thresholds: Sequence[float], voters: int | None = None, *, lead: bool = False) -> tuple[float, ...]:
-    """Thresholds as floats; InputError unless each is in (1/2, 1) and there is one per voter but the last.
+    """Thresholds as floats; InputError unless each is in (1/2, 1) and there is one per voter but the last,
+    or one for it too: it then defers to nobody.
 
     With `lead` a threshold may be the lead, in logits, that a deterministic expert answers from.
     """
@@ -77,10 +78,10 @@ def check_thresholds(thresholds: Sequence[float], voters: int | None = None, *, 
             received=repr(thresholds),
             remedy="0.55 is a reasonable start; tune on validation images",
         )
-    if voters is not None and len(values) != voters - 1:
+    if voters is not None and len(values) not in (voters - 1, voters):
         raise InputError(
             "A cascade needs a threshold for each expert but the last",
-            expected=f"{voters - 1} thresholds",
+            expected=f"{voters - 1} thresholds, or {voters} where the last expert may leave an input to the core",
             received=f"{len(values)}",
             remedy="give one tau per expert that may defer",
         )

@@ -24,7 +24,8 @@ class DeferralRouter(Router):
 
     Args:
         voters: who is asked, in this order (`Voter`, or the name of an expert).
-        thresholds: one tau in (1/2, 1) per voter but the last.
+        thresholds: one tau in (1/2, 1) per voter but the last; where the last has one too, it defers to nobody: nothing is
+            certified there, and the pool's core answers, if it has one.
         heads: modules from `torch.cat([features, logits], 1)` to class logits, by name (`ResidualHead`); those of voters with
             `whole` map the normalised image to class logits.
     """

@@ -14,7 +14,7 @@ from rsrouter.experts.expert import check_sigma
 from rsrouter.experts.identity import unique_digest
 from rsrouter.experts.lipschitz import Constants, Lipschitz, check_constants, try_constants
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.router.base import Routed, Router, check_stage_name, stage_of, vote_digest, vote_model
+from rsrouter.router.base import CORE, Routed, Router, check_stage_name, stage_of, vote_digest, vote_model
 from rsrouter.router.trunk import HeadedTrunk
 from rsrouter.sampling.engine import VoteModel
 
@@ -29,7 +29,8 @@ class FlatRouter(Router):
             `trunk`, a head from that expert's features and logits `(B, F + C)` to `(B, K)`.
         sigma: noise level of the router. The paper wants it at least the largest expert sigma, so that the
             router is not what limits the radius; soundness does not need it.
-        experts: names of the experts that logits 0 .. K - 1 stand for; None: the pool's order.
+        experts: names of the experts that logits 0 .. K - 1 stand for; None: the pool's order. "core" stands for none of them:
+            nothing is certified there, and the pool's core answers, if it has one.
         lipschitz: of the logits, as of a deterministic `Expert`: the router then decides by one forward pass, and takes no sigma
             and no trunk. `rsrouter.experts.lipschitz.compute` gives it for layers that are known.
         rounding: by how much a logit of a float64 pass may be wrong.
@@ -79,11 +80,11 @@ class FlatRouter(Router):
     def order(self, pool: ExpertPool) -> tuple[str, ...]:
         """Names of the experts behind the logits, checked against the pool."""
         names = pool.names if self.experts is None else self.experts
-        unknown = [n for n in names if n not in pool.names]
-        if unknown or len(set(names)) != len(names):
+        unknown = [n for n in names if n not in pool.names and n != CORE]
+        if unknown or len(set(names)) != len(names) or set(names) == {CORE}:
             raise InputError(
                 "The router's experts do not fit the pool",
-                expected=f"different names out of {list(pool.names)}",
+                expected=f"different names out of {list(pool.names)}, and 'core' beside them for none",
                 received=str(list(names)),
                 remedy="pass experts= in the order of the logits",
             )
@@ -92,8 +93,10 @@ class FlatRouter(Router):
     def bind(self, pool: ExpertPool) -> Routed:
         check_stage_name(STAGE, pool)
         names = self.order(pool)
+        if CORE in names:
+            check_stage_name(CORE, pool)
         shared = self.trunk is not None and pool[self.trunk].sigma == self.sigma and self.trunk in names
-        stages = [stage_of(pool[n], STAGE if shared and n == self.trunk else "") for n in names]
+        stages = [None if n == CORE else stage_of(pool[n], STAGE if shared and n == self.trunk else "") for n in names]
         models = []
         constants = self._constants(pool, len(names))
         own = unique_digest(self.module)
@@ -108,7 +111,7 @@ class FlatRouter(Router):
             widths = (pool.num_classes, len(names)) if shared else (len(names),)
             digest = vote_digest([trunk], self.sigma, head=own, shared=shared)
             models.append(VoteModel(STAGE, headed, self.sigma, voters, widths, digest))
-        models += [vote_model(pool[n]) for n in names if not (shared and n == self.trunk)]
+        models += [vote_model(pool[n]) for n in names if n != CORE and not (shared and n == self.trunk)]
         return Routed(flat_tree(STAGE, self.sigma, stages, **constants), tuple(models))
 
     def _constants(self, pool: ExpertPool, k: int) -> dict[str, Any]:

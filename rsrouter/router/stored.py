@@ -13,7 +13,7 @@ Sigma = Annotated[float, Field(gt=0, le=1_000)]
 Tau = Annotated[float, Field(gt=0.5, lt=1)]
 #: Of a chain. Each stage costs votes and a share of alpha; chains that pay have a handful.
 MOST_STAGES = 64
-Thresholds = Annotated[tuple[Tau, ...], Field(max_length=MOST_STAGES - 1)]
+Thresholds = Annotated[tuple[Tau, ...], Field(max_length=MOST_STAGES)]
 
 
 class StoredFlat(Stored):
@@ -32,7 +32,7 @@ class StoredCascade(Stored):
     """A cascade; attributes as in `CascadeRouter`."""
 
     kind: Literal["cascade"]
-    thresholds: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(max_length=MOST_STAGES - 1)]
+    thresholds: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(max_length=MOST_STAGES)]
     experts: Annotated[tuple[Name, ...], Field(min_length=1, max_length=MOST_STAGES)] | None
 
 

@@ -6,6 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from rsrouter.core.titles import is_expert, stage_titles
 from rsrouter.core.tree import Stage
+from rsrouter.core.types import ABSTAIN
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.parts import composed
 from rsrouter.router.base import Routed
 
 
@@ -29,6 +32,7 @@ def decides(routed: Routed, experts: Collection[str]) -> list[str]:
 
 def _sentence(stage: Stage, titles: Mapping[str, str]) -> str:
     onward = [titles[t] for t in dict.fromkeys(t for t in stage.leads_to if isinstance(t, str))]
+    other = f"asks {', '.join(onward)}" if onward else "certifies nothing"
     who = titles[stage.name]
     if not stage.votes:
         who += ", one pass without noise"
@@ -37,11 +41,23 @@ def _sentence(stage: Stage, titles: Mapping[str, str]) -> str:
     elif who != f"{stage.name} at noise {stage.sigma:.3g}":
         who += f" ({stage.name!r} in tables)"
     if stage.tau is not None and not stage.votes:
-        return f"{who}: answers where one logit leads by at least {stage.tau:g}, else asks {', '.join(onward)}"
+        return f"{who}: answers where one logit leads by at least {stage.tau:g}, else {other}"
     if stage.tau is not None:
-        return f"{who}: answers where one class has at least {100 * stage.tau:g}% of the votes, else asks {', '.join(onward)}"
+        return f"{who}: answers where one class has at least {100 * stage.tau:g}% of the votes, else {other}"
+    if onward and ABSTAIN in stage.leads_to[:-1]:
+        onward.append("nobody (nothing is certified)")
     most = "the outcome with most votes" if stage.votes else "the largest logit"
     return f"{who}: {most} names who answers: {' or '.join(onward)}" if onward else f"{who}: answers"
+
+
+def in_lines(routed: Routed, experts: Sequence[Expert], shape: Sequence[int]) -> list[str]:
+    """Who decides what: stages in the order in which they are asked, how networks run, and what composite experts are made of."""
+    names = [e.name for e in experts]
+    stages = decides(routed, names)
+    count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
+    lines = [f"{count} over {', '.join(names)}, images of shape {tuple(shape)}, {routed.noise} noise, {routed.execution.dtype}"]
+    lines += [f"  {i}. {line}" for i, line in enumerate(stages, 1)]
+    return [*lines, *(f"  {line}" for line in composed(experts))]
 
 
 def in_one_line(routed: Routed, experts: Sequence[str]) -> str:
@@ -50,4 +66,4 @@ def in_one_line(routed: Routed, experts: Sequence[str]) -> str:
     return f"{stages} stage{'s' if stages > 1 else ''} over {', '.join(experts)}; digest {routed.digest[:12]}"
 
 
-__all__ = ["decides", "in_one_line"]
+__all__ = ["decides", "in_lines", "in_one_line"]

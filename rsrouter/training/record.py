@@ -61,6 +61,8 @@ class Training:
         never_below: expert by radius: the router shall certify there no less than this expert does.
         networks: whole networks of the router's own that a deferral router may ask as well: the voter each is to be (`whole`, its
             head names the network) and the module. One network may be offered at several noise levels.
+        core_at: threshold of the chain's last stage: where no class reaches this share of its votes, the input is left to the
+            pool's core. None: the last stage answers always, and the core only where that gives no certificate.
         device: where experts vote.
         execution: how experts vote, and how the routed classifier is to run, which records it (a dtype moves votes, and
             thresholds are chosen for these). None: the parent's, or the default.
@@ -93,6 +95,7 @@ class Training:
     weights: Mapping[float, float] | None = None
     never_below: Mapping[float, str] | None = None
     networks: Sequence[tuple[Voter, nn.Module]] = ()
+    core_at: float | None = None
     device: str | None = None
     execution: Execution | None = None
     parent: RoutedSmooth | None = None

@@ -22,6 +22,7 @@ from rsrouter.files import write_atomically
 from rsrouter.process import usual_settings
 from rsrouter.router.base import Router
 from rsrouter.router.flat import FlatRouter
+from rsrouter.router.leaving import check_leaving, leave_to_core
 from rsrouter.smooth import RoutedSmooth
 from rsrouter.stored import read_json
 from rsrouter.training.chains import TUNE_VOTES, tune_cascade
@@ -61,6 +62,8 @@ def train_router(training: Training | ExpertPool, /, *given: Any, **settings: An
     told = replace(training, **settings) if isinstance(training, Training) else Training(training, *given, **settings)
     with usual_settings():
         checked = told.checked()
+        if checked.core_at is not None:
+            check_leaving(checked.pool, "deferral" if checked.router == "auto" else checked.router, checked.core_at)
         recipe = _recipe(checked)
         folder = None if checked.out is None else Path(checked.out)
         if folder is not None and (folder / "config.json").exists():
@@ -72,6 +75,8 @@ def train_router(training: Training | ExpertPool, /, *given: Any, **settings: An
             )
         with _watched(checked, folder) as (run, lines):
             router = _trained(run)
+            if run.core_at is not None:
+                router = leave_to_core(router, run.pool, run.core_at)
             routed = RoutedSmooth(run.pool, router, execution=run.execution)
             if folder is not None:
                 own = told.validation is None and run.validation is not None
@@ -81,6 +86,7 @@ def train_router(training: Training | ExpertPool, /, *given: Any, **settings: An
                     "recipe": None if recipe is None else asdict(recipe),
                     "radii": list(run.radii),
                     "seed": run.seed,
+                    **({} if run.core_at is None else {"core_at": run.core_at}),
                     "images": len(run.images),
                     "validation": "the last fifth of the images" if own else "given" if told.validation else "none",
                     "validation_images": 0 if run.validation is None else len(run.validation[0]),
@@ -113,7 +119,7 @@ def _trained(run: Training) -> Router:
         run.say(line)
 
     best: Router = train_deferral(replace(run, log=keep))
-    if run.router != "auto" or not with_features(run.pool):
+    if run.router != "auto" or run.core_at is not None or not with_features(run.pool):
         return best
     few = slice(None) if run.routing_labels is not None else slice(0, FLAT_IMAGES)
     part = replace(run, images=run.images[few], labels=run.labels[few])
@@ -248,6 +254,7 @@ def _job(training: Training) -> dict[str, Any]:
         "votes": [training.label_n, training.plan_n],
         "alpha": training.alpha,
         "wishes": repr(training.wishes),
+        "core_at": training.core_at,
         "execution": None if execution is None else execution.to_dict(),
         "networks": [(repr(v), of(*m.state_dict().values())) for v, m in training.networks],
         "parent": None if parent is None else parent.router.digest,

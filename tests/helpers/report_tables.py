@@ -49,6 +49,7 @@ def make_table(
         correct=held, time=np.ones(n), expert=words(expert), rule=words([rule] * n), r_router=np.full(n, np.inf),
         r_expert=np.zeros(n),
         n_drawn=np.full(n, -1) if n_drawn is None else np.array(n_drawn), seed=np.full(n, None), bound_by=words(bound_by),
+        core=np.full(n, -1),
         counts_text=words([counts] * n if isinstance(counts, str) else counts), checked=bool(metadata),
         answered_by=None if answered_by is None else words(answered_by),
         fixed_votes=None if fixed_votes is None else np.array(fixed_votes),

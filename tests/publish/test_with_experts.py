@@ -12,7 +12,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rsrouter import CascadeRouter, CheckpointError, ExpertPool, HubError, InputError, ResultsError, RoutedSmooth, load_expert
+from rsrouter import (
+    CascadeRouter,
+    CheckpointError,
+    Expert,
+    ExpertPool,
+    HubError,
+    InputError,
+    ResultsError,
+    RoutedSmooth,
+    load_expert,
+)
 from rsrouter.core.errors import IntegrityError
 from rsrouter.experts import Diffusion, denoised, loaders
 from rsrouter.experts.denoiser_files import load_denoiser
@@ -174,3 +184,32 @@ def test_a_slow_hub_ends_with_words(hub: HubServer, run: Path, monkeypatch: pyte
     assert time.monotonic() - started < 60
     for thread in [t for t in threading.enumerate() if t.name.startswith("rsrouter: ")]:
         thread.join()
+
+
+def test_a_core_goes_up_as_experts_do_and_the_card_keeps_it_apart(hub: HubServer, tmp_path: Path) -> None:
+    core = small.expert(0.25, tilt=0.02)
+    core = Expert(core.module, core=True, num_classes=small.CLASSES, input_shape=small.SHAPE, name="accurate")
+    made = RoutedSmooth(ExpertPool([small.expert(0.25), small.expert(0.5), core]), CascadeRouter((0.8, 0.9)))
+    table = small.run_folder(made, tmp_path / "run")
+    done = publish(tmp_path / "run", "org/router", with_experts="org/part")
+    assert "org/part-accurate" in [e.repo_id for e in done.experts]
+    loaded = RoutedSmooth.from_pretrained("org/router", cache_dir=tmp_path / "empty")
+    assert loaded.core is not None
+    assert loaded.core.expert.digest == core.digest
+    assert loaded.core.expert.provenance.source == "hub"
+    readme = hub.files("org/router")["README.md"].decode()
+    assert f"natural accuracy {100 * table.natural.mean():.1f}%" in readme
+    assert "None of it counts in the table above" in readme
+    assert "2204.00487" in readme
+    index = readme.partition("model-index")[2].partition("---\n\n")[0]
+    assert "natural" not in index
+    assert f"value: {100 * table.correct.mean():.1f}" in index
+    assert "without a certificate" in hub.files("org/part-accurate")["README.md"].decode()
+    with pytest.raises(InputError, match="core"):
+        load_expert("hf-hub:org/part-accurate", sigma=0.5)
+    other = tmp_path / "run" / "certificates.json"
+    told = json.loads(other.read_text())
+    told["core"]["digest"] = "0" * 64
+    other.write_text(json.dumps(told))
+    with pytest.raises(IntegrityError, match="core"):
+        publish(tmp_path / "run", "org/router", with_experts="org/part")

@@ -72,7 +72,7 @@ def test_a_row_reads_back(tmp_path_factory: pytest.TempPathFactory, radius: floa
 
 def test_columns_are_the_fields_own_first() -> None:
     assert COLUMNS[:6] == FIELD_COLUMNS == ("idx", "label", "predict", "radius", "correct", "time")
-    assert COLUMNS[6:] == ("expert", "rule", "r_router", "r_expert", "n_drawn", "seed", "bound_by", "counts")
+    assert COLUMNS[6:] == ("expert", "rule", "r_router", "r_expert", "n_drawn", "seed", "bound_by", "core", "counts")
 
 
 def test_the_fields_own_analysis_reads_the_table(tmp_path: Path) -> None:
