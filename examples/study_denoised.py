@@ -7,13 +7,13 @@
     python examples/study_denoised.py certify --work WORK --data DATA --images 500 [--part 0/2]
     python examples/study_denoised.py table --work WORK --out model_cards/denoised-study
 
-DATA is CIFAR-10 as `train_cifar_experts.py` reads it, and its rows are split as there. The denoiser is a `UNet2DModel` of diffusers
-of 13,643 weights, so small that a CPU certifies with it; it is written as a pipeline of diffusers with its scheduler, which is all
-that `wrap` reads of it. The classifier, a residual network of 310,000 weights, sees denoised images of all three noise levels. All
-three experts are these same two files. Every verb continues where it was stopped.
+DATA is CIFAR-10 as `train_cifar_experts.py` reads it, and its rows are split as there. The denoiser is a `UNet2DModel` of
+diffusers of 13,643 weights, so small that a CPU certifies with it; it is written as a pipeline of diffusers with its scheduler,
+which is all that `wrap` reads of it. The classifier, a residual network of 310,000 weights, sees denoised images of all three
+noise levels. All three experts are these same two files. Every verb continues where it was stopped.
 
-Heads are trained on 12,000 of the experts' own images, the flat router on 1,500 that nothing has seen, every choice is made on 300
-images from training row 48,000 on, and test images are only certified.
+Heads are trained on 12,000 of the experts' own images, the flat router on 1,500 that nothing has seen, every choice is made on
+300 images from training row 48,000 on, and test images are only certified.
 """
 
 from __future__ import annotations

@@ -331,7 +331,7 @@ def load_expert(
         loader="checkpoint",
         architecture=canonical_name(merged["architecture"]),
         kwargs=dict(merged.get("kwargs") or {}),
-        licence=merged.get("licence"),
+        licence=merged.get("licence") or place.licence(),
         weights_key=merged.get("weights_key"),
     )
     early = {**merged, "lipschitz": 1.0} if merged.get("lipschitz") == "compute" else merged
