@@ -9,7 +9,7 @@
 
 DATA is CIFAR-10 as `train_cifar_experts.py` reads it, and its rows are split as there. The denoiser is a `UNet2DModel` of
 diffusers of 13,643 weights, so small that a CPU certifies with it; it is written as a pipeline of diffusers with its scheduler,
-which is all that `wrap` reads of it. The classifier, a residual network of 310,000 weights, sees denoised images of all three
+which is all that `wrap` reads of it. The classifier, a residual network of 290,000 weights, sees denoised images of all three
 noise levels. All three experts are these same two files. Every verb continues where it was stopped.
 
 Heads are trained on 12,000 of the experts' own images, the flat router on 1,500 that nothing has seen, every choice is made on
@@ -158,7 +158,7 @@ def denoiser(args: argparse.Namespace) -> None:
         weight = ((1 - scale) / scale).sqrt().flatten()
         return ((unet(noisy, t).sample - noise).square().mean((1, 2, 3)) * weight).mean()
 
-    best = fit(unet, loss_of, args.work / "denoiser.pt", steps=args.steps or 4000, lr=4e-3, seed=SEED)
+    best = fit(unet, loss_of, args.work / "denoiser.pt", steps=args.steps or 1500, lr=6e-3, seed=SEED)
     unet.load_state_dict(best.state_dict())
     DDPMPipeline(unet.to(memory_format=torch.contiguous_format), DDPMScheduler()).save_pretrained(args.work / "denoiser")
 
@@ -182,7 +182,7 @@ def classifier(args: argparse.Namespace) -> None:
         x, y = draw(generator)
         return F.cross_entropy(model(seen(x, torch.randint(3, (BATCH,), generator=generator), generator)), y)
 
-    best = fit(model, loss_of, args.work / "classifier.pt", steps=args.steps or 3000, lr=4e-3, seed=SEED + 1)
+    best = fit(model, loss_of, args.work / "classifier.pt", steps=args.steps or 2000, lr=4e-3, seed=SEED + 1)
     config = {
         "architecture": "small_resnet",
         "kwargs": NETWORK,

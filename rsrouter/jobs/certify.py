@@ -277,6 +277,7 @@ def certify_table(
         InputError, PlanError, NetworkError: as in `certify`; workers or threads that cannot be.
     """
     asked = smoothed.routed.resolve(terms, seed_from)
+    device = smoothed.device if device is None else device
     smoothed = with_batch(smoothed, settled_batch(smoothed, device))
     if batch_size is not None:
         check_count("batch_size", batch_size, "it groups work; it never changes a vote")
