@@ -85,6 +85,10 @@ class DeferralRecipe:
                 received=str(labels),
                 remedy="drop one of them",
             )
+        if self.trunks not in (1, 2):
+            raise InputError(
+                "A head reads one expert or two", expected="trunks 1 or 2", received=repr(self.trunks), remedy="leave it out"
+            )
 
 
 #: Votes on each training image for the radius of the expert behind a network of its own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -226,3 +227,43 @@ def test_what_wrap_refuses(tmp_path: Path) -> None:
         assert status != 0, words
         assert match in err or words[-1] == "small_unet", err
         assert not (tmp_path / "pool.json").exists()
+
+
+def test_a_repository_that_is_refused_leaves_nothing(hub: HubServer, tmp_path: Path, classifier: dict[str, bytes]) -> None:
+    from tests.experts.test_schedule import DDPM, pipeline
+
+    def put(name: str, folder: Path) -> str:
+        hub.put(name, {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
+        return f"hf-hub:{name}"
+
+    hub.put("org/classifier", classifier)
+    own = json.dumps({"model_type": "vit", "auto_map": {"AutoModelForImageClassification": "own.Own"}}).encode()
+    hub.put("org/own", {"config.json": own, "own.py": b"raise SystemExit('this code ran')"})
+    good = put("org/unet", pipeline(tmp_path / "a"))
+    gated = put("org/gated", tmp_path / "a")
+    hub.gated.add("org/gated")
+    pickled = put("org/pickled", pipeline(tmp_path / "b", weights="diffusion_pytorch_model.bin"))
+    told = {}
+    for name, kwargs in (("grey", {"width": 8}), ("plain", {"width": 8, "image_channels": 3})):
+        hub.put(f"org/{name}", {"d.safetensors": save(build_architecture("small_unet", None, kwargs).state_dict())})
+        words = ("--denoiser-filename", "d.safetensors", "--denoiser-architecture", "small_unet", "--denoiser-kwargs")
+        told[name] = (*words, json.dumps(kwargs), "--diffusion", json.dumps(LINEAR))
+    flow = put("org/flow", pipeline(tmp_path / "d", scheduler={**DDPM, "prediction_type": "flow"}))
+    net = "hf-hub:org/classifier"
+    for words, match in (
+        ((gated, net), "gated"),
+        ((good, net, "--diffusion", '{"prediction": "v_prediction"}'), "says otherwise about prediction"),
+        ((good, net, "--diffusion", '{"schedule": "cosine"}'), "says otherwise about schedule"),
+        ((pickled, net), "no UNet weights as safetensors"),
+        ((flow, net), "prediction one of"),
+        (("hf-hub:org/grey", net, *told["grey"]), "different images"),
+        (("hf-hub:org/plain", "hf-hub:org/own", *told["plain"]), "its own code"),
+        (("hf-hub:org/plain", "hf-hub:org/none", *told["plain"]), "does not exist"),
+    ):
+        out = tmp_path / "out" / "pool.json"
+        out.parent.mkdir(exist_ok=True)
+        status, _, err = cli("wrap", "--denoiser", words[0], "--classifier", words[1], "--sigma", "0.5", *words[2:], "--out", out)
+        assert status != 0, words
+        assert re.search(match, err.replace("\n", " ")), err
+        assert "do: " in err
+        assert list(out.parent.iterdir()) == []
