@@ -170,7 +170,7 @@ def certify_all(
     part: tuple[int, int] = (0, 1),
     n: int = N,
     data: dict[str, Any] | None = None,
-    shards: int = SHARDS,
+    shards: int | None = None,
 ) -> None:
     """Certifies the first `count` images with every method, into `out/NAME.I.tsv` for each shard I of this part.
 
@@ -183,8 +183,9 @@ def certify_all(
         part: `(i, of)`: this process takes the shards i, i + of, ...
         n: most votes a stage.
         data: for the metadata.
-        shards: of the whole study.
+        shards: of the whole study; None: `SHARDS`.
     """
+    shards = shards or SHARDS
     out.mkdir(parents=True, exist_ok=True)
     for shard in range(part[0], shards, part[1]):
         memo, start = VoteMemo(), time.time()
@@ -205,8 +206,9 @@ def certify_all(
             print(f"shard {shard} {name}: {time.time() - start:.0f} s, votes drawn {memo.drawn:,} of {memo.asked:,}", flush=True)
 
 
-def merged(methods: Sequence[str], out: Path, shards: int = SHARDS) -> dict[str, Table]:
+def merged(methods: Sequence[str], out: Path, shards: int | None = None) -> dict[str, Table]:
     """One table per method, over the shards that every method has finished."""
+    shards = shards or SHARDS
     ready = [i for i in range(shards) if all((out / f"{file_name(name)}.{i}.tsv").exists() for name in methods)]
     sizes = {i: {len(read_table(out / f"{file_name(name)}.{i}.tsv")) for name in methods} for i in ready}
     ready = [i for i in ready if len(sizes[i]) == 1]

@@ -98,8 +98,9 @@ def fit(
         steps, lr, seed: as usual.
     """
     generator = torch.Generator().manual_seed(seed)
+    # the mean of all steps at first, later of about the last 200
     average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995), use_buffers=True
+        model, avg_fn=lambda mean, new, steps: mean + (new - mean) * max(0.005, 9 / (10 + float(steps))), use_buffers=True
     )
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)

@@ -174,6 +174,7 @@ def test_one_cell_of_the_matrix(
 
 
 @pytest.mark.libraries
+@pytest.mark.usefixtures("real_figure", "real_load")
 @pytest.mark.parametrize("row", [*DIFFUSERS, *OPENAI, LARGE])
 def test_every_kind_of_denoiser(hub: HubServer, tmp_path: Path, data: Path, classifier: dict[str, bytes], row: str) -> None:
     if row not in OPENAI:
