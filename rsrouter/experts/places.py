@@ -152,7 +152,8 @@ def card_licence(path: Path) -> str | None:
         told = metadata_load(path) if path.stat().st_size <= 2**20 else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    licence = told.get("license") if isinstance(told, dict) else None
+    told = told if isinstance(told, dict) else {}
+    licence = told.get("license")
     if licence == "other":
         licence = told.get("license_name") or licence
     named = licence if isinstance(licence, list) else [licence]

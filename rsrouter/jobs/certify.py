@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rsrouter.clock import Drawn
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import Plan
 from rsrouter.core.terms import Terms
@@ -24,7 +25,7 @@ from rsrouter.results import ExpertRecord, Table, TableMetadata, TreeRecord, pac
 from rsrouter.sampling.engine import Engine
 from rsrouter.sampling.execution import KERNELS, default_batch, largest_input, named_device
 from rsrouter.sampling.noise import CHUNK
-from rsrouter.smooth import Drawn, RoutedSmooth, Smooth
+from rsrouter.smooth import RoutedSmooth, Smooth
 
 #: Images that stand for a data set that knows no fingerprint.
 SAMPLED = 8
