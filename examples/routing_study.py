@@ -75,6 +75,7 @@ def train_all(
     only: Sequence[str] = (),
     chosen_on: Labelled | None = None,
     floor: float = 0.915,
+    label_copies: int = 100,
 ) -> None:
     """Trains every router into `work/NAME`, each once, resumable; every choice is made on `validation`.
 
@@ -89,6 +90,7 @@ def train_all(
         only: names of the routers to train; empty: all of them.
         chosen_on: what the deferral router is chosen on; default: `validation`.
         floor: least ratio to the envelope wanted of the deferral router.
+        label_copies: votes of each expert on each of the flat router's images.
     """
     radii = tuple(RADII[COVERED])
 
@@ -102,13 +104,13 @@ def train_all(
         (work / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         print(name, json.dumps(lines[-2:]), flush=True)
 
-    store = ResumeStore(work / f"state-{only[0]}" if only else work / "state")  # two of them tune on the same votes
+    store = ResumeStore(work / f"state-{only[0]}" if len(only) == 1 else work / "state")  # two of them tune on the same votes
     chain = Training(
         pool, "deferral", *heads, radii=radii, recipe=recipe, validation=validation, execution=execution, store=store
     )
 
     def routing_labels() -> Labels:
-        votes = label_votes(pool, unseen[0], n=100, execution=execution, store=store)
+        votes = label_votes(pool, unseen[0], n=label_copies, execution=execution, store=store)
         return target_radii(votes, unseen[1].numpy(), pool.sigmas)
 
     def flat(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
@@ -131,8 +133,9 @@ def train_all(
     make("deferral", deferral)
 
 
-def methods(pool: ExpertPool, work: Path, execution: Execution, part: str = "all") -> dict[str, Method]:
-    """By name, in the order of the table: experts first, then what routes; `part` is `all`, `best` or `others`."""
+def methods(pool: ExpertPool, work: Path, execution: Execution, part: str = "all", own: bool = True) -> dict[str, Method]:
+    """By name, in the order of the table: experts first, then what routes; `part` is `all`, `best` or `others`, `own` whether a
+    flat router with a network of its own is among them."""
     if part == "best":
         return {BEST: (RoutedSmooth(pool, RoutedSmooth.from_pretrained(work / "deferral").router, execution=execution), "tree")}
     found: dict[str, Method] = {e.name: (Smooth(e, execution=execution), "tree") for e in pool}
@@ -141,7 +144,8 @@ def methods(pool: ExpertPool, work: Path, execution: Execution, part: str = "all
         return RoutedSmooth(pool, RoutedSmooth.from_pretrained(work / name).router, execution=execution)
 
     found[REFERENCE] = (routed("flat"), "min")
-    found[PUBLISHED] = (routed("own"), "min")
+    if own:
+        found[PUBLISHED] = (routed("own"), "min")
     found["flat, agreement (tree)"] = (routed("flat"), "tree")
     plain = CascadeRouter([0.55] * (len(pool) - 1))
     found["Multiscale-like cascade (.55)"] = (RoutedSmooth(pool, plain, execution=execution), "tree")
@@ -166,6 +170,7 @@ def certify_all(
     part: tuple[int, int] = (0, 1),
     n: int = N,
     data: dict[str, Any] | None = None,
+    shards: int | None = None,
 ) -> None:
     """Certifies the first `count` images with every method, into `out/NAME.I.tsv` for each shard I of this part.
 
@@ -178,9 +183,11 @@ def certify_all(
         part: `(i, of)`: this process takes the shards i, i + of, ...
         n: most votes a stage.
         data: for the metadata.
+        shards: of the whole study; None: `SHARDS`.
     """
+    shards = shards or SHARDS
     out.mkdir(parents=True, exist_ok=True)
-    for shard in range(part[0], SHARDS, part[1]):
+    for shard in range(part[0], shards, part[1]):
         memo, start = VoteMemo(), time.time()
         for name, (smoothed, rule) in methods.items():
             smoothed.memo = memo
@@ -192,16 +199,17 @@ def certify_all(
                 out / f"{file_name(name)}.{shard}.tsv",
                 Terms(plan(n).within(reach), alpha=ALPHA, rule=rule, seed=seed),
                 indices=range(count),
-                shard=(shard, SHARDS),
+                shard=(shard, shards),
                 name=name,
                 data=data,
             )
             print(f"shard {shard} {name}: {time.time() - start:.0f} s, votes drawn {memo.drawn:,} of {memo.asked:,}", flush=True)
 
 
-def merged(methods: Sequence[str], out: Path) -> dict[str, Table]:
+def merged(methods: Sequence[str], out: Path, shards: int | None = None) -> dict[str, Table]:
     """One table per method, over the shards that every method has finished."""
-    ready = [i for i in range(SHARDS) if all((out / f"{file_name(name)}.{i}.tsv").exists() for name in methods)]
+    shards = shards or SHARDS
+    ready = [i for i in range(shards) if all((out / f"{file_name(name)}.{i}.tsv").exists() for name in methods)]
     sizes = {i: {len(read_table(out / f"{file_name(name)}.{i}.tsv")) for name in methods} for i in ready}
     ready = [i for i in ready if len(sizes[i]) == 1]
     tables = {}
@@ -209,7 +217,7 @@ def merged(methods: Sequence[str], out: Path) -> dict[str, Table]:
         target = out / f"{file_name(name)}.tsv"
         for old in (target, target.with_suffix(".json")):
             old.unlink(missing_ok=True)
-        merge_tables([out / f"{file_name(name)}.{i}.tsv" for i in ready], target, partial=len(ready) < SHARDS)
+        merge_tables([out / f"{file_name(name)}.{i}.tsv" for i in ready], target, partial=len(ready) < shards)
         tables[name] = read_table(target, name=name)
     return tables
 

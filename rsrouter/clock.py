@@ -1,11 +1,44 @@
-"""Seconds of a piece of work, the accelerator waited for: the one stopwatch of benchmarks, `doctor` and estimates."""
+"""Seconds of a piece of work, and the progress bar of a long one.
+
+`seconds` waits for the accelerator: the one stopwatch of benchmarks, `doctor` and estimates.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Where a certification stands; passed to the `progress` callback after every round.
+
+    Attributes:
+        votes: votes drawn so far.
+        finished: images finished so far.
+        total: images in this call.
+    """
+
+    votes: int
+    finished: int
+    total: int
+
+
+def terminal_bar(title: str, total: int, *, show: bool = True) -> tqdm:
+    """A bar of images on stderr for work that a Python caller waits for: where stderr is a terminal, and after two seconds.
+
+    Args:
+        title: before the bar.
+        total: images.
+        show: False: no bar, as somebody else tells of the progress.
+    """
+    hidden = not show or not sys.stderr.isatty()
+    return tqdm(desc=title, total=total, unit="image", file=sys.stderr, delay=2.0, leave=False, disable=hidden)
 
 
 def seconds(work: Callable[[], object], device: torch.device | None = None) -> float:

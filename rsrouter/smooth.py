@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from huggingface_hub import ModelHubMixin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rsrouter.clock import Drawn, terminal_bar
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.certify import CertifyPolicy
 from rsrouter.core.errors import InputError, NetworkError
@@ -37,26 +38,10 @@ from rsrouter.publish import Publication, publish
 from rsrouter.router.base import Routed, Router, bound_state, single_tree
 from rsrouter.router.words import in_lines, in_one_line
 from rsrouter.sampling.engine import Engine, image_identity
-from rsrouter.sampling.execution import Execution
+from rsrouter.sampling.execution import Execution, resolve_device
 from rsrouter.sampling.memo import VoteMemo
 from rsrouter.sampling.uncertified import Core
 from rsrouter.serialise import load_routed, save_routed
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Where a certification stands; passed to the `progress` callback after every round.
-
-    Attributes:
-        votes: votes drawn so far.
-        finished: images finished so far.
-        total: images in this call.
-    """
-
-    votes: int
-    finished: int
-    total: int
-
 
 #: Called with (position of the image, its certificate, seconds of work spent on it), in finishing order.
 OnCertificate = Callable[[int, Certificate, float], None]
@@ -71,6 +56,7 @@ class Smoothed:
         shape: `(C, H, W)` of an image.
         core: the network that answers where nothing is certified, without a certificate; None without one.
         memo: votes to share with other classifiers that certify the same images; None: draw them all.
+        device: where votes are drawn if a call names no other; None is the CPU.
     """
 
     def __init__(
@@ -92,6 +78,7 @@ class Smoothed:
         self.routed = replace(routed, execution=execution or Execution(), noise=noise)
         self.experts, self.shape, self.core = tuple(experts), shape, None if core is None else Core(core)
         self.memo: VoteMemo | None = None
+        self.device: str | None = None
         self._members = self.experts if core is None else (*self.experts, core)
         for expert in self._members:
             expert.digest  # noqa: B018 (taken now, so that a change from here on is seen)
@@ -175,6 +162,7 @@ class Smoothed:
             InputError: an unusable device.
         """
         self.check_unchanged()
+        device = self.device if device is None else device
         key = (str(device), self.routed)
         if self._kept is None or self._kept[0] != key:
             r = self.routed
@@ -206,9 +194,9 @@ class Smoothed:
             terms: plan, alpha, rule, sides and seed; a plan alone takes the defaults of the others.
             ids: names of the images in their noise streams; None: their content alone.
             batch_size: votes a round should have at least; groups work, never changes a vote.
-            device: where to run; None is the CPU.
+            device: where to run; None is `self.device`.
             engine: one of `engine()`, for callers that certify in many calls.
-            on_certificate, progress: callbacks.
+            on_certificate, progress: callbacks; without them a terminal shows a bar.
 
         Returns:
             One `Certificate` per image, in order.
@@ -233,6 +221,7 @@ class Smoothed:
         seconds = np.zeros(len(x))
         live: list[int] = []
         upcoming, votes, finished = 0, 0, 0
+        bar = terminal_bar("certify", len(x), show=progress is None and on_certificate is None)
         while live or upcoming < len(x):
             while len(live) < window and upcoming < len(x):
                 identity[upcoming] = image_identity(x[upcoming], names[upcoming])
@@ -247,14 +236,16 @@ class Smoothed:
             votes += sum(r.count for r in requests if r.purpose != PASS)
             seconds += (time.perf_counter() - start) * drawn / max(1, drawn.sum())
             made = {i: policy.certificate(i) for i in live if policy.done[i]}
-            for i, certificate in (made if self.core is None else self.core.fill(made, x, device)).items():
+            for i, certificate in (made if self.core is None else self.core.fill(made, x, device or self.device)).items():
                 done[i] = certificate
                 finished += 1
+                bar.update()
                 if on_certificate is not None:
                     on_certificate(i, certificate, float(seconds[i]))
             live = [i for i in live if not policy.done[i]]
             if progress is not None:
                 progress(Drawn(votes, finished, len(x)))
+        bar.close()
         engine.check_again()
         return [c for c in done if c is not None]
 
@@ -278,7 +269,7 @@ class Smoothed:
             seed: None draws fresh entropy. A published seed voids the statement against an attacker who
                 knows it.
             ids: names of the images in their noise streams.
-            device: where to run; None is the CPU.
+            device: where to run; None is `self.device`.
 
         Returns:
             int64 `(N,)`, ABSTAIN (-1) where the votes do not decide.
@@ -291,12 +282,15 @@ class Smoothed:
         policy = PredictPolicy(self.tree, n, AlphaSplit.even(alpha, self.tree.paths), len(x))
         engine = self.engine(secrets.randbits(62) if seed is None else check_seed(seed), device)
         window = -(-16 * engine.forward_batch // n)
+        bar = terminal_bar("predict", len(x))
         for start in range(0, len(x), window):
             part = range(start, min(start + window, len(x)))
             identity = {i: image_identity(x[i], names[i]) for i in part}
             while requests := policy.next_requests([i for i in part if not policy.done[i]]):
                 local = [VoteRequest(r.image - start, r.network, r.purpose, r.start, r.count) for r in requests]
                 policy.update(requests, engine.run(x[part.start : part.stop], [identity[i] for i in part], local))
+            bar.update(len(part))
+        bar.close()
         engine.check_again()
         return np.array([policy.answer(i) for i in range(len(x))], dtype=np.int64)
 
@@ -375,6 +369,7 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
         local_files_only: bool = False,
         force_download: bool = False,
         subfolder: str = "",
+        device: str | None = None,
         execution: Execution | None = None,
     ) -> RoutedSmooth:
         """Loads a routed classifier from a folder or the Hub, and verifies every pinned expert.
@@ -386,8 +381,9 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
             token, cache_dir, local_files_only, force_download: as in `huggingface_hub`; they hold for the pinned experts as
                 well.
             subfolder: of the folder or repository, where the router lies.
+            device: where votes are drawn if `certify` or `predict` names no other; None is the CPU.
             execution: how the networks run, instead of how the router was saved: another function, which its published
-                certificates are not about. The device is said where votes are drawn (`certify`, `predict`).
+                certificates are not about.
 
         Raises:
             HubError: a repository, revision or file that is missing, gated or not to be had.
@@ -403,7 +399,9 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        return cls(saved.pool, saved.router, execution=execution or saved.execution, noise=saved.noise)
+        loaded = cls(saved.pool, saved.router, execution=execution or saved.execution, noise=saved.noise)
+        loaded.device = device if device is None else str(resolve_device(device))
+        return loaded
 
     def push_to_hub(  # type: ignore[override]
         self,

@@ -11,7 +11,7 @@ from rsrouter.data import ImageData
 from rsrouter.results import Table, TableMetadata
 from rsrouter.results.choices import seed_freedom, selection
 from rsrouter.results.verify import other_claims, verify_rows
-from rsrouter.sampling.execution import KERNELS, Execution, default_batch
+from rsrouter.sampling.execution import KERNELS, Execution, default_batch, largest_input
 from rsrouter.smooth import RoutedSmooth, Smooth
 
 Found = list[tuple[int | None, str]]
@@ -52,7 +52,7 @@ def find_subject(state: State, table: Table, run: TableMetadata, routed: RoutedS
 def _execution(state: State, table: Table, run: TableMetadata, routed: RoutedSmooth) -> None:
     """Votes of another dtype, layout or batch belong to another function than the one that is published."""
     where = torch.device("cpu" if run.device == "cpu" else "cuda")
-    batch = routed.execution.batch or default_batch(int(np.prod(routed.shape)), where)
+    batch = routed.execution.batch or default_batch(largest_input(routed.shape, (m.module for m in routed.routed.models)), where)
     published = {**routed.execution.to_dict(), "batch": batch}
     wrong: Found = [
         (None, f"{key} {run.execution[key]} in the table, {published[key]} as the router is published")

@@ -59,7 +59,9 @@ def wrap(
     denoiser_filename: Annotated[
         str | None, typer.Option("--denoiser-filename", help="Its weight file, where a folder or repository has several.")
     ] = None,
-    denoiser_licence: Annotated[str | None, typer.Option("--denoiser-licence", help="Licence of its weights.")] = None,
+    denoiser_licence: Annotated[
+        str | None, typer.Option("--denoiser-licence", help="Licence of its weights, if their model card does not say.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Labelled images on which to measure noisy accuracy.")] = None,
     images: Annotated[int, typer.Option("--images", help="How many images, spread evenly over the data.")] = 300,
     label_map: Annotated[

@@ -276,7 +276,7 @@ def _checkpoint(
     weights_key: Annotated[
         str | None, typer.Option("--weights-key", help="Which weights are meant, where a file holds several (raw, averaged).")
     ] = None,
-    licence: Annotated[str | None, typer.Option(help="Licence of the weights, as their publisher states it.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the weights, if their model card does not say.")] = None,
     input_size: Annotated[
         str | None, typer.Option("--input-size", help="Size of the data, 32 or 32x48, where the network sees another.")
     ] = None,

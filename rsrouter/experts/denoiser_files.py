@@ -93,7 +93,7 @@ def load_denoiser(
                 received=f"architecture {architecture!r}, kwargs {told['kwargs']}",
                 remedy="leave them out",
             )
-        return _of_diffusers(place, folder, stated or {}, told["licence"], reader)
+        return _of_diffusers(place, folder, stated or {}, told["licence"] or place.licence(), reader)
     if not isinstance(architecture, str) or not is_denoiser(architecture):
         raise CheckpointError(
             "The denoiser's architecture is not known" if architecture is None else f"{architecture!r} is not a denoiser",
@@ -124,7 +124,7 @@ def load_denoiser(
         loader="checkpoint",
         architecture=architecture,
         kwargs=arguments,
-        licence=told["licence"],
+        licence=told["licence"] or place.licence(),
     )
     module = load_network(provenance, 2, Sources(hub=reader))
     channels, side = _images(architecture, arguments)

@@ -304,7 +304,8 @@ def load_expert(
         token, cache_dir, local_files_only: passed to `huggingface_hub`.
         **overrides: what the files do not say, or say differently: `name`, `architecture`, `kwargs`, `sigma`,
             `num_classes`, `input_shape`, `mean` and `std` (None for both: it normalises itself), or `normalisation`,
-            a name in `NORMALISATIONS`; `labels`, the class names in order; `lipschitz` and `rounding`; `core`; `licence`;
+            a name in `NORMALISATIONS`; `labels`, the class names in order; `lipschitz` and `rounding`; `core`; `licence`
+            (else what the model card's metadata say);
             `weights_key`, which of several sets of weights in the file is meant; `input_size`, `(height, width)` of the data
             where the network sees images of another size, and `resize`, a `Resize` (or its settings), where the files do not
             say how; `templates`, of an open_clip model's prompts.
@@ -331,7 +332,7 @@ def load_expert(
         loader="checkpoint",
         architecture=canonical_name(merged["architecture"]),
         kwargs=dict(merged.get("kwargs") or {}),
-        licence=merged.get("licence"),
+        licence=merged.get("licence") or place.licence(),
         weights_key=merged.get("weights_key"),
     )
     early = {**merged, "lipschitz": 1.0} if merged.get("lipschitz") == "compute" else merged

@@ -177,9 +177,8 @@ def _import(place: Place, config: Path | None, filename: str | None, overrides: 
     templates = tuple(overrides.get("templates") or TEMPLATES)
     said = {key: value for key, value in overrides.items() if key not in ("input_size", "templates")}
     settings = merge(settings, said, file, where["filename"])
-    origin = Provenance(
-        **where, sha256=sha256, loader=LOADER, architecture="open_clip_image", kwargs=tower_args, licence=settings.get("licence")
-    )
+    licence = settings.get("licence") or place.licence()
+    origin = Provenance(**where, sha256=sha256, loader=LOADER, architecture="open_clip_image", kwargs=tower_args, licence=licence)
     tower = shared(origin, 2, lambda: file, _tower)
     origin = origin.model_copy(update={"tensors": tensors_digest(tower)})
     weight = _text_features(place, read.model_cfg, file, [str(n) for n in names], templates)
@@ -196,7 +195,7 @@ def _import(place: Place, config: Path | None, filename: str | None, overrides: 
         loader="checkpoint",
         architecture="zero_shot_head",
         kwargs={"width": weight.shape[1]},
-        licence=settings.get("licence"),
+        licence=licence,
     )
     parts = [
         Part(role=role, num_classes=count, mean=None, std=None, provenance=found)

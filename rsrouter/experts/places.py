@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
+from rsrouter.core.errors import CheckpointError, HubError, InputError, IntegrityError
 from rsrouter.experts.checkpoints import LEGACY_SUFFIXES, WeightFile, parse_weights, read_verified
 from rsrouter.experts.provenance import Name
 from rsrouter.experts.tensors import digest_of
@@ -22,6 +22,7 @@ from rsrouter.stored import Stored, parse_json, validated
 #: folder of the weights that ship with the package (`source="bundled"`)
 ASSETS = Path(__file__).resolve().parent.parent / "demo" / "assets"
 WEIGHTS = "model.safetensors"
+CARD = "README.md"
 INDEX = ".safetensors.index.json"
 SAFE_NAMES = (WEIGHTS, f"model{INDEX}")
 WEIGHT_NAMES = (*SAFE_NAMES, "pytorch_model.bin", "checkpoint.pth.tar")
@@ -84,6 +85,21 @@ class Place:
         assert self.folder is not None
         return self.folder / name if (self.folder / name).is_file() else None
 
+    def licence(self) -> str | None:
+        """The licence in the metadata of the model card; None: no card, or none that says.
+
+        Of a file that was named alone on this machine nothing is read: the card beside it may be about another.
+        """
+        if self.only is not None:
+            return None
+        try:
+            path = self.find(CARD)
+        except HubError as error:
+            if isinstance(error.__cause__, FileNotFoundError):  # not in the cache, and the Hub may not be asked
+                return None
+            raise
+        return None if path is None else card_licence(path)
+
     def weights(self, filename: str | None = None, names: Sequence[str] = WEIGHT_NAMES) -> tuple[str, Path]:
         """Name and path of the weight file: the one that is named, or the first of `names` that is there.
 
@@ -125,6 +141,24 @@ class Place:
         if folder.is_relative_to(ASSETS):
             told |= {"source": "bundled", "location": folder.relative_to(ASSETS).as_posix()}
         return {**told, "filename": Path(filename).name}
+
+
+def card_licence(path: Path) -> str | None:
+    """The licence that a model card's metadata name: `license`, or `license_name` where that is `other`."""
+    import yaml  # type: ignore[import-untyped]  # comes with huggingface_hub
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        told = metadata_load(path) if path.stat().st_size <= 2**20 else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    told = told if isinstance(told, dict) else {}
+    licence = told.get("license")
+    if licence == "other":
+        licence = told.get("license_name") or licence
+    named = licence if isinstance(licence, list) else [licence]
+    text = " AND ".join(str(name) for name in named if name)
+    return text if 0 < len(text) <= 1_000 else None
 
 
 def open_place(source: str | os.PathLike[str], revision: str | None = None, **hub_settings: Any) -> Place:

@@ -151,7 +151,7 @@ def _import(place: Place, config: Path | None, filename: str | None, overrides: 
             "config": {key: value for key, value in content.items() if key not in _NOTES},
             "input": [settings["input_shape"][0], *seen],
         },
-        licence=settings.get("licence"),
+        licence=settings.get("licence") or place.licence(),
     )
     make_expert(provenance, settings)
     return make_expert(provenance, settings, module=shared(provenance, count, lambda: file, _build))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rsrouter.clock import Drawn
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import Plan
 from rsrouter.core.terms import Terms
@@ -22,9 +23,9 @@ from rsrouter.jobs.driver import Images, Reader, Running, make_executor, run_job
 from rsrouter.jobs.workers import Done, Emit, Step, Task
 from rsrouter.results import ExpertRecord, Table, TableMetadata, TreeRecord, pack_ids
 from rsrouter.sampling.engine import Engine
-from rsrouter.sampling.execution import KERNELS, default_batch, named_device
+from rsrouter.sampling.execution import KERNELS, default_batch, largest_input, named_device
 from rsrouter.sampling.noise import CHUNK
-from rsrouter.smooth import Drawn, RoutedSmooth, Smooth
+from rsrouter.smooth import RoutedSmooth, Smooth
 
 #: Images that stand for a data set that knows no fingerprint.
 SAMPLED = 8
@@ -169,11 +170,13 @@ def with_batch(smoothed: Smooth | RoutedSmooth, batch: int) -> Smooth | RoutedSm
 
 
 def settled_batch(smoothed: Smooth | RoutedSmooth, device: str | None) -> int:
-    """Rows per forward pass: a function of input size and the device's type, so that it is known before a worker starts.
+    """Rows per forward pass: a function of the networks' input size and the device's type, so that it is known before a worker
+    starts.
 
     A job never halves it where memory is short, as a single `certify` may: its rows would not be of one function.
     """
-    return smoothed.execution.batch or default_batch(int(np.prod(smoothed.shape)), named_device(device))
+    numel = largest_input(smoothed.shape, (m.module for m in smoothed.routed.models))
+    return smoothed.execution.batch or default_batch(numel, named_device(device))
 
 
 def job_metadata(
@@ -277,6 +280,7 @@ def certify_table(
         InputError, PlanError, NetworkError: as in `certify`; workers or threads that cannot be.
     """
     asked = smoothed.routed.resolve(terms, seed_from)
+    device = smoothed.device if device is None else device
     smoothed = with_batch(smoothed, settled_batch(smoothed, device))
     if batch_size is not None:
         check_count("batch_size", batch_size, "it groups work; it never changes a vote")

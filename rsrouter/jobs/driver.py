@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rsrouter.clock import terminal_bar
 from rsrouter.core.errors import InputError, ResultsError, WorkerError
 from rsrouter.inputs import check_images
 from rsrouter.jobs.workers import (
@@ -253,7 +254,8 @@ def run_job(
         facts: `machine_facts` that the metadata record; workers of other machines are refused.
         block: images of one task at most.
         rule, seed: of the certificates, for their rows.
-        radii, progress: `progress` is called after every word from a worker, with the accuracy at `radii`.
+        radii, progress: `progress` is called after every word from a worker, with the accuracy at `radii`; without it a terminal
+            shows a bar.
         most: votes that an image may take, for a first estimate of the time.
         retries: how often an image, or a slot, may lose its worker.
 
@@ -284,14 +286,17 @@ def run_job(
 
         def told(votes: int) -> None:
             running = tally.running(votes)
+            bar.update(running.finished - bar.n)
             if progress is not None:
                 progress(running)
 
         done = writer.done()
         todo = [i for i in order if i not in done]
+        bar = terminal_bar(out.name, len(order), show=progress is None)
         if todo:
             executor.open(worker)
             Scheduler(executor, load, todo, keep, block=block, facts=facts, told=told, retries=retries).run()
+        bar.close()
         writer.arrange(order)
     return Table.of(rows, path=out, metadata=writer.metadata, earlier=earlier, order=order)
 

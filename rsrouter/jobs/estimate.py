@@ -172,6 +172,7 @@ def estimate_table(
         InputError, PlanError, NetworkError: as in `certify_table`.
     """
     begun = time.perf_counter()
+    device = smoothed.device if device is None else device
     smoothed = with_batch(smoothed, settled_batch(smoothed, device))
     asked = smoothed.routed.resolve(terms)
     order = take_shard(check_order(images, indices, 1), shard)

@@ -24,7 +24,7 @@ from rsrouter.jobs.workers import Done, Emit, Step, Task
 from rsrouter.results import pack_ids
 from rsrouter.results.metadata import describe, differences, metadata_path, normalise
 from rsrouter.sampling.engine import Engine
-from rsrouter.sampling.execution import Execution, default_batch, named_device
+from rsrouter.sampling.execution import Execution, default_batch, largest_input, named_device
 from rsrouter.training.label_files import has_votes, save_votes
 from rsrouter.training.labels import LABEL, label_engine, label_votes
 
@@ -114,7 +114,7 @@ def label_table(
     path = Path(out)
     part = path.with_name(f"{path.name}.part.tsv")
     chosen = execution or Execution()
-    batch = chosen.batch or default_batch(int(np.prod(pool.input_shape)), named_device(device))
+    batch = chosen.batch or default_batch(largest_input(pool.input_shape, (e.module for e in pool)), named_device(device))
     chosen = replace(chosen, batch=batch)
     with make_executor(workers, ray, device, stored_threads(part, device, threads)) as executor:
         facts = executor.facts()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,7 +13,15 @@ from rsrouter.core.errors import InputError
 from rsrouter.process import fixed_kernels
 from rsrouter.sampling.check import check_network
 from rsrouter.sampling.engine import VoteModel
-from rsrouter.sampling.execution import Execution, Prepared, default_batch, keep_freed_memory, prepare, resolve_device
+from rsrouter.sampling.execution import (
+    Execution,
+    Prepared,
+    default_batch,
+    keep_freed_memory,
+    largest_input,
+    prepare,
+    resolve_device,
+)
 
 #: What `dtypes="fastest"` chooses from.
 DTYPES = ("float32", "bfloat16")
@@ -61,7 +68,7 @@ def calibrate(
         InputError: no batch that fits, an unknown dtype. NetworkError: a network that cannot be certified.
     """
     where, base = resolve_device(device), base or Execution()
-    shape, default = tuple(shape), default_batch(math.prod(shape), resolve_device(device))
+    shape, default = tuple(shape), default_batch(largest_input(shape, (m.module for m in models)), resolve_device(device))
     sizes = sorted(set(batches or (max(1, int(default * factor)) for factor in (0.25, 0.5, 1, 2, 4))))
     if where.type == "cpu":
         keep_freed_memory()

@@ -24,7 +24,15 @@ from rsrouter.experts.expert import check_values
 from rsrouter.experts.identity import module_digest
 from rsrouter.process import KERNELS, fixed_kernels
 from rsrouter.sampling.check import Checked, check_again, check_compiled, check_network, check_settings, check_votes
-from rsrouter.sampling.execution import Execution, Prepared, default_batch, keep_freed_memory, prepare, resolve_device
+from rsrouter.sampling.execution import (
+    Execution,
+    Prepared,
+    default_batch,
+    keep_freed_memory,
+    largest_input,
+    prepare,
+    resolve_device,
+)
 from rsrouter.sampling.logits import Outputs, forward, heads, out_of_memory, votes_of
 from rsrouter.sampling.noise import SHARED, NoiseStream, check_eight_bit, make_noise, stream_key
 from rsrouter.sampling.passes import Passes
@@ -76,13 +84,13 @@ class _Runner:
     """One network on one device."""
 
     def __init__(
-        self, model: VoteModel, shape: tuple[int, ...], execution: Execution, device: torch.device, run: Prepared
+        self, model: VoteModel, shape: tuple[int, ...], execution: Execution, device: torch.device, run: Prepared, batch: int
     ) -> None:
         self.model, self.shape, self.device, self.prepared = model, shape, device, run
         self._may_halve = execution.batch == 0
         self._since_check, self._witnesses = 0, 0
         self._last: tuple[Tensor, Outputs] | None = None  # the last batch and its logits
-        self.execution = replace(run.execution, batch=execution.batch or default_batch(int(np.prod(shape)), device))
+        self.execution = replace(run.execution, batch=batch)
         while True:
             try:
                 self._checked = self._check(run, self.batch)
@@ -276,7 +284,9 @@ class Engine:
             function = _function(model.module)
             if function not in self._prepared:
                 self._prepared[function] = prepare(model.module, self.execution, self.device, self.shape, name)
-            self._runners[name] = _Runner(model, self.shape, self.execution, self.device, self._prepared[function])
+            self._runners[name] = _Runner(
+                model, self.shape, self.execution, self.device, self._prepared[function], self.forward_batch
+            )
         return self._runners[name]
 
     def passes(self, name: str) -> Passes:
@@ -289,8 +299,10 @@ class Engine:
 
     @property
     def forward_batch(self) -> int:
-        """Rows per forward pass of the first network (a unit for how many votes make a round worthwhile)."""
-        return self.execution.batch or default_batch(int(np.prod(self.shape)), self.device)
+        """Rows per forward pass: as many for every network as the one with the largest input takes by default."""
+        if self.execution.batch:
+            return self.execution.batch
+        return default_batch(largest_input(self.shape, (m.module for m in self.models.values())), self.device)
 
     def describe(self) -> dict[str, Any]:
         """What decides bits: device, versions, threads, and each network's execution as it runs."""

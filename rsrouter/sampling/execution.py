@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from numbers import Integral
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
+from rsrouter.experts.preprocessing import Resized
 from rsrouter.process import KERNELS as KERNELS
 from rsrouter.process import fixed_kernels as fixed_kernels
 from rsrouter.sampling.fold import fold_batchnorm
@@ -31,8 +32,8 @@ class Execution:
     """How networks run; changes bits, hence votes, hence belongs to every certificate's metadata.
 
     Attributes:
-        batch: rows per forward pass; the last batch is padded to it. 0: `default_batch` for the input, halved where memory
-            is short before the first vote is drawn. A number is a promise: exactly that, or a NetworkError.
+        batch: rows per forward pass; the last batch is padded to it. 0: `default_batch` for the largest input of a network,
+            halved where memory is short before the first vote is drawn. A number is a promise: exactly that, or a NetworkError.
         dtype: `float32`, `bfloat16` or `float16`.
         fold: fold BatchNorm into the convolution before it, where the module then votes the same.
         channels_last: memory layout of weights and inputs, where the module takes it and votes the same.
@@ -109,13 +110,24 @@ BATCH_BYTES = {"cpu": 2**20}
 
 
 def default_batch(numel: int, device: torch.device) -> int:
-    """Rows per forward pass when nothing was calibrated: a function of input size and device type alone.
+    """Rows per forward pass when nothing was calibrated: a function of input size (`largest_input`) and device type alone.
 
     On a CPU about a megabyte of input, which keeps the activations of small networks in cache; on an
     accelerator about 32 MB. Deterministic, so that two runs never differ by a timing.
     """
     rows = BATCH_BYTES.get(device.type, 2**25) // (4 * numel)
     return next((size for size in (1000, 500, 250, 100, 50, 25) if rows >= size), 10)
+
+
+def largest_input(shape: Sequence[int], networks: Iterable[nn.Module]) -> int:
+    """Numbers in the largest image that any of the networks sees: the data's, or one that an expert resizes it to.
+
+    >>> from rsrouter.experts.preprocessing import Resize, Resized
+    >>> largest_input((3, 32, 32), [Resized(Resize(size=(224, 224)))]) == 3 * 224 * 224
+    True
+    """
+    resized = [m.size for network in networks for m in network.modules() if isinstance(m, Resized)]
+    return max([math.prod(shape), *(shape[0] * height * width for height, width in resized)])
 
 
 @cache
@@ -253,7 +265,7 @@ def _example(
 ) -> tuple[list[Tensor], Outputs]:
     """Two batches of as many images as it will run on, where memory allows, and what the network returns for the first: it may
     run other layers for other sizes."""
-    rows = execution.batch or default_batch(math.prod(shape), device)
+    rows = execution.batch or default_batch(largest_input(shape, [module]), device)
     while True:
         generator = torch.Generator().manual_seed(0)
         base = torch.rand((2, rows, *shape), generator=generator)

@@ -56,6 +56,8 @@ class DeferralRecipe:
         grid: heads read the experts' feature maps pooled to `grid x grid` cells, where they are maps; 1: as their own last
             layers do. 2 answers better for four times the weights.
         stages: the longest chain.
+        trunks: experts that a head reads: 2, that of the largest sigma and its neighbour, or 1, the former alone, for half the
+            votes' cost.
         whole: networks of the router's own to train beside the heads, one of each at every noise level; an expert's size each,
             and minutes of training for one of 160,000 weights. Their labels must differ.
     """
@@ -71,6 +73,7 @@ class DeferralRecipe:
     )
     grid: int = 1
     stages: int = 3
+    trunks: int = 2
     whole: tuple[WholeRecipe, ...] = ()
 
     def __post_init__(self) -> None:
@@ -81,6 +84,10 @@ class DeferralRecipe:
                 expected="different objectives, cross_entropy, tilt, consistency, tau or start",
                 received=str(labels),
                 remedy="drop one of them",
+            )
+        if self.trunks not in (1, 2):
+            raise InputError(
+                "A head reads one expert or two", expected="trunks 1 or 2", received=repr(self.trunks), remedy="leave it out"
             )
 
 
@@ -125,7 +132,7 @@ def head_voters(
     readable = with_features(pool)
     if not readable or not max(radii) > 0:
         return []
-    main, others = readable[-1], tuple(e.name for e in readable[-2:-1])
+    main, others = readable[-1], tuple(e.name for e in readable[-recipe.trunks : -1])
     least = smallest_sigma(max(radii), plan_n, alpha, recipe.stages)
     grid = recipe.grid if recipe.grid > 1 and all(has_grid(pool[name], recipe.grid) for name in (main.name, *others)) else 1
     sigmas = sorted({round(min(main.sigma, max(level * least, readable[0].sigma)), 4) for level in recipe.levels})

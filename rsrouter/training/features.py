@@ -13,7 +13,7 @@ from rsrouter.experts.preprocessing import has_trunk
 from rsrouter.experts.registry import TORCHVISION
 from rsrouter.process import fixed_kernels
 from rsrouter.router.trunk import FusedTrunk
-from rsrouter.sampling.execution import Execution, default_batch, prepare, resolve_device
+from rsrouter.sampling.execution import Execution, default_batch, largest_input, prepare, resolve_device
 from rsrouter.sampling.noise import stream_key
 from rsrouter.training.resume import ResumeStore, unit_key
 
@@ -75,7 +75,7 @@ def noisy_features(
         purpose, seed, *(e.digest for e in experts), repr(float(sigma)), images.shape[0], images[:1].cpu().numpy().tobytes()
     )
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-    batch = execution.batch or default_batch(images[0].numel(), where)
+    batch = execution.batch or default_batch(largest_input(images.shape[1:], (e.module for e in experts)), where)
     rows = torch.arange(len(images)).repeat_interleave(copies)
     store = store or ResumeStore()
     content = images.detach().cpu().contiguous().numpy().tobytes()

@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from rsrouter import CascadeRouter, RoutedSmooth, Smooth
 from rsrouter.core import NetworkError, VoteRequest
 from rsrouter.core.errors import InputError
+from rsrouter.experts import Expert, ExpertPool
+from rsrouter.experts.preprocessing import Resize, Resized
 from rsrouter.experts.small_resnet import SmallResNet
+from rsrouter.jobs.certify import settled_batch
 from rsrouter.process import KERNELS, fixed_kernels
 from rsrouter.sampling import Engine, Execution, VoteModel, image_identity
 from rsrouter.sampling.calibrate import DTYPES, calibrate
@@ -271,6 +275,21 @@ def test_calibration_measures_what_it_may_choose_from():
     only, _ = calibrate(networks[:1], SHAPE, base=Execution(channels_last=False), batches=(8,), repeats=1)
     assert only == Execution(batch=8, channels_last=False)
     assert default_batch(3 * 224 * 224, torch.device("cpu")) == 10
+
+
+def test_the_default_batch_is_about_the_pixels_that_a_network_sees():
+    large = nn.Sequential(Resized(Resize(size=(128, 128))), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 3))
+    small, device = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), torch.device("cpu")
+    told = {"sigma": 0.25, "num_classes": 3, "input_shape": SHAPE}
+    experts = [Expert(large, name="large", **told), Expert(small, name="small", **told)]
+    alone = Smooth(experts[1])
+    both = RoutedSmooth(ExpertPool(experts), CascadeRouter([0.6]))
+    for smoothed, numel in ((alone, 36), (both, 128 * 128)):
+        expected = default_batch(numel, device)
+        running = Engine(smoothed.routed.models, SHAPE, seed=0)
+        assert settled_batch(smoothed, None) == running.forward_batch == expected
+        assert {running.runner(name).batch for name in running.models} == {expected}  # one for all of a classifier's networks
+    assert default_batch(36, device) > default_batch(128 * 128, device)
 
 
 def test_calibration_stops_at_what_fits():

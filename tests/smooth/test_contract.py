@@ -29,8 +29,9 @@ from rsrouter import (
 from rsrouter.core import binom_lower, vote_radius
 from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Tree, expert_stage
+from rsrouter.experts.places import ASSETS
 from rsrouter.router.base import Routed
-from rsrouter.sampling import VoteModel
+from rsrouter.sampling import Execution, VoteModel
 
 SHAPE = (1, 6, 6)
 
@@ -254,3 +255,39 @@ def test_a_router_whose_networks_are_not_those_of_its_stages_is_refused(sigma, s
     with pytest.raises(InputError, match="do not fit its stages"):
         Routed(tree, (VoteModel("s", linear(), sigma, stages, (width,), "digest"),))
     Routed(tree, (VoteModel("s", linear(), 1.0, ("s",), (3,), "digest"),))
+
+
+def test_the_device_of_a_loaded_router() -> None:
+    folder = ASSETS / "router"
+    assert RoutedSmooth.from_pretrained(folder).device is None
+    loaded = RoutedSmooth.from_pretrained(folder, device="cpu")
+    assert loaded.device == "cpu"
+    assert loaded.with_execution(Execution(batch=7)).device == "cpu"
+    with pytest.raises(InputError, match="device"):
+        RoutedSmooth.from_pretrained(folder, device="nowhere")
+    loaded.device = "nowhere"  # it is the one that is asked, unless a call names another
+    with pytest.raises(InputError, match="device"):
+        loaded.engine(0)
+    assert loaded.engine(0, "cpu").device.type == "cpu"
+
+
+def test_a_terminal_shows_a_bar_where_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, bool]] = []
+
+    class Bar:
+        def __init__(self, desc: str, disable: bool, **more: object) -> None:
+            shown.append((desc, not disable))
+
+        def update(self, n: int = 1) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("rsrouter.clock.tqdm", Bar)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    smooth, x = Smooth(Expert(net, sigma=0.5, num_classes=2, input_shape=(1, 2, 2))), torch.rand(2, 1, 2, 2)
+    for live in (False, True):
+        monkeypatch.setattr("sys.stderr.isatty", lambda live=live: live, raising=False)
+        smooth.certify(x, FixedPlan(10, 20))
+        smooth.certify(x, FixedPlan(10, 20), progress=lambda drawn: None)
+        smooth.predict(x, n=20)
+    assert shown == [("certify", False)] * 2 + [("predict", False), ("certify", True), ("certify", False), ("predict", True)]

@@ -174,6 +174,13 @@ def test_training_reads_cells_where_there_are_any(resnets: ExpertPool) -> None:
         assert voter.grid == (1 if voter.head is None else 2)
     asked = [voter.grid for voter, _ in head_voters(resnets, (0.0, 1.0), recipe, 10_000, 1e-3)]
     assert asked == [2] * len(recipe.heads)
+    readers = {
+        trunks: {voter.others for voter, _ in head_voters(resnets, (0.0, 1.0), replace(recipe, trunks=trunks), 10_000, 1e-3)}
+        for trunks in (1, 2)
+    }
+    assert readers == {1: {()}, 2: {tuple(e.name for e in list(resnets)[-2:-1])}}
+    with pytest.raises(InputError, match="one expert or two"):
+        replace(recipe, trunks=0)
     blind = ExpertPool(
         [Expert(Tokens(), sigma=s, num_classes=CLASSES, input_shape=(1, 8, 8), name=f"s{s:g}") for s in (0.5, 1.0)]
     )
