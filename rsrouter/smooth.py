@@ -30,7 +30,7 @@ from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Tree
 from rsrouter.core.types import Certificate
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.identity import module_digest
+from rsrouter.experts.identity import module_state
 from rsrouter.experts.parts import composed
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_count, check_ids, check_images, check_seed
@@ -89,7 +89,7 @@ class Smoothed:
             expert.digest  # noqa: B018 (taken now, so that a change from here on is seen)
             expert.check_unchanged()
         self._bound = self._state()
-        self._kept: tuple[object, Engine] | None = None
+        self._engines: dict[str, tuple[Routed, Engine]] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({in_one_line(self.routed, [e.name for e in self.experts])})"
@@ -110,7 +110,7 @@ class Smoothed:
         return "\n".join([*lines, *(f"  {line}" for line in composed(self.experts))])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "memo": None}
+        return {**self.__dict__, "_engines": {}, "memo": None}
 
     @property
     def tree(self) -> Tree:
@@ -135,22 +135,23 @@ class Smoothed:
     def with_execution(self, execution: Execution) -> Self:
         """The same classifier, run in another way: another function, as its votes may differ."""
         other = object.__new__(type(self))
-        other.__dict__.update({**self.__dict__, "routed": replace(self.routed, execution=execution), "_kept": None})
+        other.__dict__.update({**self.__dict__, "routed": replace(self.routed, execution=execution), "_engines": {}})
         return other
 
-    def _settings(self) -> dict[str, str]:
-        """What else may not change in place, as `{what: its state}`."""
+    def _settings(self, hashes: dict[int, str]) -> dict[str, str]:
+        """What else may not change in place, as `{what: its state}`; `hashes` of tensors as in `module_state`."""
         return {}
 
     def _state(self) -> dict[str, str]:
-        networks = {f"network {m.name!r}": module_digest(m.module) for m in self.routed.models}
+        hashes: dict[int, str] = {}  # what several networks share is read once
+        networks = {f"network {m.name!r}": module_state(m.module, hashes).digest for m in self.routed.models}
         settings = {
             f"expert {e.name!r}": repr(
                 (e.name, e.sigma, e.lipschitz, e.num_classes, e.input_shape, e.mean, e.std, e.resize, e.order)
             )
             for e in self.experts
         }
-        return {**networks, **settings, **self._settings()}
+        return {**networks, **settings, **self._settings(hashes)}
 
     def check_unchanged(self) -> None:
         """Refuses weights and settings that were changed in place since they were bound: digests, seeds and tables would
@@ -171,19 +172,22 @@ class Smoothed:
             )
 
     def engine(self, seed: int, device: str | None = None) -> Engine:
-        """The engine that draws this classifier's votes under `seed`; networks are prepared and checked once per device.
+        """The engine that draws this classifier's votes under `seed`.
+
+        Networks are copied, prepared and checked once per device, and kept; what they were made of is compared with what was
+        bound every time.
 
         Raises:
             NetworkError: a network that cannot be certified, or was changed since it was bound.
             InputError: an unusable device.
         """
         self.check_unchanged()
-        key = (str(device), self.routed)
-        if self._kept is None or self._kept[0] != key:
-            r = self.routed
-            made = Engine(r.models, self.shape, seed=seed, device=device, execution=r.execution, noise=r.noise)
-            self._kept = (key, made)
-        return self._kept[1].with_seed(seed)
+        r = self.routed
+        of, kept = self._engines.get(str(device), (None, None))
+        if kept is None or of is not r:
+            kept = Engine(r.models, self.shape, seed=seed, device=device, execution=r.execution, noise=r.noise)
+            self._engines[str(device)] = r, kept
+        return kept.with_seed(seed)
 
     def certify(
         self,
@@ -352,11 +356,11 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
         self.pool, self.router = pool, router
         super().__init__(router.bind(pool), pool.experts, pool.input_shape, execution, noise)
 
-    def _settings(self) -> dict[str, str]:
+    def _settings(self, hashes: dict[int, str]) -> dict[str, str]:
         own = {k: v for k, v in vars(self.router).items() if not hasattr(type(self.router), k)}
         if not all(isinstance(v, nn.Module | str | int | float | tuple | None) for v in own.values()):
             return {"the router": self.router.bind(self.pool).digest}
-        state = {k: module_digest(v) if isinstance(v, nn.Module) else repr(v) for k, v in own.items()}
+        state = {k: module_state(v, hashes).digest if isinstance(v, nn.Module) else repr(v) for k, v in own.items()}
         return {"the router": repr(sorted(state.items()))}
 
     def save_pretrained(self, save_directory: str | Path) -> Path:  # type: ignore[override]

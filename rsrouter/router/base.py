@@ -92,6 +92,19 @@ class Routed:
             PlanError: terms that cannot be, or a radius that the plan can never reach with this tree.
         """
         asked = terms if isinstance(terms, Terms) else Terms(terms)
+        if (asked, seed_from) not in self._resolved:
+            self._resolved[asked, seed_from] = self._resolve(asked, seed_from)
+        return self._resolved[asked, seed_from]
+
+    @cached_property
+    def _resolved(self) -> dict[tuple[Terms, str], Terms]:
+        return {}
+
+    @cached_property
+    def _splits(self) -> dict[float, AlphaSplit]:
+        return {}
+
+    def _resolve(self, asked: Terms, seed_from: str) -> Terms:
         sides = asked.sides or ("one" if len(self.tree.stages) == 1 else "two")
         asked = replace(asked, sides=sides, seed=self.default_seed(seed_from) if asked.seed is None else asked.seed)
         asked.plan.check(self.tree, self.split(asked), str(asked.sides))
@@ -106,7 +119,9 @@ class Routed:
 
     def split(self, terms: Terms) -> AlphaSplit:
         """How `terms.alpha` is divided, so that no path from the root to a leaf spends more."""
-        return AlphaSplit.even(terms.alpha, self.tree.paths)
+        if terms.alpha not in self._splits:
+            self._splits[terms.alpha] = AlphaSplit.even(terms.alpha, self.tree.paths)
+        return self._splits[terms.alpha]
 
 
 class Router(ABC):

@@ -134,6 +134,30 @@ def check_network(
     return Checked(all(m.equal for m in found), max(m.gap for m in found), x, first)
 
 
+#: Sizes of smaller batches that are tried, for votes that do not fill one.
+_SIZES = (50, 100, 250, 500)
+
+
+@torch.inference_mode()
+def smaller_batches(checked: Checked, prepared: Prepared, name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes below the batch's in which rows have the bits that they have in a whole one, tried on its first and last rows: other
+    rows, at other places, among others."""
+    found = []
+    for size in _SIZES:
+        if 2 * size > len(checked.rows):
+            break
+        try:
+            parts = [
+                (logits_of(prepared, checked.rows[part].clone(), widths, name), part)
+                for part in (slice(size), slice(-size, None))
+            ]
+        except NetworkError:  # made for one size
+            break
+        if all(moved(tuple(h[part] for h in checked.logits), logits).equal for logits, part in parts):
+            found.append(size)
+    return tuple(found)
+
+
 @torch.inference_mode()
 def check_votes(prepared: Prepared, name: str, widths: tuple[int, ...], x: Tensor, cast: Outputs, turn: int) -> None:
     """Refuses a network whose logits `cast` for a batch of votes `x` are not those that half of its rows get among others; which
