@@ -30,13 +30,12 @@ from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Tree
 from rsrouter.core.types import Certificate
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.identity import module_state
-from rsrouter.experts.parts import composed
+from rsrouter.experts.identity import ModuleWatch
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_count, check_ids, check_images, check_seed
 from rsrouter.publish import Publication, publish
 from rsrouter.router.base import Routed, Router, single_tree
-from rsrouter.router.words import decides, in_one_line
+from rsrouter.router.words import described, in_one_line
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution
 from rsrouter.sampling.memo import VoteMemo
@@ -88,7 +87,9 @@ class Smoothed:
         for expert in self.experts:
             expert.digest  # noqa: B018 (taken now, so that a change from here on is seen)
             expert.check_unchanged()
-        self._bound = self._state()
+        hashes: dict[int, str] = {}
+        bound = self._parts().items()
+        self._bound = {who: ModuleWatch(part, hashes) if isinstance(part, nn.Module) else repr(part) for who, part in bound}
         self._engines: dict[str, tuple[Routed, Engine]] = {}
 
     def __repr__(self) -> str:
@@ -102,12 +103,7 @@ class Smoothed:
         1 stage over sigma_0.5, images of shape (1, 2, 2), gaussian noise, float32
           1. sigma_0.5 at noise 0.5: answers
         """
-        names = [e.name for e in self.experts]
-        stages, experts = decides(self.routed, names), ", ".join(names)
-        count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
-        lines = [f"{count} over {experts}, images of shape {self.shape}, {self.noise} noise, {self.execution.dtype}"]
-        lines += [f"  {i}. {line}" for i, line in enumerate(stages, 1)]
-        return "\n".join([*lines, *(f"  {line}" for line in composed(self.experts))])
+        return described(self.routed, self.experts, self.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_engines": {}, "memo": None}
@@ -138,20 +134,17 @@ class Smoothed:
         other.__dict__.update({**self.__dict__, "routed": replace(self.routed, execution=execution), "_engines": {}})
         return other
 
-    def _settings(self, hashes: dict[int, str]) -> dict[str, str]:
-        """What else may not change in place, as `{what: its state}`; `hashes` of tensors as in `module_state`."""
+    def _own(self) -> dict[str, Any]:
+        """What else may not change in place: modules, or anything with a `repr` that tells it, by name."""
         return {}
 
-    def _state(self) -> dict[str, str]:
-        hashes: dict[int, str] = {}  # what several networks share is read once
-        networks = {f"network {m.name!r}": module_state(m.module, hashes).digest for m in self.routed.models}
+    def _parts(self) -> dict[str, Any]:
+        networks = {f"network {m.name!r}": m.module for m in self.routed.models}
         settings = {
-            f"expert {e.name!r}": repr(
-                (e.name, e.sigma, e.lipschitz, e.num_classes, e.input_shape, e.mean, e.std, e.resize, e.order)
-            )
+            f"expert {e.name!r}": (e.name, e.sigma, e.lipschitz, e.num_classes, e.input_shape, e.mean, e.std, e.resize, e.order)
             for e in self.experts
         }
-        return {**networks, **settings, **self._settings(hashes)}
+        return {**networks, **settings, **self._own()}
 
     def check_unchanged(self) -> None:
         """Refuses weights and settings that were changed in place since they were bound: digests, seeds and tables would
@@ -160,9 +153,15 @@ class Smoothed:
         Raises:
             NetworkError: something differs.
         """
-        now = self._state()
-        changed = [who for who in {**self._bound, **now} if self._bound.get(who) != now.get(who)]
-        if changed:
+        now, changed = self._parts(), []
+        hashes: dict[int, str] = {}  # what several networks share is read once
+        for who, bound in self._bound.items():
+            if isinstance(bound, ModuleWatch):
+                same = now.get(who) is bound.module and bound.unchanged(hashes)
+            else:
+                same = who in now and repr(now[who]) == bound
+            changed += [] if same else [who]
+        if changed := [*changed, *(who for who in now if who not in self._bound)]:
             raise NetworkError(
                 f"{changed[0][0].upper()}{changed[0][1:]} was changed after it was bound",
                 expected="the weights and settings it had",
@@ -356,12 +355,11 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
         self.pool, self.router = pool, router
         super().__init__(router.bind(pool), pool.experts, pool.input_shape, execution, noise)
 
-    def _settings(self, hashes: dict[int, str]) -> dict[str, str]:
+    def _own(self) -> dict[str, Any]:
         own = {k: v for k, v in vars(self.router).items() if not hasattr(type(self.router), k)}
         if not all(isinstance(v, nn.Module | str | int | float | tuple | None) for v in own.values()):
             return {"the router": self.router.bind(self.pool).digest}
-        state = {k: module_state(v, hashes).digest if isinstance(v, nn.Module) else repr(v) for k, v in own.items()}
-        return {"the router": repr(sorted(state.items()))}
+        return {f"the router's {k}": v for k, v in own.items()}
 
     def save_pretrained(self, save_directory: str | Path) -> Path:  # type: ignore[override]
         """Writes `config.json` and `router.safetensors` (the router's tensors only; experts are pinned, not copied)."""

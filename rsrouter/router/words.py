@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from rsrouter.core.titles import is_expert, stage_titles
 from rsrouter.core.tree import Stage
+from rsrouter.experts.expert import Expert
+from rsrouter.experts.parts import composed
 from rsrouter.router.base import Routed
 
 
@@ -44,10 +46,20 @@ def _sentence(stage: Stage, titles: Mapping[str, str]) -> str:
     return f"{who}: {most} names who answers: {' or '.join(onward)}" if onward else f"{who}: answers"
 
 
+def described(routed: Routed, experts: Sequence[Expert], shape: tuple[int, ...]) -> str:
+    """Who decides what, and how the networks run, in lines."""
+    names = [e.name for e in experts]
+    stages = decides(routed, names)
+    count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
+    lines = [f"{count} over {', '.join(names)}, images of shape {shape}, {routed.noise} noise, {routed.execution.dtype}"]
+    lines += [f"  {i}. {line}" for i, line in enumerate(stages, 1)]
+    return "\n".join([*lines, *(f"  {line}" for line in composed(experts))])
+
+
 def in_one_line(routed: Routed, experts: Sequence[str]) -> str:
     """What `print` shows of a classifier: number of stages, experts, and which it is."""
     stages = len(routed.tree.stages)
     return f"{stages} stage{'s' if stages > 1 else ''} over {', '.join(experts)}; digest {routed.digest[:12]}"
 
 
-__all__ = ["decides", "in_one_line"]
+__all__ = ["decides", "described", "in_one_line"]

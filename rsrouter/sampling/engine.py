@@ -21,7 +21,7 @@ from rsrouter.core.certify import VoteRequest
 from rsrouter.core.errors import InputError
 from rsrouter.core.requests import PASS
 from rsrouter.experts.expert import check_values
-from rsrouter.experts.identity import ModuleIdentity, module_digest, module_state
+from rsrouter.experts.identity import ModuleWatch, module_digest
 from rsrouter.process import KERNELS, fixed_kernels
 from rsrouter.sampling.check import (
     Checked,
@@ -91,7 +91,7 @@ class _Runner:
         self.model, self.shape, self.device, self.prepared = model, shape, device, run
         self._may_halve = execution.batch == 0
         self._since_check, self._witnesses = 0, 0
-        self._proven: ModuleIdentity | None = None  # the state in which it last gave the bits of the check
+        self._proven: ModuleWatch | None = None  # the state in which it last gave the bits of the check
         self._unproven = 0  # votes since the last look at bits or state, in batches
         self._last: tuple[Tensor, Outputs] | None = None  # the last batch and its logits
         self.execution = replace(run.execution, batch=execution.batch or default_batch(int(np.prod(shape)), device))
@@ -175,13 +175,13 @@ class _Runner:
             return
         self._unproven = 0
         readable = self.device.type == "cpu" and not self.execution.compile
-        if self._proven is not None and self._since_check <= CHECK_STATE and module_state(self.prepared.module) == self._proven:
+        if self._proven is not None and self._since_check <= CHECK_STATE and self._proven.unchanged():
             return
         self._since_check = 0
         with fixed_kernels():
             check_again(self._checked, self.prepared, self.model.name, self.model.widths)
-        state = module_state(self.prepared.module) if readable else None
-        self._proven = None if state is None or state.opaque else state
+        watch = ModuleWatch(self.prepared.module) if readable else None
+        self._proven = None if watch is None or watch.state.opaque else watch
 
     def batches(self, requests: Sequence[VoteRequest]) -> list[list[_Segment]]:
         """Segments of each batch. Rows are packed freely, or, where bits depend on the position in the batch,
