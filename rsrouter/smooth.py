@@ -87,9 +87,9 @@ class Smoothed:
         for expert in self.experts:
             expert.digest  # noqa: B018 (taken now, so that a change from here on is seen)
             expert.check_unchanged()
-        hashes: dict[int, str] = {}
+        read: dict[int, str] = {}
         bound = self._parts().items()
-        self._bound = {who: ModuleWatch(part, hashes) if isinstance(part, nn.Module) else repr(part) for who, part in bound}
+        self._bound = {who: ModuleWatch(part, read) if isinstance(part, nn.Module) else repr(part) for who, part in bound}
         self._engines: dict[str, tuple[Routed, Engine]] = {}
 
     def __repr__(self) -> str:
@@ -153,8 +153,7 @@ class Smoothed:
         Raises:
             NetworkError: something differs.
         """
-        now, changed = self._parts(), []
-        hashes: dict[int, str] = {}  # what several networks share is read once
+        now, changed, hashes = self._parts(), [], dict[int, str]()  # what several networks share is read once
         for who, bound in self._bound.items():
             if isinstance(bound, ModuleWatch):
                 same = now.get(who) is bound.module and bound.unchanged(hashes)
@@ -173,8 +172,7 @@ class Smoothed:
     def engine(self, seed: int, device: str | None = None) -> Engine:
         """The engine that draws this classifier's votes under `seed`.
 
-        Networks are copied, prepared and checked once per device, and kept; what they were made of is compared with what was
-        bound every time.
+        Networks are prepared and checked once per device and kept; what they were made of is compared with what was bound.
 
         Raises:
             NetworkError: a network that cannot be certified, or was changed since it was bound.
@@ -229,8 +227,8 @@ class Smoothed:
         names = check_ids(ids, len(x))
         if batch_size is not None:
             check_count("batch_size", batch_size, "it groups work; it never changes a vote")
-        split, sides = self.routed.split(asked), str(asked.sides)
-        policy = CertifyPolicy(self.routed.tree, asked.plan, split, len(x), rule=asked.rule, sides=sides)
+        split = self.routed.split(asked)
+        policy = CertifyPolicy(self.tree, asked.plan, split, len(x), rule=asked.rule, sides=str(asked.sides))
         engine = engine or self.engine(int(asked.seed or 0), device)
         # enough images in flight that a round of the shortest requests still fills many batches
         window = -(-max(batch_size or 0, 16 * engine.forward_batch) // asked.plan.n0)
@@ -242,8 +240,7 @@ class Smoothed:
         while live or upcoming < len(x):
             while len(live) < window and upcoming < len(x):
                 identity[upcoming] = image_identity(x[upcoming], names[upcoming])
-                live.append(upcoming)
-                upcoming += 1
+                live, upcoming = [*live, upcoming], upcoming + 1
             start = time.perf_counter()
             requests = policy.next_requests(live)
             counts = engine.run(x, identity, requests) if self.memo is None else self.memo.run(engine, x, identity, requests)
@@ -280,8 +277,7 @@ class Smoothed:
             images: `(N, C, H, W)` pixels in [0,1].
             n: votes per stage that is asked.
             alpha: probability, per query, of an answer that is not g's. Repeated queries add up.
-            seed: None draws fresh entropy. A published seed voids the statement against an attacker who
-                knows it.
+            seed: None draws fresh entropy; a published one voids the statement against an attacker who knows it.
             ids: names of the images in their noise streams.
             device: where to run; None is the CPU.
 

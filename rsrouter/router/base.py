@@ -14,7 +14,7 @@ from torch import nn
 
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import InputError
-from rsrouter.core.plans import AdaptivePlan, Plan
+from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
 from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Stage, Tree, expert_stage
 from rsrouter.experts.expert import Expert
@@ -91,20 +91,23 @@ class Routed:
         Raises:
             PlanError: terms that cannot be, or a radius that the plan can never reach with this tree.
         """
-        asked = terms if isinstance(terms, Terms) else Terms(terms)
-        if (asked, seed_from) not in self._resolved:
-            self._resolved[asked, seed_from] = self._resolve(asked, seed_from)
-        return self._resolved[asked, seed_from]
+        plan = terms.plan if isinstance(terms, Terms) else terms
+        if type(plan) not in (FixedPlan, AdaptivePlan):  # one of somebody's own, which may change
+            return self._resolve(terms, seed_from)
+        if (terms, seed_from) not in self._resolved:
+            self._resolved[terms, seed_from] = self._resolve(terms, seed_from)
+        return self._resolved[terms, seed_from]
 
     @cached_property
-    def _resolved(self) -> dict[tuple[Terms, str], Terms]:
+    def _resolved(self) -> dict[tuple[Terms | Plan, str], Terms]:
         return {}
 
     @cached_property
     def _splits(self) -> dict[float, AlphaSplit]:
         return {}
 
-    def _resolve(self, asked: Terms, seed_from: str) -> Terms:
+    def _resolve(self, terms: Terms | Plan, seed_from: str) -> Terms:
+        asked = terms if isinstance(terms, Terms) else Terms(terms)
         sides = asked.sides or ("one" if len(self.tree.stages) == 1 else "two")
         asked = replace(asked, sides=sides, seed=self.default_seed(seed_from) if asked.seed is None else asked.seed)
         asked.plan.check(self.tree, self.split(asked), str(asked.sides))

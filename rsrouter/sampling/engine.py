@@ -22,13 +22,12 @@ from rsrouter.core.errors import InputError
 from rsrouter.core.requests import PASS
 from rsrouter.experts.expert import check_values
 from rsrouter.experts.identity import ModuleWatch, module_digest
-from rsrouter.process import KERNELS, fixed_kernels
+from rsrouter.process import KERNELS, check_settings, fixed_kernels
 from rsrouter.sampling.check import (
     Checked,
     check_again,
     check_compiled,
     check_network,
-    check_settings,
     check_votes,
     smaller_batches,
 )
