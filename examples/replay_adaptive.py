@@ -2,10 +2,14 @@
 
     python examples/replay_adaptive.py --tables DIR
 
-DIR holds tables in the field's format (`idx label predict radius correct time`, one `sigma_<s>.tsv` per noise
-level; Cohen et al. 2019's and SmoothAdv's are public). Each row's radius is inverted to the vote share that gave
+DIR holds tables in the field's format (`idx label predict radius correct time`), each named `<method>_<sigma>.tsv`, in folders
+or not; Cohen et al. 2019's and SmoothAdv's are public. Each row's radius is inverted to the vote share that gave
 it (n = 100,000, alpha = 0.001, one-sided), votes are drawn at that share, and the real `CertifyPolicy` decides
 what to draw and what to certify. The fixed run's votes begin with the adaptive run's, as they do in the engine.
+
+The floor is Wald's (1945): the votes that any sequential test needs on average to tell a row's share from the cell's lower edge
+with error alpha, or from its upper edge with error beta, whichever are more, and n at most. `--patience` replays other levels
+beta: what a user who stops earlier saves in votes and pays in certified accuracy.
 """
 
 from __future__ import annotations
@@ -75,6 +79,27 @@ def certified_accuracy(policy: CertifyPolicy, correct: NDArray[np.bool_], radii:
     return 100.0 * np.asarray(kept.mean(0))
 
 
+def wald_floor(share: NDArray[np.float64], edges: NDArray[np.float64], n: int, alpha: float, beta: float) -> NDArray[np.float64]:
+    """The fewest mean votes that settle each row's cell between `edges` (vote shares, ascending), and n at most.
+
+    >>> wald_floor(np.array([0.5, 0.999]), np.array([0.5, 0.9]), 1000, 0.001, 0.01).round().tolist()
+    [1000.0, 68.0]
+    """
+
+    def needed(edge: NDArray[np.float64], miss: float, other: float) -> NDArray[np.float64]:
+        p = np.clip(share, 1e-12, 1 - 1e-12)
+        with np.errstate(divide="ignore"):
+            apart = p * np.log(p / edge) + (1 - p) * np.log((1 - p) / (1 - edge))
+            wald = (1 - other) * np.log((1 - other) / miss) + other * np.log(other / (1 - miss))
+            return np.asarray(wald / np.maximum(apart, 0.0))
+
+    cell = np.searchsorted(edges, share, side="right")
+    last = len(edges) - 1
+    below = np.where(cell > 0, needed(edges[np.maximum(cell - 1, 0)], alpha, beta), 0.0)
+    above = np.where(cell <= last, needed(edges[np.minimum(cell, last)], beta, alpha), 0.0)
+    return np.minimum(np.maximum(below, above), n)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", type=Path, required=True)
@@ -87,6 +112,10 @@ def main() -> None:
     parser.add_argument("--first", type=int)
     parser.add_argument("--last-share", type=float)
     parser.add_argument("--beta", type=float)
+    parser.add_argument(
+        "--patience", type=lambda text: [float(v) for v in text.split(",")], help="levels beta, such as .01,.1,.5"
+    )
+    parser.add_argument("--rows", type=int, help="only so many rows of each table, evenly spread")
     parser.add_argument("--bound")
     parser.add_argument("--spending")
     args = parser.parse_args()
@@ -96,26 +125,34 @@ def main() -> None:
         if k in ("growth", "first", "last_share", "beta", "bound", "spending") and v is not None
     }
     print(f"n = {args.n}, alpha = {args.alpha}, grid {args.step}; {chosen or 'default plan'}")
-    print("table            rows   votes   most points lost (at r)   ACR kept   mean looks")
-    for path in sorted(args.tables.glob("sigma_*.tsv")):
-        sigma = float(path.stem.split("_")[1])
+    print("table                  rows   beta   votes   / floor   most points lost (at r)   ACR kept   mean looks")
+    for path in sorted(args.tables.rglob("*_*.tsv")):
+        sigma = float(path.stem.rpartition("_")[2])
         share, correct = read_shares(path, sigma, 100_000, 1e-3, args.abstained)
+        if args.rows is not None:
+            part = np.linspace(0, len(share) - 1, min(args.rows, len(share))).astype(int)
+            share, correct = share[part], correct[part]
         tree = Tree.of([Stage("expert", sigma, leads_to=(0, 1))])
         reach = FixedPlan(100, args.n).reach(tree, AlphaSplit.even(args.alpha, tree.paths), "one")
         grid = np.arange(0.0, reach, args.step)
-        plan = AdaptivePlan(args.n, grid, **chosen)
-        votes = draw(np.random.default_rng(args.seed), share, [*plan.looks, args.n])
+        plans = [
+            AdaptivePlan(args.n, grid, **{**chosen, **more}) for more in ([{"beta": b} for b in args.patience or ()] or [{}])
+        ]
+        votes = draw(np.random.default_rng(args.seed), share, [*plans[0].looks, args.n])
         fixed = certify(tree, FixedPlan(100, args.n), share, votes, args.alpha)
-        adaptive = certify(tree, plan, share, votes, args.alpha)
-        drawn = np.array([adaptive.drawn(i) for i in range(len(share))])
         full = np.array([fixed.drawn(i) for i in range(len(share))])
-        loss = certified_accuracy(fixed, correct, grid) - certified_accuracy(adaptive, correct, grid)
-        looks = np.searchsorted(plan.looks, drawn - plan.n0) + 1
-        worst = f"{loss.max():6.3f} (r = {grid[loss.argmax()]:.2f})"
-        print(
-            f"{path.name:15s} {len(share):6d}  {drawn.sum() / full.sum():6.1%}   {worst}"
-            f"        {adaptive.radius.sum() / fixed.radius.sum():6.3f}     {looks.mean():.2f}"
-        )
+        for plan in plans:
+            floor = wald_floor(share, special.ndtr(grid / sigma), args.n, args.alpha, plan.beta)
+            adaptive = certify(tree, plan, share, votes, args.alpha)
+            drawn = np.array([adaptive.drawn(i) for i in range(len(share))])
+            loss = certified_accuracy(fixed, correct, grid) - certified_accuracy(adaptive, correct, grid)
+            looks = np.searchsorted(plan.looks, drawn - plan.n0) + 1
+            worst = f"{loss.max():6.3f} (r = {grid[loss.argmax()]:.2f})"
+            print(
+                f"{path.stem:21s} {len(share):6d}   {plan.beta:4.2f}  {drawn.sum() / full.sum():6.1%}   {drawn.sum() / floor.sum():6.2f}"
+                f"    {worst}        {adaptive.radius.sum() / fixed.radius.sum():6.3f}     {looks.mean():.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

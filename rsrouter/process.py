@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import overrides
+from torch.nn.modules import module as every_module
 from torch.utils import _python_dispatch
 from torch.utils._device import DeviceContext
+
+from rsrouter.core.errors import NetworkError
 
 _B: Any = torch.backends
 
@@ -156,3 +159,33 @@ def fixed_kernels() -> Iterator[None]:
 def disturbed() -> list[str]:
     """Settings that are not what `fixed_kernels` made them: somebody else, another thread or a network, sets them as well."""
     return [knob for knob, (read, _) in _KNOBS.items() if read() != _wanted(knob)]
+
+
+def check_settings(name: str) -> None:
+    """Refuses votes that were drawn while somebody changed what they depend on.
+
+    Raises:
+        NetworkError: a setting that `fixed_kernels` makes is not what it made it, hooks on all modules of the process, or a
+            mode that replaces functions of torch.
+    """
+    if hooks := every_module.__dict__["_global_forward_hooks"] | every_module.__dict__["_global_forward_pre_hooks"]:
+        raise NetworkError(
+            f"Hooks on all modules of the process ran while network {name!r} was voting",
+            expected="the module's own hooks alone",
+            received=", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks.values()),
+            remedy="remove what register_module_forward_hook or register_module_forward_pre_hook returned, and start again",
+        )
+    if around := modes():
+        raise NetworkError(
+            f"Modes that may replace what torch computes were on while network {name!r} was voting",
+            expected="the functions of torch as they are",
+            received=", ".join(around),
+            remedy="leave them before, and start again",
+        )
+    if changed := disturbed():
+        raise NetworkError(
+            f"Settings of the process changed while network {name!r} was voting",
+            expected="the settings of rsrouter.process.KERNELS for as long as votes are drawn",
+            received=f"others: {', '.join(changed)}",
+            remedy="set them before or after, neither in another thread nor in a forward pass, and start again",
+        )

@@ -31,11 +31,11 @@ from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Tree
 from rsrouter.core.types import Certificate
 from rsrouter.experts.expert import Expert
-from rsrouter.experts.identity import module_digest
+from rsrouter.experts.identity import ModuleWatch
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_count, check_ids, check_images, check_seed
 from rsrouter.publish import Publication, publish
-from rsrouter.router.base import Routed, Router, bound_state, single_tree
+from rsrouter.router.base import Routed, Router, bound_parts, single_tree
 from rsrouter.router.words import in_lines, in_one_line
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution, resolve_device
@@ -83,8 +83,10 @@ class Smoothed:
         for expert in self._members:
             expert.digest  # noqa: B018 (taken now, so that a change from here on is seen)
             expert.check_unchanged()
-        self._bound = self._state()
-        self._kept: tuple[object, Engine] | None = None
+        read: dict[int, str] = {}
+        bound = self._parts().items()
+        self._bound = {who: ModuleWatch(part, read) if isinstance(part, nn.Module) else repr(part) for who, part in bound}
+        self._engines: dict[str, tuple[Routed, Engine]] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({in_one_line(self.routed, [e.name for e in self.experts])})"
@@ -101,7 +103,7 @@ class Smoothed:
         return "\n".join([*in_lines(self.routed, self.experts, self.shape), *more])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "memo": None}
+        return {**self.__dict__, "_engines": {}, "memo": None}
 
     @property
     def tree(self) -> Tree:
@@ -126,15 +128,15 @@ class Smoothed:
     def with_execution(self, execution: Execution) -> Self:
         """The same classifier, run in another way: another function, as its votes may differ."""
         other = object.__new__(type(self))
-        other.__dict__.update({**self.__dict__, "routed": replace(self.routed, execution=execution), "_kept": None})
+        other.__dict__.update({**self.__dict__, "routed": replace(self.routed, execution=execution), "_engines": {}})
         return other
 
-    def _settings(self) -> dict[str, str]:
-        """What else may not change in place, as `{what: its state}`."""
+    def _own(self) -> dict[str, Any]:
+        """What else may not change in place: modules, or anything with a `repr` that tells it, by name."""
         return {}
 
-    def _state(self) -> dict[str, str]:
-        return {**bound_state(self.routed.models, self._members), **self._settings()}
+    def _parts(self) -> dict[str, Any]:
+        return {**bound_parts(self.routed.models, self._members), **self._own()}
 
     def check_unchanged(self) -> None:
         """Refuses weights and settings that were changed in place since they were bound: digests, seeds and tables would
@@ -143,9 +145,14 @@ class Smoothed:
         Raises:
             NetworkError: something differs.
         """
-        now = self._state()
-        changed = [who for who in {**self._bound, **now} if self._bound.get(who) != now.get(who)]
-        if changed:
+        now, changed, hashes = self._parts(), [], dict[int, str]()  # what several networks share is read once
+        for who, bound in self._bound.items():
+            if isinstance(bound, ModuleWatch):
+                same = now.get(who) is bound.module and bound.unchanged(hashes)
+            else:
+                same = who in now and repr(now[who]) == bound
+            changed += [] if same else [who]
+        if changed := [*changed, *(who for who in now if who not in self._bound)]:
             raise NetworkError(
                 f"{changed[0][0].upper()}{changed[0][1:]} was changed after it was bound",
                 expected="the weights and settings it had",
@@ -155,20 +162,21 @@ class Smoothed:
             )
 
     def engine(self, seed: int, device: str | None = None) -> Engine:
-        """The engine that draws this classifier's votes under `seed`; networks are prepared and checked once per device.
+        """The engine that draws this classifier's votes under `seed`.
+
+        Networks are prepared and checked once per device and kept; what they were made of is compared with what was bound.
 
         Raises:
             NetworkError: a network that cannot be certified, or was changed since it was bound.
             InputError: an unusable device.
         """
         self.check_unchanged()
-        device = self.device if device is None else device
-        key = (str(device), self.routed)
-        if self._kept is None or self._kept[0] != key:
-            r = self.routed
-            made = Engine(r.models, self.shape, seed=seed, device=device, execution=r.execution, noise=r.noise)
-            self._kept = (key, made)
-        return self._kept[1].with_seed(seed)
+        r, device = self.routed, self.device if device is None else device
+        of, kept = self._engines.get(str(device), (None, None))
+        if kept is None or of is not r:
+            kept = Engine(r.models, self.shape, seed=seed, device=device, execution=r.execution, noise=r.noise)
+            self._engines[str(device)] = r, kept
+        return kept.with_seed(seed)
 
     def certify(
         self,
@@ -211,8 +219,8 @@ class Smoothed:
         names = check_ids(ids, len(x))
         if batch_size is not None:
             check_count("batch_size", batch_size, "it groups work; it never changes a vote")
-        split, sides = self.routed.split(asked), str(asked.sides)
-        policy = CertifyPolicy(self.routed.tree, asked.plan, split, len(x), rule=asked.rule, sides=sides)
+        split = self.routed.split(asked)
+        policy = CertifyPolicy(self.tree, asked.plan, split, len(x), rule=asked.rule, sides=str(asked.sides))
         engine = engine or self.engine(int(asked.seed or 0), device)
         # enough images in flight that a round of the shortest requests still fills many batches
         window = -(-max(batch_size or 0, 16 * engine.forward_batch) // asked.plan.n0)
@@ -225,8 +233,7 @@ class Smoothed:
         while live or upcoming < len(x):
             while len(live) < window and upcoming < len(x):
                 identity[upcoming] = image_identity(x[upcoming], names[upcoming])
-                live.append(upcoming)
-                upcoming += 1
+                live, upcoming = [*live, upcoming], upcoming + 1
             start = time.perf_counter()
             requests = policy.next_requests(live)
             counts = engine.run(x, identity, requests) if self.memo is None else self.memo.run(engine, x, identity, requests)
@@ -266,8 +273,7 @@ class Smoothed:
             images: `(N, C, H, W)` pixels in [0,1].
             n: votes per stage that is asked.
             alpha: probability, per query, of an answer that is not g's. Repeated queries add up.
-            seed: None draws fresh entropy. A published seed voids the statement against an attacker who
-                knows it.
+            seed: None draws fresh entropy; a published one voids the statement against an attacker who knows it.
             ids: names of the images in their noise streams.
             device: where to run; None is `self.device`.
 
@@ -344,12 +350,11 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
         self.pool, self.router = pool, router
         super().__init__(router.bind(pool), pool.experts, pool.input_shape, execution, noise, pool.core)
 
-    def _settings(self) -> dict[str, str]:
+    def _own(self) -> dict[str, Any]:
         own = {k: v for k, v in vars(self.router).items() if not hasattr(type(self.router), k)}
         if not all(isinstance(v, nn.Module | str | int | float | tuple | None) for v in own.values()):
             return {"the router": self.router.bind(self.pool).digest}
-        state = {k: module_digest(v) if isinstance(v, nn.Module) else repr(v) for k, v in own.items()}
-        return {"the router": repr(sorted(state.items()))}
+        return {f"the router's {k}": v for k, v in own.items()}
 
     def save_pretrained(self, save_directory: str | Path) -> Path:  # type: ignore[override]
         """Writes `config.json` and `router.safetensors` (the router's tensors only; experts are pinned, not copied)."""

@@ -27,7 +27,7 @@ from tests.helpers import small_router as small
 
 PACKAGE = Path(rsrouter.__file__).parent
 
-#: The most files of `rsrouter certify`; files and functions of `RoutedSmooth.certify`.
+#: The most files of `rsrouter certify`; files and functions of a call of `RoutedSmooth.certify` on a prepared classifier.
 COMMAND, METHOD = 35, (15, 110)
 
 
@@ -51,13 +51,15 @@ def entered(work: Callable[[], object]) -> dict[str, set[str]]:
     return found
 
 
-def of_the_method() -> dict[str, set[str]]:
-    """`RoutedSmooth.certify` on one image, networks not yet prepared."""
+def of_the_method() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """`RoutedSmooth.certify` on one image: the first call of a classifier, which prepares its networks, and the third."""
     pool = ExpertPool([small.expert(0.25), small.expert(0.5, tilt=0.01)])
     image, plan = small.pixels(small.images(1)), AdaptivePlan(1000, (0.0, 0.1, 0.2), 50)
     small.routed(pool).certify(image, plan)  # imports and caches
     routed = small.routed(pool)
-    return entered(lambda: routed.certify(image, plan))
+    first = entered(lambda: routed.certify(image, plan))
+    routed.certify(image, plan)
+    return first, entered(lambda: routed.certify(image, plan))
 
 
 def of_the_command() -> dict[str, set[str]]:
@@ -81,9 +83,10 @@ def of_the_command() -> dict[str, set[str]]:
 
 
 if __name__ == "__main__":
-    method, command = of_the_method(), of_the_command()
-    for what, found in (("RoutedSmooth.certify", method), ("rsrouter certify", command)):
-        for file, names in sorted(found.items()):
-            print(f"{file:32} {len(names):>3}" + (f"  {', '.join(sorted(names))}" if "-v" in sys.argv else ""))
+    (first, method), command = of_the_method(), of_the_command()
+    names = ("RoutedSmooth.certify, first call", "RoutedSmooth.certify, later calls", "rsrouter certify")
+    for what, found in zip(names, (first, method, command), strict=True):
+        for file, functions in sorted(found.items()):
+            print(f"{file:32} {len(functions):>3}" + (f"  {', '.join(sorted(functions))}" if "-v" in sys.argv else ""))
         print(f"{what}: {len(found)} files, {sum(map(len, found.values()))} functions\n")
     sys.exit(len(method) > METHOD[0] or sum(map(len, method.values())) > METHOD[1] or len(command) > COMMAND)

@@ -99,12 +99,12 @@ def _plan(smoothed: RoutedSmooth | Smooth, n_max: int) -> AdaptivePlan:
 
 def _path(routed: RoutedSmooth, moment: Moment) -> list[str]:
     """The stages that an input like this walks, by the votes so far."""
-    from rsrouter.core.tree import descend
+    from rsrouter.core.certify import winner
 
     path, at = [], routed.tree.root
     while at in moment.counts:
         path.append(at)
-        target = routed.tree.stages[at].leads_to[descend(routed.tree, at, np.asarray(moment.counts[at]))]
+        target = routed.tree.stages[at].leads_to[winner(routed.tree.stages[at], np.asarray(moment.counts[at]))]
         if not isinstance(target, str):
             break
         at = target

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsrouter.bench.calls import VOTES, call_costs
 from rsrouter.bench.certificates import certificate_costs
 from rsrouter.bench.scaling import scaling, tiny_expert
 from rsrouter.bench.timing import Figure
@@ -21,7 +22,15 @@ from rsrouter.router import CascadeRouter, Router
 from rsrouter.sampling.execution import KERNELS, instructions, resolve_device
 
 #: What `--quick` changes: a minute, for tests and a first look.
-QUICK: dict[str, Any] = {"repeats": 1, "n": 200, "n_max": 1_000, "certificates": 2, "fixed_images": 1, "most": 1_000}
+QUICK: dict[str, Any] = {
+    "repeats": 1,
+    "n": 200,
+    "n_max": 1_000,
+    "certificates": 2,
+    "fixed_images": 1,
+    "most": 1_000,
+    "calls": (100, 1_000),
+}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -37,6 +46,7 @@ def run_bench(
     certificates: int = 50,
     fixed_images: int = 10,
     most: int = 1_000_000,
+    calls: Sequence[int] = VOTES,
     radii: Sequence[float] = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2),
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -53,6 +63,7 @@ def run_bench(
         certificates: images certified adaptively.
         fixed_images: images on which the fixed plan is timed.
         most: the largest n times images of the scaling tables.
+        calls: the n of `call_costs`.
         radii: the adaptive plan's grid.
         say: called with what is being measured.
     """
@@ -76,6 +87,8 @@ def run_bench(
     say(f"certificates of {certificates} images, n_max = {n_max:,}")
     routed = router or CascadeRouter((0.55,) * (len(pool) - 1))
     figures += certificate_costs(pool, routed, images[:certificates], n_max, radii, min(repeats, 3), where, fixed_images)
+    say("what a call costs")
+    called = call_costs(expert, images, where, votes=calls, repeats=repeats)
     say("cost against work")
     rows = scaling(tiny_expert(expert.input_shape), images, most, where)
     rows += scaling(expert, images, most // 10, where)
@@ -89,5 +102,6 @@ def run_bench(
         "settings": {"repeats": repeats, "n": n, "n_max": n_max, "certificates": len(images[:certificates]), "most": most},
         "seconds": time.perf_counter() - start,
         "figures": [{**asdict(f), "met": f.met} for f in figures],
+        "calls": called,
         "scaling": rows,
     }

@@ -28,6 +28,14 @@ def bench(
     most: Annotated[
         int | None, typer.Option("--most", min=1, help="Largest n times images in the cost table; default 1,000,000.")
     ] = None,
+    calls: Annotated[
+        bool,
+        typer.Option("--calls", help="Only what one call of certify costs, the first and later ones, beside the papers' loop."),
+    ] = False,
+    architecture: Annotated[
+        str | None,
+        typer.Option("--architecture", help="With --calls: an architecture with random weights, at 3 x 224 x 224 and few votes."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the JSON here.")] = None,
     format: OutputFormat = Format.text,
     *,
@@ -38,6 +46,7 @@ def bench(
     Takes ten minutes on two otherwise idle cores.
 
     Example: rsrouter bench --device cuda
+    Example: rsrouter bench --calls --architecture resnet50
     """
     from rsrouter import RoutedSmooth
     from rsrouter.bench import run_bench
@@ -51,6 +60,12 @@ def bench(
     slices = load_slice("test") if data is None else read_data(data, reading)
     x = slices.batch(readable_rows(slices, range(min(len(slices), max(50, settings.get("certificates", 50))))))[0]
     pool = load_pool() if routed is None else routed.pool
+    if calls:
+        rows = _calls(pool, x, architecture, device, settings.get("repeats", 5))
+        if out is not None:
+            out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        echo_json({"calls": rows}) if format is Format.json else show_calls(rows)
+        return
     result = run_bench(pool, x, router=None if routed is None else routed.router, device=device, **settings)
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -96,6 +111,41 @@ def show(result: dict[str, Any]) -> None:
             f"{row['memory_growth_mb']:.0f}",
         )
     console.print(scaling)
+    show_calls(result["calls"])
+
+
+def _calls(pool: Any, images: Any, architecture: str | None, device: str, repeats: int) -> list[dict[str, Any]]:
+    import torch
+
+    from rsrouter.bench.calls import call_costs, random_expert
+    from rsrouter.sampling.execution import resolve_device
+
+    where = resolve_device(device)
+    if architecture is None:
+        return call_costs(pool[len(pool) // 2], images, where, repeats=repeats)
+    drawn = torch.rand((4, 3, 224, 224), generator=torch.Generator().manual_seed(0))
+    return call_costs(random_expert(architecture), drawn, where, votes=(10, 30, 100), n0=10, repeats=repeats)
+
+
+def show_calls(rows: list[dict[str, Any]]) -> None:
+    """The table of `call_costs`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rsrouter.bench.calls import break_even
+
+    table = Table(
+        "network", "n", "first call, s", "later calls, s", "papers' loop, s", "loop / later calls", title="one image a call"
+    )
+    for row in rows:
+        seconds = (f"{row[key]:.3f}" for key in ("first", "certify", "loop"))
+        table.add_row(row["network"], f"{row['n']:,}", *seconds, f"{row['ratio']:.2f}")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    fewest = break_even(rows)
+    console.print(
+        "The papers' loop is " + ("faster at all of them." if fewest is None else f"not faster from n = {fewest:,} on.")
+    )
 
 
 def register(app: typer.Typer) -> None:

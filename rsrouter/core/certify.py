@@ -19,7 +19,7 @@ from rsrouter.core.estimates import StageBounds, check_sides, check_split, group
 from rsrouter.core.passes import pass_entries, pass_targets
 from rsrouter.core.plans import Plan
 from rsrouter.core.requests import ESTIMATE, PASS, SELECT, VoteRequest
-from rsrouter.core.tree import Stage, Tree, descend, stages_by_network
+from rsrouter.core.tree import Stage, Tree
 from rsrouter.core.types import ABSTAIN, RULES, Certificate
 
 
@@ -56,7 +56,7 @@ class CertifyPolicy:
         self.tree, self.plan, self.split, self.rule, self.sides = tree, plan, split, rule, sides
         n = num_images
         self._networks, self._passing = tree.voting, tree.passing
-        self._stages = stages_by_network(tree)
+        self._stages = tree.by_network
         self._column = {g: column for column, g in enumerate(self._networks)}
         width = {s: tree.stages[s].num_outcomes for s in tree.order}
         self._selected = {s: np.zeros((n, width[s]), np.int64) for s in tree.order}
@@ -239,7 +239,7 @@ class CertifyPolicy:
             elif not self._drawn_select[i, self._column[stage.network]]:
                 return False
             else:
-                index = descend(self.tree, name, self._selected[name][i])
+                index = winner(stage, self._selected[name][i])
                 self._net_on_path[i, self._column[stage.network]] = True
             self._on_path[name][i] = True
             self._path[i].append((name, index))
@@ -435,6 +435,13 @@ class CertifyPolicy:
             else:
                 r_expert = nearest
         return float(r_router), r_expert
+
+
+def winner(stage: Stage, counts: NDArray[np.int64]) -> int:
+    """Index into `leads_to` of the target that the votes `counts (L,)` choose; ties go to the lower index."""
+    top = int(counts.argmax())
+    defers = stage.tau is not None and not counts[top] >= stage.tau * counts.sum()
+    return len(stage.leads_to) - 1 if defers else top
 
 
 __all__ = ["ESTIMATE", "SELECT", "CertifyPolicy", "VoteRequest"]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rsrouter.core.bounds import MOST_VOTES, AlphaSplit, Array, LinearSpending
+from rsrouter.core.bounds import MOST_VOTES, AlphaSplit, Array, LinearSpending, check_whole
 from rsrouter.core.certificates import entry_radii, group_entries, recursion
 from rsrouter.core.errors import PlanError
 from rsrouter.core.estimates import FAMILIES, Bound, Counts, StageBounds, check_rows, check_sides, hoped_counts, stage_bounds
@@ -174,18 +174,6 @@ class Plan(ABC):
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description; `plan_from_dict` reads it back."""
-
-
-def check_whole(name: str, value: object, least: int) -> int:
-    """An int from `least` to `MOST_VOTES`; refuses bool, fractions and anything else with a PlanError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= MOST_VOTES:
-        raise PlanError(
-            f"{name} must be a whole number of at least {least}, and of at most {MOST_VOTES:,}",
-            expected=f"{least} <= {name} <= {MOST_VOTES:,}",
-            received=repr(value),
-            remedy="n0 = 100 and n = 100,000 are the field's defaults",
-        )
-    return int(value)
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from rsrouter.core.bounds import AlphaSplit, binom_upper, check_alpha
+from rsrouter.core.bounds import AlphaSplit, binom_upper, check_alpha, check_whole
 from rsrouter.core.errors import PlanError
 from rsrouter.core.estimates import check_rows, check_split, group_votes
 from rsrouter.core.passes import pass_possible
-from rsrouter.core.plans import check_whole
 from rsrouter.core.requests import PASS, PREDICT, VoteRequest
-from rsrouter.core.tree import Stage, Tree, stages_by_network
+from rsrouter.core.tree import Stage, Tree
 from rsrouter.core.types import ABSTAIN
 
 #: Tests are done at alpha times one minus this, for the rounding of scipy's binomial tails.
@@ -132,7 +131,7 @@ class PredictPolicy:
         self.split = split if isinstance(split, AlphaSplit) else AlphaSplit.even(float(check_alpha(split)), tree.paths)
         check_split(tree, self.split)
         self.tree, self.n = tree, check_whole("n", n, 1)
-        self._stages = stages_by_network(tree)
+        self._stages = tree.by_network
         self._possible: dict[str, NDArray[np.bool_]] = {
             s: np.ones((num_images, len(tree.stages[s].leads_to)), dtype=bool) for s in tree.order
         }

@@ -14,7 +14,7 @@ from rsrouter.core.certificates import fixed_reference
 from rsrouter.core.errors import PlanError
 from rsrouter.core.passes import pass_targets
 from rsrouter.core.plans import Plan
-from rsrouter.core.tree import Stage, Tree, stages_by_network
+from rsrouter.core.tree import Stage, Tree
 from rsrouter.core.types import ABSTAIN
 from rsrouter.core.votes import Ints, VoteColumns, Votes
 
@@ -189,7 +189,7 @@ class StoredRows:
         return StageVotes(chosen, selection, look, counts, rows, before, matrix)
 
     def _check_networks(self) -> None:
-        for network, stages in stages_by_network(self.tree).items():
+        for network, stages in self.tree.by_network.items():
             first = self.stages[stages[0].name]
             for stage in stages[1:]:
                 other = self.stages[stage.name]

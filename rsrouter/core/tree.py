@@ -142,7 +142,7 @@ class Stage:
                 remedy="append ABSTAIN to the targets of the logits",
             )
 
-    @property
+    @cached_property
     def votes(self) -> bool:
         """Whether the stage casts votes under noise; otherwise it is one forward pass."""
         return self.lipschitz is None
@@ -156,7 +156,7 @@ class Stage:
         constants[np.arange(k), np.arange(k)] = 1.0
         return constants
 
-    @property
+    @cached_property
     def num_outcomes(self) -> int:
         """How many different votes the base model can cast (a threshold's deferral is not a vote)."""
         return len(self.leads_to) - (self.kind == "threshold")
@@ -287,6 +287,24 @@ class Tree:
         return tuple(dict.fromkeys(self.stages[name].network for name in reversed(self.order)))
 
     @cached_property
+    def by_network(self) -> dict[str, tuple[Stage, ...]]:
+        """The stages that each network's votes serve.
+
+        Raises:
+            PlanError: stages of one network at different sigmas.
+        """
+        stages = {g: tuple(self.stages[s] for s in self.order if self.stages[s].network == g) for g in self.networks}
+        for network, members in stages.items():
+            if len({stage.sigma for stage in members}) != 1:
+                raise PlanError(
+                    f"Stages on network {network!r} have different sigmas",
+                    expected="one sigma per network",
+                    received=str({stage.name: stage.sigma for stage in members}),
+                    remedy="give them networks of their own",
+                )
+        return stages
+
+    @cached_property
     def voting(self) -> tuple[str, ...]:
         """Networks that draw votes, each once."""
         return tuple(dict.fromkeys(self.stages[name].network for name in reversed(self.order) if self.stages[name].votes))
@@ -305,29 +323,6 @@ class Tree:
 
 #: The number of an invalid vote's target: it answers nothing.
 INVALID_TARGET: Target = ABSTAIN
-
-
-def descend(tree: Tree, name: str, counts: NDArray[np.int64]) -> int:
-    """Index into `leads_to` of the target that the votes `counts (L,)` choose; ties go to the lower index."""
-    stage = tree.stages[name]
-    top = int(counts.argmax())
-    if stage.tau is not None and not counts[top] >= stage.tau * counts.sum():
-        return len(stage.leads_to) - 1
-    return top
-
-
-def stages_by_network(tree: Tree) -> dict[str, tuple[Stage, ...]]:
-    """The stages that each network's votes serve; refuses different sigmas on one network."""
-    stages = {g: tuple(tree.stages[s] for s in tree.order if tree.stages[s].network == g) for g in tree.networks}
-    for network, members in stages.items():
-        if len({stage.sigma for stage in members}) != 1:
-            raise PlanError(
-                f"Stages on network {network!r} have different sigmas",
-                expected="one sigma per network",
-                received=str({stage.name: stage.sigma for stage in members}),
-                remedy="give them networks of their own",
-            )
-    return stages
 
 
 def expert_stage(

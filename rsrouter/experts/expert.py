@@ -14,12 +14,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from rsrouter.core.errors import InputError, NetworkError
-from rsrouter.experts.identity import module_record
+from rsrouter.experts.identity import module_record, module_state
 from rsrouter.experts.lipschitz import Constants, Lipschitz, check_constants, compute, try_constants
 from rsrouter.experts.preprocessing import Resize, around
 from rsrouter.experts.probe import Probe, check_probe
 from rsrouter.experts.provenance import Provenance
-from rsrouter.experts.structure import structure_of
 from rsrouter.experts.tensors import digest_of, tensors_digest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
@@ -282,7 +281,7 @@ class Expert:
         self._token = ""
         self._known: str | None = None
         self._opaque: tuple[str, ...] = ()
-        self._loaded = None if module is None or provenance is None else _mark(module)
+        self._loaded = None if module is None or provenance is None else module_state(module).digest
         self.lipschitz: Lipschitz | None = None
         if lipschitz == "compute":
             self.lipschitz = compute(self.network(), shape)
@@ -315,7 +314,7 @@ class Expert:
                 try_constants(
                     self.normalised(module), self.input_shape, self.num_classes, self.lipschitz, f"expert {self.name!r}"
                 )
-            self._module, self._loaded = module, _mark(module)
+            self._module, self._loaded = module, module_state(module).digest
         return self._module
 
     def normalised(self, module: nn.Module) -> nn.Module:
@@ -386,7 +385,7 @@ class Expert:
     def check_unchanged(self) -> None:
         """Raises NetworkError if weights or settings are no longer those that `digest` stands for (it is taken once)."""
         changed = self._known is not None and self._fresh_digest() != self._known
-        if not changed and (self._loaded is None or self._module is None or _mark(self._module) == self._loaded):
+        if not changed and (self._loaded is None or self._module is None or module_state(self._module).digest == self._loaded):
             return
         raise NetworkError(
             f"Expert {self.name!r} was changed after it was wrapped",
@@ -436,11 +435,3 @@ def _fits(values: object, channels: int, positive: bool) -> bool:
     except (TypeError, ValueError, OverflowError):
         return False
     return len(numbers) == channels and all(isfinite(v) and (v > 0 or not positive) for v in numbers)
-
-
-def _mark(module: nn.Module) -> tuple[str, str]:
-    """What a loaded module is, to notice a change."""
-    try:
-        return tensors_digest(module), structure_of(module).digest
-    except (TypeError, RuntimeError, ValueError):
-        return "", structure_of(module).digest

@@ -11,18 +11,21 @@ pass (networks are run as private copies, so drawing votes changes nothing).
 
 from __future__ import annotations
 
+import hashlib
+import operator
 import uuid
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from rsrouter.core.errors import CheckpointError
 from rsrouter.experts.describe import describe_module
 from rsrouter.experts.provenance import network_record
-from rsrouter.experts.structure import structure_of
-from rsrouter.experts.tensors import digest_of, tensors_digest
+from rsrouter.experts.structure import is_marked, structure_of, watched_tables
+from rsrouter.experts.tensors import digest_of, named_tensors, tensor_bytes, tensors_digest
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,112 @@ def module_digest(module: nn.Module) -> str:
     """The digest of `module_identity`: to see whether a module is still what it was. It does not tell two modules apart
     whose difference cannot be read; `unique_digest` does."""
     return module_identity(module).digest
+
+
+def module_state(module: nn.Module, hashes: dict[int, str] | None = None) -> ModuleIdentity:
+    """What a module is now, to see whether it is still that later: its tensors' values and its structure.
+
+    As complete as `module_identity` and cheaper, for no description of the module is sought. It names nothing: equal modules
+    have equal states in this process.
+
+    Args:
+        module: any module.
+        hashes: of tensors that several modules share, by id; filled, and of use for as long as nothing changes.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> before = module_state(layer)
+    >>> layer.weight.data += 1
+    >>> module_state(layer) == before
+    False
+    """
+    hashes = {} if hashes is None else hashes
+    told, unread = hashlib.sha256(), []
+    for name, tensor in named_tensors(module):
+        if id(tensor) not in hashes:
+            try:
+                hashes[id(tensor)] = _hash(tensor)
+            except (TypeError, RuntimeError, ValueError) as error:
+                hashes[id(tensor)] = ""
+                unread.append(f"{name} is {error}")
+        told.update(repr((name, str(tensor.dtype), tuple(tensor.shape), hashes[id(tensor)])).encode())
+    structure = structure_of(module)
+    told.update(structure.digest.encode())
+    return ModuleIdentity(told.hexdigest(), (*unread, *structure.opaque))
+
+
+class ModuleWatch:
+    """A module as it is now, to ask later whether it still is that.
+
+    Where its layers are of installed libraries and hold nothing but tensors, values, lists and dictionaries, all of it is seen by
+    a look at which objects those hold, and at the tensors' values. Otherwise `module_state` tells, and where objects were
+    replaced by equal ones.
+
+    Attributes:
+        state: its state now.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> watch = ModuleWatch(layer)
+    >>> watch.unchanged(), layer.weight.data.add_(1) is None, watch.unchanged()
+    (True, False, False)
+    """
+
+    def __init__(self, module: nn.Module, hashes: dict[int, str] | None = None) -> None:
+        hashes = {} if hashes is None else hashes
+        self.module, self.state, self._quick = module, module_state(module, hashes), False
+        self._look(hashes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "state": self.state, "_quick": False}  # a copy holds other objects
+
+    def _look(self, hashes: dict[int, str]) -> None:
+        """Notes what the module holds while it is in `state`."""
+        layers = list(self.module.modules())
+        tables = [] if self.state.opaque else [watched_tables(layer) for layer in layers]
+        self._quick = bool(tables) and None not in tables
+        if self._quick:
+            self._kinds = [(layer, type(layer)) for layer in layers]
+            self._held = [(table, _content(table)) for part in tables for table in part or ()]
+            self._tensors = [(t, t.dtype, t.shape, hashes.get(id(t)) or _hash(t)) for t in _tensors_of(layers)]
+
+    def unchanged(self, hashes: dict[int, str] | None = None) -> bool:
+        """Whether it is what it was; `hashes` as in `module_state`."""
+        hashes = {} if hashes is None else hashes
+        if not self._quick or not self._holds_the_same():
+            if module_state(self.module, hashes) != self.state:
+                return False
+            self._look(hashes)
+            return True
+        for tensor, dtype, shape, known in self._tensors:
+            if tensor.dtype != dtype or tensor.shape != shape:
+                return False
+            if id(tensor) not in hashes:
+                hashes[id(tensor)] = _hash(tensor)
+            if hashes[id(tensor)] != known:
+                return False
+        return True
+
+    def _holds_the_same(self) -> bool:
+        for table, content in self._held:
+            now = _content(table)
+            if len(now) != len(content) or not all(map(operator.is_, now, content)):
+                return False
+        same = all(type(layer) is kind for layer, kind in self._kinds)
+        return same and not any(vars(tensor) and is_marked(tensor) for tensor, *_ in self._tensors)
+
+
+def _hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def _content(table: Any) -> list[Any]:
+    return [*table, *table.values()] if isinstance(table, dict) else sorted(table) if isinstance(table, set) else list(table)
+
+
+def _tensors_of(layers: list[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers, each once, but for BatchNorm's `num_batches_tracked`."""
+    skipped = {id(m._buffers.get("num_batches_tracked")) for m in layers if isinstance(m, _NormBase)}
+    found = {id(t): t for m in layers for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+    return [tensor for key, tensor in found.items() if key not in skipped]
 
 
 _TOKENS: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()

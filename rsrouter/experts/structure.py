@@ -34,6 +34,11 @@ ORIGIN = "_rsrouter_architecture"
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...))
 _TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+#: Tables that every nn.Module keeps, whose content may change.
+_TABLES = (
+    *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
+    *(*_HOOKS, *(f"{hooks}_with_kwargs" for hooks in _HOOKS)),
+)
 #: attributes of every nn.Module that decide nothing in evaluation, or are walked on their own
 _INTERNAL = frozenset(vars(nn.Module())) | {ORIGIN, "_compiled_call_impl"}
 _GRAPH_MODULE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) | {"_graph", "_code", "_lineno_map", "meta"}
@@ -87,6 +92,49 @@ def structure_of(module: nn.Module, *, code: bool = True) -> Structure:
 def is_amended(module: nn.Module) -> bool:
     """Whether a module has attributes or hooks beyond those that every nn.Module has."""
     return bool(vars(module).keys() - _INTERNAL) or any(getattr(module, table) for table in _HOOKS)
+
+
+def watched_tables(module: nn.Module) -> list[Any] | None:
+    """The tables of one module, and the lists and dictionaries that it holds, where that is all that could change in it but its
+    tensors' values: it then is what it was as long as each of them holds the same objects. None where more could.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> len(watched_tables(layer)), watched_tables(layer)[0] is vars(layer)
+    (9, True)
+    >>> layer.generator = torch.Generator()
+    >>> watched_tables(layer) is None
+    True
+    """
+    kind = type(module)
+    if (
+        isinstance(module, torch.jit.ScriptModule | fx.GraphModule)
+        or library_name(kind) is None
+        or any(map(slots_of, kind.__mro__))
+    ):
+        return None
+    tensors = [t for table in (module._parameters, module._buffers) for t in table.values() if t is not None]
+    if any(getattr(module, table) for table in _HOOKS) or any(map(is_marked, tensors)):
+        return None
+    tables: list[Any] = [vars(module), *(vars(module)[table] for table in _TABLES)]
+    todo = [v for k, v in vars(module).items() if k not in _INTERNAL or k == "forward"]
+    while todo:
+        value = todo.pop()
+        if type(value) in (list, dict):
+            tables.append(value)
+        if type(value) in (list, tuple, torch.Size, dict):
+            todo += [*value, *value.values()] if type(value) is dict else value
+        elif not (
+            type(value) in _SCALARS or type(value) in _TORCH or (isinstance(value, type) and library_name(value) is not None)
+        ):
+            return None
+        if len(tables) > _DEEPEST:
+            return None
+    return tables
+
+
+def is_marked(tensor: Tensor) -> bool:
+    """Whether someone wrote attributes on a tensor, but for what libraries write there for themselves."""
+    return any(not key.startswith(_MARKS) for key in vars(tensor))
 
 
 class _Walk:

@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -30,8 +32,8 @@ def digest_of(content: Any) -> str:
     return hashlib.sha256(canonical(content)).hexdigest()
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The values of a dense tensor, row by row.
+def tensor_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The values of a dense tensor, row by row; its own memory where it lies so on the CPU.
 
     Raises:
         TypeError: a tensor without such values (on the meta device, sparse, quantised, not initialised).
@@ -41,7 +43,7 @@ def tensor_bytes(tensor: Tensor) -> bytes:
         kind = "meta" if tensor.is_meta else "quantised" if plain and tensor.is_quantized else type(tensor).__name__
         raise TypeError(f"a tensor of a kind that cannot be read ({kind})")
     value = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return value.reshape(-1).view(torch.uint8).numpy()
 
 
 def put_tensor(digest: Any, name: str, tensor: Tensor) -> None:
@@ -70,7 +72,7 @@ def tensors_digest(module: nn.Module) -> str:
     >>> tensors_digest(a) == tensors_digest(b)
     True
     """
-    return named_tensors_digest(dict(_state(module)))
+    return named_tensors_digest(dict(named_tensors(module)))
 
 
 def named_tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -81,7 +83,8 @@ def named_tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by name, but for BatchNorm's `num_batches_tracked`."""
     for path, child in module.named_modules():
         before = f"{path}." if path else ""
         for key, parameter in child._parameters.items():

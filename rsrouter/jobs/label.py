@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rsrouter.core.bounds import check_whole
 from rsrouter.core.errors import ResultsError
-from rsrouter.core.plans import check_whole
 from rsrouter.core.types import ABSTAIN, Certificate
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_seed

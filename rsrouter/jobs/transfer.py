@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from rsrouter.core.bounds import AlphaSplit, check_alpha
+from rsrouter.core.bounds import AlphaSplit, check_alpha, check_whole
 from rsrouter.core.errors import InputError, IntegrityError, ResultsError
-from rsrouter.core.plans import check_whole
 from rsrouter.core.recompute import Moved, recompute
 from rsrouter.core.tree import Tree
 from rsrouter.core.types import ABSTAIN, Certificate

@@ -14,7 +14,7 @@ from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import ResultsError
 from rsrouter.core.plans import Plan
 from rsrouter.core.terms import Terms
-from rsrouter.core.tree import Stage, Target, Tree, stages_by_network
+from rsrouter.core.tree import Stage, Target, Tree
 from rsrouter.stored import Stored, validated
 
 KIND: Final = "rsrouter-certificates"
@@ -125,7 +125,7 @@ class TreeRecord(Stored):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.tree.paths or not stages_by_network(self.tree):
+        if not self.tree.paths or not self.tree.by_network:
             raise ValueError("no stages")
         return self
 

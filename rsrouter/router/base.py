@@ -14,11 +14,10 @@ from torch import nn
 
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import InputError
-from rsrouter.core.plans import AdaptivePlan, Plan
+from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
 from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Stage, Tree, expert_stage
 from rsrouter.experts.expert import Expert, refuse_core
-from rsrouter.experts.identity import module_digest
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.experts.tensors import digest_of, tensors_digest
 from rsrouter.sampling.engine import VoteModel
@@ -92,6 +91,22 @@ class Routed:
         Raises:
             PlanError: terms that cannot be, or a radius that the plan can never reach with this tree.
         """
+        plan = terms.plan if isinstance(terms, Terms) else terms
+        if type(plan) not in (FixedPlan, AdaptivePlan):  # one of somebody's own, which may change
+            return self._resolve(terms, seed_from)
+        if (terms, seed_from) not in self._resolved:
+            self._resolved[terms, seed_from] = self._resolve(terms, seed_from)
+        return self._resolved[terms, seed_from]
+
+    @cached_property
+    def _resolved(self) -> dict[tuple[Terms | Plan, str], Terms]:
+        return {}
+
+    @cached_property
+    def _splits(self) -> dict[float, AlphaSplit]:
+        return {}
+
+    def _resolve(self, terms: Terms | Plan, seed_from: str) -> Terms:
         asked = terms if isinstance(terms, Terms) else Terms(terms)
         sides = asked.sides or ("one" if len(self.tree.stages) == 1 else "two")
         asked = replace(asked, sides=sides, seed=self.default_seed(seed_from) if asked.seed is None else asked.seed)
@@ -107,7 +122,9 @@ class Routed:
 
     def split(self, terms: Terms) -> AlphaSplit:
         """How `terms.alpha` is divided, so that no path from the root to a leaf spends more."""
-        return AlphaSplit.even(terms.alpha, self.tree.paths)
+        if terms.alpha not in self._splits:
+            self._splits[terms.alpha] = AlphaSplit.even(terms.alpha, self.tree.paths)
+        return self._splits[terms.alpha]
 
 
 #: In the place of an expert's name: the gate's own outcome for "nobody here", where the pool's core answers, if it has one.
@@ -176,13 +193,13 @@ def vote_digest(experts: Sequence[Expert], sigma: float, **more: Any) -> str:
     return digest_of({"experts": [e.network_digest for e in experts], "sigma": float(sigma), **more})
 
 
-def bound_state(models: Sequence[VoteModel], experts: Sequence[Expert]) -> dict[str, str]:
-    """What of networks, experts and a core may not change in place once they are bound, as `{what: its state}`."""
-    found = {f"network {m.name!r}": module_digest(m.module) for m in models}
+def bound_parts(models: Sequence[VoteModel], experts: Sequence[Expert]) -> dict[str, nn.Module | tuple[Any, ...]]:
+    """What of networks, experts and a core may not change in place once they are bound: modules, and settings, by name."""
+    found: dict[str, nn.Module | tuple[Any, ...]] = {f"network {m.name!r}": m.module for m in models}
     for e in experts:
-        told = (e.name, e.sigma, e.lipschitz, e.num_classes, e.input_shape, e.mean, e.std, e.resize, e.order)
-        found[f"expert {e.name!r}"] = repr(told)
-    return found | {f"network {e.name!r}, the core": module_digest(e.module) for e in experts if e.core}
+        settings = (e.name, e.sigma, e.lipschitz, e.num_classes, e.input_shape, e.mean, e.std, e.resize, e.order)
+        found[f"expert {e.name!r}"] = settings
+    return found | {f"network {e.name!r}, the core": e.module for e in experts if e.core}
 
 
 def single_tree(expert: Expert) -> Routed:

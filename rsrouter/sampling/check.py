@@ -7,10 +7,8 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as every_module
 
 from rsrouter.core.errors import NetworkError
-from rsrouter.process import disturbed, modes
 from rsrouter.sampling.execution import Prepared
 from rsrouter.sampling.logits import Moved, Outputs, forward, heads, moved, outputs, votes_of
 
@@ -134,6 +132,30 @@ def check_network(
     return Checked(all(m.equal for m in found), max(m.gap for m in found), x, first)
 
 
+#: Sizes of smaller batches that are tried, for votes that do not fill one.
+_SIZES = (50, 100, 250, 500)
+
+
+@torch.inference_mode()
+def smaller_batches(checked: Checked, prepared: Prepared, name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes below the batch's in which rows have the bits that they have in a whole one, tried on its first and last rows: other
+    rows, at other places, among others."""
+    found = []
+    for size in _SIZES:
+        if 2 * size > len(checked.rows):
+            break
+        try:
+            parts = [
+                (logits_of(prepared, checked.rows[part].clone(), widths, name), part)
+                for part in (slice(size), slice(-size, None))
+            ]
+        except NetworkError:  # made for one size
+            break
+        if all(moved(tuple(h[part] for h in checked.logits), logits).equal for logits, part in parts):
+            found.append(size)
+    return tuple(found)
+
+
 @torch.inference_mode()
 def check_votes(prepared: Prepared, name: str, widths: tuple[int, ...], x: Tensor, cast: Outputs, turn: int) -> None:
     """Refuses a network whose logits `cast` for a batch of votes `x` are not those that half of its rows get among others; which
@@ -183,34 +205,4 @@ def check_compiled(checked: Checked, prepared: Prepared, name: str, widths: tupl
             expected="the logits of the module as it is, to rounding",
             received=str(found),
             remedy="pass Execution(compile=False)",
-        )
-
-
-def check_settings(name: str) -> None:
-    """Refuses votes that were drawn while somebody changed what they depend on.
-
-    Raises:
-        NetworkError: a setting that `fixed_kernels` makes is not what it made it, hooks on all modules of the process, or a
-            mode that replaces functions of torch.
-    """
-    if hooks := every_module.__dict__["_global_forward_hooks"] | every_module.__dict__["_global_forward_pre_hooks"]:
-        raise NetworkError(
-            f"Hooks on all modules of the process ran while network {name!r} was voting",
-            expected="the module's own hooks alone",
-            received=", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks.values()),
-            remedy="remove what register_module_forward_hook or register_module_forward_pre_hook returned, and start again",
-        )
-    if around := modes():
-        raise NetworkError(
-            f"Modes that may replace what torch computes were on while network {name!r} was voting",
-            expected="the functions of torch as they are",
-            received=", ".join(around),
-            remedy="leave them before, and start again",
-        )
-    if changed := disturbed():
-        raise NetworkError(
-            f"Settings of the process changed while network {name!r} was voting",
-            expected="the settings of rsrouter.process.KERNELS for as long as votes are drawn",
-            received=f"others: {', '.join(changed)}",
-            remedy="set them before or after, neither in another thread nor in a forward pass, and start again",
         )

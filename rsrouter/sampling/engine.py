@@ -21,9 +21,9 @@ from rsrouter.core.certify import VoteRequest
 from rsrouter.core.errors import InputError
 from rsrouter.core.requests import PASS
 from rsrouter.experts.expert import check_values
-from rsrouter.experts.identity import module_digest
-from rsrouter.process import KERNELS, fixed_kernels
-from rsrouter.sampling.check import Checked, check_again, check_compiled, check_network, check_settings, check_votes
+from rsrouter.experts.identity import ModuleWatch, module_digest
+from rsrouter.process import KERNELS, check_settings, fixed_kernels
+from rsrouter.sampling.check import Checked, check_again, check_compiled, check_network, check_votes, smaller_batches
 from rsrouter.sampling.execution import (
     Execution,
     Prepared,
@@ -40,6 +40,8 @@ from rsrouter.sampling.passes import Passes
 #: After so many batches a network is asked again whether it still gives the bits it gave before the first vote, and whether
 #: the last batch's logits are those of its rows alone.
 CHECK_EVERY = 128
+#: After no more than so many batches since then, a call may end with the finding that the network's state is what it was then.
+CHECK_STATE = 16
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class _Runner:
         self.model, self.shape, self.device, self.prepared = model, shape, device, run
         self._may_halve = execution.batch == 0
         self._since_check, self._witnesses = 0, 0
+        self._proven: ModuleWatch | None = None  # the state in which it last gave the bits of the check
+        self._unproven = 0  # votes since the last look at bits or state, in batches
         self._last: tuple[Tensor, Outputs] | None = None  # the last batch and its logits
         self.execution = replace(run.execution, batch=batch)
         while True:
@@ -101,6 +105,10 @@ class _Runner:
             with fixed_kernels():
                 check_compiled(self._checked, run, model.name, model.widths)
         self.packs = self._checked.packs
+        self._smaller: tuple[int, ...] = ()
+        if self.packs and device.type == "cpu" and not execution.compile:
+            with fixed_kernels():
+                self._smaller = smaller_batches(self._checked, run, model.name, model.widths)
         if not self.packs and execution.dtype != "float32":
             # rounding of few bits hides a small dependence on the batch; float32 does not
             exact = replace(self.execution, dtype="float32", batch=min(self.batch, 64), compile=False)
@@ -113,6 +121,10 @@ class _Runner:
     @property
     def batch(self) -> int:
         return self.execution.batch
+
+    def rows(self, votes: int) -> int:
+        """Rows of the batch that holds so many votes: the smallest in which a row has the bits that it has in a whole one."""
+        return next((size for size in self._smaller if votes <= size < self.batch), self.batch)
 
     def halve(self, error: torch.OutOfMemoryError) -> None:
         """Halves the execution batch, which the caller has found too large for the memory.
@@ -143,7 +155,8 @@ class _Runner:
             except torch.OutOfMemoryError as error:
                 self.halve(error)
         self._may_halve = False
-        self._since_check += sum(-(-r.count // self.batch) for r in requests)
+        drawn = len(self.batches(requests))
+        self._since_check, self._unproven = self._since_check + drawn, self._unproven + drawn
         if self._last is not None and (not self._witnesses or self._since_check >= CHECK_EVERY):
             check_votes(self.prepared, self.model.name, self.model.widths, *self._last, self._witnesses)
             self._witnesses += 1
@@ -153,11 +166,22 @@ class _Runner:
         return counts
 
     def check_again(self) -> None:
-        """Runs the check's batch once more, if votes were drawn since. NetworkError: other bits than the first time."""
-        if self._since_check:
-            self._since_check = 0
-            with fixed_kernels():
-                check_again(self._checked, self.prepared, self.model.name, self.model.widths)
+        """If votes were drawn since: whether the network still is what it was. After a few batches that is seen by its state, in
+        which it gave the check's bits; otherwise, and where it cannot be read, the check's batch is run once more.
+
+        NetworkError: other bits than the first time.
+        """
+        if not self._unproven:
+            return
+        self._unproven = 0
+        readable = self.device.type == "cpu" and not self.execution.compile
+        if self._proven is not None and self._since_check <= CHECK_STATE and self._proven.unchanged():
+            return
+        self._since_check = 0
+        with fixed_kernels():
+            check_again(self._checked, self.prepared, self.model.name, self.model.widths)
+        watch = ModuleWatch(self.prepared.module) if readable else None
+        self._proven = None if watch is None or watch.state.opaque else watch
 
     def batches(self, requests: Sequence[VoteRequest]) -> list[list[_Segment]]:
         """Segments of each batch. Rows are packed freely, or, where bits depend on the position in the batch,
@@ -205,19 +229,19 @@ class _Runner:
                 slots[row:stop] = np.where(wanted, s.request, len(requests))
                 row = stop
             x[row:] = 0.0
-            slot = torch.from_numpy(slots).to(self.device, non_blocking=True) * columns
-            outputs = heads(
-                forward(self.prepared.module, self.prepared.input(x), self.model.name), widths, self.model.name, self.batch
-            )
+            rows = self.rows(row)
+            slot = torch.from_numpy(slots[:rows]).to(self.device, non_blocking=True) * columns
+            output = forward(self.prepared.module, self.prepared.input(x[:rows]), self.model.name)
+            outputs = heads(output, widths, self.model.name, rows)
             offset = 0
             for logits, width in zip(outputs, widths, strict=True):
                 # the first of tied logits, which bfloat16 often has, on every device
                 vote = votes_of(logits.float())
                 for begin, stop, marked in bad:
                     vote[begin:stop] = torch.where(marked, width, vote[begin:stop])
-                counts.scatter_add_(0, slot + vote + offset, ones)
+                counts.scatter_add_(0, slot + vote + offset, ones[:rows])
                 offset += width + 1
-            last = x, outputs
+            last = x[:rows], outputs
         self._last = last
         return counts.view(-1, columns)[: len(requests)]
 

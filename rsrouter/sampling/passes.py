@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rsrouter.core.errors import NetworkError
-from rsrouter.experts.identity import module_digest
+from rsrouter.experts.identity import ModuleWatch
 from rsrouter.sampling.logits import Outputs, forward, heads
 
 #: Images in one forward pass.
@@ -39,7 +39,7 @@ class Passes:
     ) -> None:
         self.name, self.widths, self.device = name, widths, device
         self.module = copy.deepcopy(module).eval().requires_grad_(False).to(device, torch.float64)
-        self._digest = module_digest(self.module)
+        self._watch = ModuleWatch(self.module)
         x = torch.rand((8, *shape), generator=torch.Generator().manual_seed(0)).to(device, torch.float64)
         whole, again = self._run(x), self._run(x)
         self._same(
@@ -70,7 +70,7 @@ class Passes:
 
     def check_again(self) -> None:
         """Raises NetworkError where a pass changed the module."""
-        if module_digest(self.module) != self._digest:
+        if not self._watch.unchanged():
             raise NetworkError(
                 f"Network {self.name!r} changed while it ran",
                 expected="the weights and buffers it had",

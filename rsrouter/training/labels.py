@@ -10,10 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsrouter.core.bounds import binom_lower
+from rsrouter.core.bounds import binom_lower, check_whole
 from rsrouter.core.certificates import vote_radius
 from rsrouter.core.certify import VoteRequest
-from rsrouter.core.plans import check_whole
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_images, check_labels
 from rsrouter.router.base import vote_model

@@ -52,11 +52,14 @@ def test_every_figure_in_json_and_as_a_table(capsys):
         assert any(text in name for name in names), text
     assert all(math.isfinite(f["value"]) and f["low"] <= f["value"] <= f["high"] for f in result["figures"])
     assert [(row["network"], row["n"], row["images"]) for row in result["scaling"]] == [("linear", 1000, 1)]
-    assert len(said) == 5
+    assert [row["n"] for row in result["calls"]] == [100, 1000]
+    assert all(row[key] > 0 for row in result["calls"] for key in ("first", "certify", "loop", "ratio"))
+    assert len(said) == 6
     show(result)
     printed = capsys.readouterr().out
     assert "engine / pure forward" in printed
     assert "cost against work" in printed
+    assert "one image a call" in printed
 
 
 def test_the_reference_loop_counts_n_votes():
