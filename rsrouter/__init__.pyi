@@ -3,6 +3,7 @@ from .core import ABSTAIN as ABSTAIN
 from .core import AdaptivePlan as AdaptivePlan
 from .core import Certificate as Certificate
 from .core import CheckpointError as CheckpointError
+from .core import DeviceError as DeviceError
 from .core import FixedPlan as FixedPlan
 from .core import HubError as HubError
 from .core import InputError as InputError

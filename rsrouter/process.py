@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn.modules import module as every_module
 from torch.utils import _python_dispatch
 from torch.utils._device import DeviceContext
 
-from rsrouter.core.errors import NetworkError
+from rsrouter.core.errors import InputError, NetworkError
 
 _B: Any = torch.backends
 
@@ -71,36 +70,72 @@ KERNELS: dict[str, Any] = {
     "attention_fastpath": True,
 }
 
-_lock = threading.Lock()
-_users: Counter[str] = Counter()
+#: How an accelerator may round the inputs of float32 products and convolutions.
+PRECISIONS = ("ieee", "tf32")
+#: The knobs of it, which only an accelerator's networks run by.
+_ACCELERATOR = ("float32.cuda.matmul", "float32.cudnn.conv", "float32.cudnn.rnn")
+
+_lock = threading.Condition()
+#: Who wants what of a knob, by an object of theirs, with their thread; a value of None takes whatever another one needs.
+_pins: dict[str, dict[object, tuple[Any, int]]] = {knob: {} for knob in _KNOBS}
 _before: dict[str, Any] = {}
 
 
+def kernels(precision: str = "ieee") -> dict[str, Any]:
+    """`KERNELS` with that precision of float32, as tables record it.
+
+    >>> kernels("tf32")["float32"], kernels() == KERNELS
+    ('tf32', True)
+    """
+    return {**KERNELS, "float32": precision}
+
+
 def _wanted(knob: str) -> Any:
-    return KERNELS[knob.split(".")[0]]
+    needed = [value for value, _ in _pins[knob].values() if value is not None]
+    return needed[0] if needed else KERNELS[knob.split(".")[0]]
+
+
+def _wait_for_turn(knobs: Mapping[str, Any]) -> None:
+    """Waits until no other thread needs another value."""
+    wanted = {knob: value for knob, value in knobs.items() if value is not None}
+    while others := {t for k, v in wanted.items() for other, t in _pins[k].values() if other not in (None, v)}:
+        if threading.get_ident() in others:
+            raise InputError(
+                "One thread draws votes in one float32 precision at a time",
+                expected="networks of one precision inside another's forward pass",
+                received=", ".join(sorted(set(wanted.values()))),
+                remedy="draw one after the other",
+            )
+        _lock.wait()
 
 
 @contextmanager
-def _pinned(knobs: tuple[str, ...]) -> Iterator[None]:
-    """Settings of the process at their `KERNELS` value; where several threads want them, the last one puts back what was.
-    A setting that someone else has changed meanwhile stays as they set it."""
+def _pinned(knobs: Mapping[str, Any]) -> Iterator[None]:
+    """Settings of the process at the given values, None being their `KERNELS` value; where several threads want them, the last
+    one puts back what was. A setting that someone else has changed meanwhile stays as they set it."""
+    mine = object()
     with _lock:
-        for knob in knobs:
+        _wait_for_turn(knobs)
+        for knob, value in knobs.items():
             read, write = _KNOBS[knob]
-            if not _users[knob]:
+            old = _wanted(knob) if _pins[knob] else None
+            if not _pins[knob]:
                 _before[knob] = read()
-                if _before[knob] != _wanted(knob):
-                    write(_wanted(knob))
-            _users[knob] += 1
+            _pins[knob][mine] = value, threading.get_ident()
+            if _wanted(knob) != old and read() != _wanted(knob):
+                write(_wanted(knob))
     try:
         yield
     finally:
         with _lock:
             for knob in knobs:
                 read, write = _KNOBS[knob]
-                _users[knob] -= 1
-                if not _users[knob] and _before[knob] != _wanted(knob) and read() == _wanted(knob):
-                    write(_before[knob])
+                held = _wanted(knob)
+                del _pins[knob][mine]
+                back = _wanted(knob) if _pins[knob] else _before[knob]
+                if back != held and read() == held:
+                    write(back)
+            _lock.notify_all()
 
 
 def _flushes_denormals() -> bool:
@@ -137,22 +172,29 @@ def usual_settings(*, gradients: bool = True) -> Iterator[None]:
     >>> with torch.inference_mode(), torch.device("meta"), usual_settings():
     ...     (torch.ones(1, requires_grad=True) * 2).sum().backward()
     """
-    with _own_thread(), _pinned(("default_dtype",)), torch.inference_mode(False), torch.set_grad_enabled(gradients):
+    with _own_thread(), _pinned({"default_dtype": None}), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         yield
 
 
 @contextmanager
-def fixed_kernels() -> Iterator[None]:
+def fixed_kernels(precision: str | None = None) -> Iterator[None]:
     """Runs its body under `KERNELS`, without autocast or default device; what the process and thread had set is put back.
 
     Autocast, default device and small numbers belong to the thread. The others belong to the process, and threads beside this
     one see them meanwhile.
 
+    Args:
+        precision: of float32 on an accelerator, one of `PRECISIONS`; None where none takes part. Threads of another precision
+            wait for each other.
+
+    Raises:
+        InputError: this thread runs under another precision already.
+
     >>> with torch.autocast("cpu", dtype=torch.bfloat16), fixed_kernels():
     ...     (torch.ones(1, 2) @ torch.ones(2, 1)).dtype
     torch.float32
     """
-    with _own_thread(), _pinned(tuple(_KNOBS)):
+    with _own_thread(), _pinned({knob: precision if knob in _ACCELERATOR else None for knob in _KNOBS}):
         yield
 
 

@@ -12,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # read when torch is imported, and by the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
 from rsrouter.sampling import execution
 from tests.helpers.hub_server import HubServer
 
@@ -25,6 +27,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     fast = "not slow" in config.option.markexpr
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST, cores) if whole and fast else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a card are skipped where torch sees none."""
+    if any(item.get_closest_marker("gpu") for item in items) and not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
 
 
 @pytest.fixture

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from rsrouter.audit.state import State
 from rsrouter.audit.votes import repeated_rows
 from rsrouter.data import ImageData
+from rsrouter.process import kernels
 from rsrouter.results import Table, TableMetadata
 from rsrouter.results.choices import seed_freedom, selection
 from rsrouter.results.verify import other_claims, verify_rows
-from rsrouter.sampling.execution import KERNELS, Execution, default_batch, largest_input
+from rsrouter.sampling.execution import Execution, default_batch, largest_input, resolve_device
 from rsrouter.smooth import RoutedSmooth, Smooth
 
 Found = list[tuple[int | None, str]]
@@ -22,7 +25,8 @@ CORE_ROWS = 64
 def find_subject(state: State, table: Table, run: TableMetadata, routed: RoutedSmooth) -> Smooth | RoutedSmooth:
     """The classifier that the table is about, running as the table says; differences from what is published are found."""
     name, wrong = table.name, Found()
-    execution = Execution.from_dict(run.execution, f"the metadata of {name}")
+    recorded = Execution.recorded(run.execution, run.device, f"the metadata of {name}")
+    execution = recorded.nearest(resolve_device(state.settings.device))
     whole = RoutedSmooth(routed.pool, routed.router, execution=execution, noise=run.noise)
     subjects: list[Smooth | RoutedSmooth] = [whole, *(Smooth(e, execution=execution, noise=run.noise) for e in routed.pool)]
     equal = [s for s in subjects if s.digest == run.digest]  # experts of one pool may be equal but for their names
@@ -40,7 +44,7 @@ def find_subject(state: State, table: Table, run: TableMetadata, routed: RoutedS
         role="expert" if isinstance(subject, Smooth) else "routed",
         router=kind,
         experts=[(e.name, float(e.sigma), e.digest) for e in subject.experts],
-        kernels=KERNELS,
+        kernels=kernels(recorded.precision),
         core=None if subject.core is None else (subject.core.expert.name, subject.core.expert.digest),
     )
     wrong += [(None, text) for text in claims]
@@ -53,11 +57,12 @@ def _execution(state: State, table: Table, run: TableMetadata, routed: RoutedSmo
     """Votes of another dtype, layout or batch belong to another function than the one that is published."""
     where = torch.device("cpu" if run.device == "cpu" else "cuda")
     batch = routed.execution.batch or default_batch(largest_input(routed.shape, (m.module for m in routed.routed.models)), where)
-    published = {**routed.execution.to_dict(), "batch": batch}
+    published = replace(routed.execution.nearest(where), batch=batch).to_dict()
+    told = Execution.recorded(run.execution, run.device).to_dict()
     wrong: Found = [
-        (None, f"{key} {run.execution[key]} in the table, {published[key]} as the router is published")
+        (None, f"{key} {told[key]} in the table, {published[key]} as the router is published")
         for key in published
-        if run.execution.get(key) != published[key]
+        if told[key] != published[key]
     ]
     state.add(
         "execution",

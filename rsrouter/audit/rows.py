@@ -37,7 +37,7 @@ from rsrouter.data import ImageData
 from rsrouter.results import Table, TableMetadata
 from rsrouter.sampling.engine import Engine
 from rsrouter.sampling.execution import Execution
-from rsrouter.sampling.noise import CHUNK, SHARED
+from rsrouter.sampling.noise import SHARED, STREAMS
 from rsrouter.sampling.paired import pairs_of
 from rsrouter.smooth import RoutedSmooth, Smooth
 
@@ -102,22 +102,23 @@ def _transfer(chosen: Chosen) -> None:
     told = run.transfer
     assert told is not None
     here = environment(state.settings.device)
+    other = subject.with_execution(Execution.recorded(told.execution, told.device, f"the transfer of {table.name}"))
     wanted = [
-        (run.device, run.versions, run.threads, run.instructions),
-        (told.device, told.versions, told.threads, told.instructions),
+        (run.device, run.versions, run.threads, run.instructions, subject.execution.threads),
+        (told.device, told.versions, told.threads, told.instructions, other.execution.threads),
     ]
     differs = [
         d
-        for device, versions, threads, instructions in wanted
+        for device, versions, threads, instructions, fixed in wanted
         for d in same_environment(
-            {"device": device, "torch": versions.get("torch"), "threads": threads, "instructions": instructions}, here
+            {"device": device, "torch": versions.get("torch"), "threads": threads, "instructions": instructions},
+            {**here, "threads": fixed or here["threads"]},
         )
     ]
     if differs:
         state.warn(table.name, f"its paired draws cannot be made again here ({'; '.join(dict.fromkeys(differs))})")
         state.skip("transfer", table.name, "; ".join(dict.fromkeys(differs)))
         return
-    other = subject.with_execution(Execution.from_dict(told.execution, f"the transfer of {table.name}"))
     engines = [chosen.engine(), other.engine(run.seed, state.settings.device)]
     found: list[tuple[int | None, str]] = []
     drawn = 0
@@ -160,13 +161,12 @@ def _votes(chosen: Chosen) -> None:
         "threads": run.threads,
         "instructions": run.instructions,
     }
-    differs, share = same_environment(recorded, here), ROUNDING_SHARE[subject.execution.dtype]
-    unlike = None
-    if (run.device == "cpu") != (here["device"] == "cpu"):
-        unlike = f"the table says it was drawn on {run.device}, whose noise {here['device']} cannot draw: audit it there"
-    elif run.stream != {"chunk": CHUNK}:
-        unlike = f"the table says its noise streams are {run.stream}, this version's are {{'chunk': {CHUNK}}}: use its version"
-    if unlike is not None:
+    here["threads"] = subject.execution.threads or here["threads"]
+    drawn_as = Execution.recorded(run.execution, run.device)
+    differs, share = same_environment(recorded, here), ROUNDING_SHARE[drawn_as.rounding]
+    stream = STREAMS[drawn_as.stream]
+    if run.stream != stream:
+        unlike = f"the table says its noise streams are {run.stream}, this version's are {stream}: use its version"
         state.warn(table.name, f"{unlike}; until then its votes are only compared with fresh ones")
         state.skip("votes", table.name, unlike)
         return

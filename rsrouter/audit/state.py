@@ -11,7 +11,7 @@ import torch
 
 from rsrouter._version import __version__
 from rsrouter.audit.report import FAILED, PASSED, SKIPPED, Check, Finding
-from rsrouter.sampling.execution import instructions, resolve_device
+from rsrouter.sampling.execution import device_name, instructions, resolve_device
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def environment(device: str | None) -> dict[str, Any]:
     """What decides bits where the audit runs."""
     where = resolve_device(device)
     return {
-        "device": "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where),
+        "device": device_name(where),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),

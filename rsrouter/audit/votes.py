@@ -25,7 +25,7 @@ _DRAWN = ("select", "estimate", "earlier")
 
 #: How close the counts of one noise stream come on two versions of the same libraries or two processors: rounding moves a
 #: few votes, more of them with fewer bits.
-ROUNDING_SHARE, ROUNDING_VOTES = {"float32": 0.005, "bfloat16": 0.01, "float16": 0.005}, 3
+ROUNDING_SHARE, ROUNDING_VOTES = {"float32": 0.005, "tf32": 0.005, "bfloat16": 0.01, "float16": 0.005}, 3
 
 #: Outcomes compared in one row, about, for the statement of what the test would detect.
 STAGE_TESTS = 10

@@ -32,6 +32,28 @@ QUICK: dict[str, Any] = {
     "calls": (100, 1_000),
 }
 DTYPES = ("float32", "bfloat16")
+#: On CUDA float32 is TF32 by default, as it is for every peer; both are measured.
+CUDA_DTYPES = ("tf32", "ieee", "bfloat16")
+#: What the field certifies, with random weights: name, architecture, classes, shape, and the part of n that is drawn.
+FIELD = (
+    ("CIFAR ResNet-110 (random weights)", "cifar_resnet110", 10, (3, 32, 32), 1),
+    ("ResNet-50 at 224 (random weights)", "resnet50", 1000, (3, 224, 224), 10),
+)
+
+
+def field_expert(name: str) -> Expert:
+    """A network of `FIELD` at sigma .5."""
+    architecture, classes, shape = next(entry[1:4] for entry in FIELD if entry[0] == name)
+    torch.manual_seed(0)
+    return Expert(build_architecture(architecture, classes), sigma=0.5, num_classes=classes, input_shape=shape, name="field")
+
+
+def field_throughput(name: str, n: int, repeats: int, where: torch.device) -> list[Figure]:
+    """`throughput` of a network of `FIELD`."""
+    part = next(entry[4] for entry in FIELD if entry[0] == name)
+    dtypes = CUDA_DTYPES if where.type == "cuda" else DTYPES
+    expert = field_expert(name)
+    return throughput(expert, torch.rand(expert.input_shape), max(1, n // part), repeats, where, name, dtypes, bars=False)
 
 
 def run_bench(
@@ -49,6 +71,7 @@ def run_bench(
     calls: Sequence[int] = VOTES,
     radii: Sequence[float] = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2),
     say: Callable[[str], None] | None = None,
+    field: bool | None = None,
 ) -> dict[str, Any]:
     """Every figure of `rsrouter bench`, JSON-ready.
 
@@ -66,11 +89,13 @@ def run_bench(
         calls: the n of `call_costs`.
         radii: the adaptive plan's grid.
         say: called with what is being measured.
+        field: whether the networks of `FIELD` are measured as well; None: on CUDA.
     """
     where, say = resolve_device(device), say or (lambda text: print(text, file=sys.stderr))
     start, expert = time.perf_counter(), pool[len(pool) // 2]
     say(f"throughput of {expert.name}, {n:,} votes, {repeats} rounds")
-    figures: list[Figure] = throughput(expert, images[0], n, repeats, where, expert.name, DTYPES, bars=True)
+    dtypes = CUDA_DTYPES if where.type == "cuda" else DTYPES
+    figures: list[Figure] = throughput(expert, images[0], n, repeats, where, expert.name, dtypes, bars=True)
     figures.append(moved_votes(expert, images[:10], n // 10, where))
     torch.manual_seed(0)
     larger = Expert(
@@ -81,7 +106,10 @@ def run_bench(
         name="rgb32",
     )
     say("throughput at 3 x 32 x 32 (random weights)")
-    figures += throughput(larger, torch.rand(3, 32, 32), n, repeats, where, "3 x 32 x 32", DTYPES, bars=False)
+    figures += throughput(larger, torch.rand(3, 32, 32), n, repeats, where, "3 x 32 x 32", dtypes, bars=False)
+    for name, *_ in FIELD if (where.type == "cuda" if field is None else field) else ():
+        say(f"throughput of {name}")
+        figures += field_throughput(name, n, repeats, where)
     say("noise: sound, and shared by images")
     figures += noise_costs(expert, images[: max(2, min(20, n // 100))], n, repeats, where)
     say(f"certificates of {certificates} images, n_max = {n_max:,}")

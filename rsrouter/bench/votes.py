@@ -14,13 +14,17 @@ from rsrouter.bench.timing import Figure, figure, in_turn, ratios
 from rsrouter.clock import seconds
 from rsrouter.core.certify import VoteRequest
 from rsrouter.experts import Expert
-from rsrouter.process import fixed_kernels
 from rsrouter.router.base import vote_model
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.execution import Execution, Prepared, prepare
-from rsrouter.sampling.noise import CHUNK, make_noise
+from rsrouter.sampling.graphs import replayed
+from rsrouter.sampling.logits import outputs
+from rsrouter.sampling.noise import CHUNK, CounterNoise, flat, make_noise
+from rsrouter.sampling.philox import stream_words
 
 BATCHES = (50, 100, 250, 500, 1000)
+#: Rows of the reference loop where they fit, as the papers run it.
+REFERENCE_BATCH = 1000
 
 
 def reference_loop(module: nn.Module, image: Tensor, sigma: float, n: int, classes: int, batch: int = 1000) -> np.ndarray:
@@ -55,26 +59,32 @@ class Drawing:
         return self.image.to(self.device)
 
     def _module(self, execution: Execution) -> Prepared:
-        if execution.dtype not in self._prepared:
-            module = prepare(self.expert.network(), execution, self.device, self.expert.input_shape)
-            self._prepared[execution.dtype] = module
-        return self._prepared[execution.dtype]
+        """The network as the engine runs it."""
+        way = f"{execution.rounding} {execution.precision}"
+        if way not in self._prepared:
+            self._prepared[way] = prepare(self.expert.network(), execution, self.device, self.expert.input_shape)
+        found = self._prepared[way]
+        if not execution.graphs:
+            return found
+        rows = torch.rand((execution.batch, *self.expert.input_shape), device=self.device)
+        with execution.kernels(self.device), torch.inference_mode():
+            return replayed(found, rows, outputs(found(rows)), self.device, self.expert.name)
 
     def forward(self, execution: Execution, noise: bool = False) -> Callable[[], None]:
         """Pure forward passes of the prepared network on a batch that exists already; or with noise made for each."""
+        execution = execution.on(self.device)
         module = self._module(execution)
         shape, batch = self.expert.input_shape, execution.batch
         image, sigma = self.on_device, self.expert.sigma
         noisy = module.input(image + sigma * torch.randn((batch, *shape), device=self.device))
-        stream, out = make_noise("gaussian", shape, self.device), torch.empty((batch, *shape), device=self.device)
+        make = batch_of_noise("gaussian", shape, self.device, batch, execution.stream)
 
         @torch.inference_mode()
         def work() -> None:
-            with fixed_kernels():
+            with execution.kernels(self.device):
                 for i in range(-(-self.n // batch)):
                     if noise:
-                        stream.add(image, sigma, b"bench", i * batch, out)
-                        module(out)
+                        module(make(image, sigma, i * batch))
                     else:
                         module.module(noisy)
 
@@ -115,16 +125,52 @@ class Drawing:
     def reference(self) -> Callable[[], object]:
         """The papers' loop: float32, the module as its authors wrote it."""
         plain = self.expert.network().eval().to(self.device)
-        image = self.on_device
-        return lambda: reference_loop(plain, image, self.expert.sigma, self.n, self.expert.num_classes)
+        image, sigma, classes = self.on_device, self.expert.sigma, self.expert.num_classes
+        batch = REFERENCE_BATCH
+        while batch > 1:
+            try:
+                reference_loop(plain, image, sigma, min(batch, self.n), classes, batch)
+                break
+            except torch.OutOfMemoryError:
+                batch //= 2
+        return lambda: reference_loop(plain, image, sigma, self.n, classes, batch)
 
-    def best(self, dtype: str) -> Execution:
-        """The batch with most pure forward passes a second."""
-        works = {b: self.forward(Execution(b, dtype)) for b in BATCHES if b <= self.n}
-        for work in works.values():
-            seconds(work, self.device)
-        fastest = min(works, key=lambda b: min(seconds(works[b], self.device) for _ in range(3)))
-        return Execution(fastest, dtype)
+    def best(self, numbers: str) -> Execution:
+        """The batch with most pure forward passes a second, of those that fit."""
+        times: dict[int, float] = {}
+        for batch in [b for b in BATCHES if b <= self.n] or [self.n]:
+            try:
+                work = self.forward(Execution(batch).with_numbers(numbers))
+                times[batch] = min(seconds(work, self.device) for _ in range(4))
+            except torch.OutOfMemoryError:
+                break
+        return Execution(min(times, key=lambda b: times[b])).with_numbers(numbers)
+
+
+def batch_of_noise(
+    kind: str, shape: tuple[int, ...], device: torch.device, batch: int, stream: str
+) -> Callable[[Tensor, float, int], Tensor]:
+    """A function from an image, sigma and a first vote to a batch of noisy copies `(batch, C, H, W)`, as the engine makes it."""
+    noise, out = make_noise(kind, shape, device, stream), torch.empty((batch, *shape), device=device)
+    if not isinstance(noise, CounterNoise):
+        chunks = noise
+
+        def add(image: Tensor, sigma: float, start: int) -> Tensor:
+            chunks.add(image, sigma, b"bench", start, out)
+            return out
+
+        return add
+    counters, whose = noise, torch.zeros(1, dtype=torch.int64, device=device)
+    names = torch.from_numpy(stream_words(b"bench"))[None].to(device)
+    rows = torch.zeros((batch, 3), dtype=torch.int64, device=device)
+    places = torch.arange(batch, device=device)
+
+    def fill(image: Tensor, sigma: float, start: int) -> Tensor:
+        rows[:, 1] = places + start
+        counters.fill(flat(image[None]), names, whose, rows, sigma, out)
+        return out
+
+    return fill
 
 
 def throughput(
@@ -145,7 +191,9 @@ def throughput(
     for dtype, execution in best.items():
         if lanes > 1 and n >= lanes * execution.batch:  # fewer votes would be padding
             works[f"lanes {dtype}"] = drawing.side_by_side(execution, lanes)
+            works[f"passes {dtype}"] = drawing.engine(replace(execution, threads=1))
     works["engine default"] = drawing.engine(Execution())
+    numbers = Execution().on(device).rounding
     times = in_turn(works, repeats, device)
 
     def rate(name: str) -> list[float]:
@@ -178,9 +226,11 @@ def throughput(
         if f"lanes {dtype}" in works:
             name = f"{name}: {lanes} engines side by side, a thread each (as with --workers {lanes})"
             found.append(figure(f"{name} / reference loop", ratios(times, "reference", f"lanes {dtype}")))
+            name = f"{label}, {dtype}: one engine, {lanes} passes side by side (threads=1)"
+            found.append(figure(f"{name} / reference loop", ratios(times, "reference", f"passes {dtype}")))
     found.append(
         figure(
-            f"{label}: engine as installed (float32, default batch) / reference loop",
+            f"{label}: engine as installed ({numbers}, default batch) / reference loop",
             ratios(times, "reference", "engine default"),
         )
     )
@@ -205,12 +255,12 @@ def noise_costs(expert: Expert, images: Tensor, n: int, repeats: int, device: to
     """What exact arithmetic costs, and what a stream shared by all images saves: the noise alone, and whole votes."""
     images = torch.round(images * 255.0) / 255.0
     on_device = images[0].to(device)
-    out = torch.empty((CHUNK, *expert.input_shape), device=device)
-    streams = {name: make_noise(name, expert.input_shape, device) for name in ("gaussian", "sound")}
+    stream = Execution().on(device).stream
+    streams = {name: batch_of_noise(name, expert.input_shape, device, CHUNK, stream) for name in ("gaussian", "sound")}
     rounds = -(-min(n, 2000) // CHUNK)
 
     def noise(name: str) -> Callable[[], object]:
-        return lambda: [streams[name].add(on_device, expert.sigma, b"bench", i * CHUNK, out) for i in range(rounds)]
+        return lambda: [streams[name](on_device, expert.sigma, i * CHUNK) for i in range(rounds)]
 
     each = max(CHUNK, n // len(images))
     requests = [VoteRequest(i, expert.name, "bench", 0, each) for i in range(len(images))]

@@ -169,7 +169,7 @@ def certify(
     from rsrouter.cli.options import parse_radii
     from rsrouter.core.terms import Terms
     from rsrouter.jobs import certify_table, estimate_table
-    from rsrouter.jobs.driver import on_cpu
+    from rsrouter.jobs.devices import on_cpu
     from rsrouter.report import summarise
     from rsrouter.report.text import print_summary
 

@@ -15,7 +15,12 @@ ExecutionFile = Annotated[
     Path | None,
     typer.Option("--execution", help="How networks run: a file from `rsrouter calibrate`, or a table's JSON to run as it did."),
 ]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 instead of the router's own.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="float32 (tf32 or ieee: with that precision on CUDA), bfloat16 or float16; default: the router's own."
+    ),
+]
 ExecutionBatch = Annotated[
     int | None,
     typer.Option("--execution-batch", min=1, help="Rows per forward pass; like --dtype it may change votes."),
@@ -33,8 +38,8 @@ def choose_execution(base: Any, file: Path | None, dtype: str | None, batch: int
     from rsrouter import Execution
 
     chosen = base if file is None else Execution.load(file)
-    changes = {"dtype": dtype, "batch": batch}
-    return replace(chosen, **{key: value for key, value in changes.items() if value is not None})
+    chosen = chosen if dtype is None else chosen.with_numbers(dtype)
+    return chosen if batch is None else replace(chosen, batch=batch)
 
 
 def calibrate(
@@ -44,13 +49,21 @@ def calibrate(
     dtype: Annotated[
         str, typer.Option("--dtype", help=f"float32, bfloat16, float16, or {FASTEST} of the first two.")
     ] = "float32",
+    ways: Annotated[
+        bool,
+        typer.Option(
+            "--ways",
+            help="Choose float32 precision and graphs (CUDA), or one thread a pass (CPU), too: other bits, as --dtype.",
+        ),
+    ] = False,
     device: Device = "cpu",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds of each candidate.")] = 3,
     format: OutputFormat = Format.text,
 ) -> None:
-    """Measure which batch size (and dtype) is fastest on this machine, and store it; tables record what they used.
+    """Measure which batch size (and dtype, and way of running) is fastest on this machine, and store it; tables record what they
+    used.
 
-    Example: rsrouter calibrate demo-run/router --dtype fastest --out execution.json
+    Example: rsrouter calibrate demo-run/router --dtype fastest --ways --out execution.json
     """
     from rsrouter import Execution, ExpertPool, RoutedSmooth
     from rsrouter.router.base import vote_model
@@ -74,9 +87,13 @@ def calibrate(
         pool, base = routed.pool, routed.execution
         models = list(routed.routed.models)
     dtypes = DTYPES if dtype == FASTEST else (dtype,)
-    chosen, timings = measure(models, pool.input_shape, device=device, base=base, dtypes=dtypes, repeats=repeats)
+    chosen, timings = measure(models, pool.input_shape, device=device, base=base, dtypes=dtypes, ways_too=ways, repeats=repeats)
     measured = [
-        {"dtype": t.execution.dtype, "batch": t.execution.batch, "rows_per_second": round(t.rows_per_second, 1)} for t in timings
+        {
+            **{key: getattr(t.execution, key) for key in ("dtype", "batch", "precision", "graphs", "threads")},
+            "rows_per_second": round(t.rows_per_second, 1),
+        }
+        for t in timings
     ]
     if out is not None:
         chosen.save(out, device=device, networks=[m.name for m in models], measured=measured)
@@ -87,10 +104,16 @@ def calibrate(
 
         echo_json({"execution": chosen.to_dict(), "measured": measured})
         return
-    for row in measured:
-        best = "  <- fastest" if (row["dtype"], row["batch"]) == (chosen.dtype, chosen.batch) else ""
+    for row, timing in zip(measured, timings, strict=True):
+        best = "  <- fastest" if timing.execution == chosen else ""
+        way = (
+            ("one thread a pass" if row["threads"] else f"{row['precision']}{', graphs' if row['graphs'] else ''}")
+            if ways
+            else ""
+        )
         typer.echo(
-            f"{row['dtype']:>9}  batch {row['batch']:>5}  {row['rows_per_second']:>10,.0f} rows/s through all networks{best}"
+            f"{row['dtype']:>9}  batch {row['batch']:>5}  {way:<17} {row['rows_per_second']:>10,.0f} rows/s through all networks"
+            + best
         )
     typer.echo(f"stored in {router_folder(folder) / 'config.json'}" if save else f"execution: {out or chosen.to_dict()}")
 

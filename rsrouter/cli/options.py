@@ -25,7 +25,7 @@ from rsrouter.core.errors import InputError
 if TYPE_CHECKING:
     from rsrouter.core.plans import Plan
 
-Device = Annotated[str, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:1; certify, label: cuda:0,cuda:2.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of labelling and training.")]
 Out = Annotated[Path, typer.Option("--out", help="Where to write; nothing there is overwritten.")]
 Alpha = Annotated[float, typer.Option("--alpha", help="Failure probability of each certificate.")]

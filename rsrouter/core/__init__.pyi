@@ -17,6 +17,7 @@ from .certificates import vote_radius as vote_radius
 from .certify import CertifyPolicy as CertifyPolicy
 from .certify import VoteRequest as VoteRequest
 from .errors import CheckpointError as CheckpointError
+from .errors import DeviceError as DeviceError
 from .errors import HubError as HubError
 from .errors import InputError as InputError
 from .errors import IntegrityError as IntegrityError

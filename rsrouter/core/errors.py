@@ -34,6 +34,10 @@ class InputError(RSRouterError):
     """Images, labels or arguments that do not fit."""
 
 
+class DeviceError(InputError):
+    """A device that cannot be used: not there, no driver for it, or lost on the way."""
+
+
 class PlanError(RSRouterError):
     """A plan, confidence level or radius that cannot work."""
 

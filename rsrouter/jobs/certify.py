@@ -19,12 +19,14 @@ from rsrouter.core.plans import Plan
 from rsrouter.core.terms import Terms
 from rsrouter.core.types import Certificate
 from rsrouter.inputs import check_count
-from rsrouter.jobs.driver import Images, Reader, Running, make_executor, run_job, stored_threads
+from rsrouter.jobs.devices import first_device, job_threads
+from rsrouter.jobs.driver import Images, Reader, Running, make_executor, run_job
 from rsrouter.jobs.workers import Done, Emit, Step, Task
+from rsrouter.process import kernels
 from rsrouter.results import ExpertRecord, Table, TableMetadata, TreeRecord, pack_ids
 from rsrouter.sampling.engine import Engine
-from rsrouter.sampling.execution import KERNELS, default_batch, largest_input, named_device
-from rsrouter.sampling.noise import CHUNK
+from rsrouter.sampling.execution import default_batch, largest_input, named_device
+from rsrouter.sampling.noise import STREAMS
 from rsrouter.smooth import RoutedSmooth, Smooth
 
 #: Images that stand for a data set that knows no fingerprint.
@@ -176,7 +178,7 @@ def settled_batch(smoothed: Smooth | RoutedSmooth, device: str | None) -> int:
     A job never halves it where memory is short, as a single `certify` may: its rows would not be of one function.
     """
     numel = largest_input(smoothed.shape, (m.module for m in smoothed.routed.models))
-    return smoothed.execution.batch or default_batch(numel, named_device(device))
+    return smoothed.execution.batch or default_batch(numel, named_device(first_device(device)))
 
 
 def job_metadata(
@@ -192,7 +194,7 @@ def job_metadata(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """What makes a table reproducible; rows are only ever added under the same metadata (but for `info`)."""
-    execution = {**smoothed.execution.to_dict(), "batch": settled_batch(smoothed, device)}
+    execution = replace(smoothed.execution.on(named_device(first_device(device))), batch=settled_batch(smoothed, device))
     experts = smoothed.pool if isinstance(smoothed, RoutedSmooth) else [smoothed.expert]
     core = smoothed.core
     return TableMetadata(
@@ -207,16 +209,16 @@ def job_metadata(
         seed_from=seed_from,
         seed_derived=terms.seed == smoothed.routed.default_seed(seed_from),
         noise=smoothed.noise,
-        stream={"chunk": CHUNK},
-        execution=execution,
-        kernels=dict(KERNELS),
+        stream=dict(STREAMS[execution.stream]),
+        execution=execution.to_dict(),
+        kernels=kernels(execution.precision),
         data=data,
         indices=pack_ids(order),
         num_images=len(order),
         device=facts["device"],
         versions=facts["versions"],
         info={
-            "threads": threads or torch.get_num_threads(),
+            "threads": execution.threads or threads or torch.get_num_threads(),
             "instructions": facts["instructions"],
             "platform": platform.platform(),
             "python": platform.python_version(),
@@ -265,6 +267,7 @@ def certify_table(
         progress: called after every round.
         block: images in memory at once, for each worker.
         workers: None certifies in this process; a number, or "auto" (one per GPU, or per core), in as many processes.
+            A device of several names, such as `cuda:0,cuda:2`, has a process for each.
             A worker that dies is replaced, and another does its images.
         ray: address of a Ray cluster ("auto": the one of this machine, else a new one) whose actors are the workers,
             one per GPU, or per `threads` cores. Needs `pip install rsrouter[ray]`.
@@ -285,13 +288,13 @@ def certify_table(
     if batch_size is not None:
         check_count("batch_size", batch_size, "it groups work; it never changes a vote")
     if ray is None:  # a cluster's devices are not this machine's
-        smoothed.engine(int(asked.seed or 0), device)
+        smoothed.engine(int(asked.seed or 0), first_device(device))
     order = check_order(images, indices, block)
     mine = take_shard(order, shard)
     reader = Reader(images, smoothed.shape, smoothed.experts[0].num_classes)
     reader.look(mine[0])  # of another size: no table is begun
     path = Path(out)
-    with make_executor(workers, ray, device, stored_threads(path, device, threads)) as executor:
+    with make_executor(workers, ray, device, job_threads(path, device, threads, smoothed.execution)) as executor:
         facts = executor.facts()
         metadata = job_metadata(
             smoothed,

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from rsrouter.clock import terminal_bar
-from rsrouter.core.errors import InputError, ResultsError, WorkerError
+from rsrouter.core.errors import InputError, WorkerError
 from rsrouter.inputs import check_images
+from rsrouter.jobs.devices import device_names, local_resources
 from rsrouter.jobs.workers import (
     Done,
     Event,
@@ -33,12 +34,8 @@ from rsrouter.jobs.workers import (
     Step,
     Task,
     Worker,
-    check_threads,
-    local_resources,
 )
 from rsrouter.results import ResultsWriter, Row, Table, read_table
-from rsrouter.results.metadata import metadata_path, read_metadata
-from rsrouter.sampling.execution import named_device
 
 #: Times that an image may end its worker before it is given up, and a slot's workers may end without a row before the slot is.
 RETRIES = 2
@@ -182,33 +179,6 @@ class Tally:
         return Running(self._votes, self._rows, self._total, tuple(float(s) for s in shares), seconds, remaining, most)
 
 
-def on_cpu(device: str | None) -> bool:
-    """Whether workers run on a CPU; asks no machine, since the driver's need not have what the workers' have."""
-    return named_device(device).type == "cpu"
-
-
-def stored_threads(out: Path, device: str | None, threads: int | None) -> int | None:
-    """The thread count that a table was begun with, which it keeps; `threads` where there is no table yet.
-
-    Raises:
-        ResultsError: another number was asked for (on a CPU, threads decide how sums are rounded).
-    """
-    threads = check_threads(threads)
-    if not on_cpu(device):
-        return threads
-    stored = (read_metadata(metadata_path(out)) or {}).get("info", {}).get("threads")
-    if not isinstance(stored, int):
-        return threads
-    if threads is not None and threads != stored:
-        raise ResultsError(
-            f"{out} was begun with another number of threads",
-            expected=f"{stored} threads per worker",
-            received=str(threads),
-            remedy="leave threads out to resume it, or give another output",
-        )
-    return stored
-
-
 def make_executor(workers: int | str | None, ray: str | None, device: str | None, threads: int | None) -> Executor:
     """The executor that arguments ask for.
 
@@ -224,6 +194,8 @@ def make_executor(workers: int | str | None, ray: str | None, device: str | None
         from rsrouter.jobs.ray_workers import RayActors
 
         return RayActors(ray, workers, device, threads)
+    if workers is None and len(device_names(device)) > 1:
+        workers = "auto"
     return Inline(device, threads) if workers is None else Processes(local_resources(workers, device, threads))
 
 

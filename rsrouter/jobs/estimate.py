@@ -23,8 +23,8 @@ from rsrouter.core.errors import PlanError
 from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
 from rsrouter.core.terms import Terms
 from rsrouter.jobs.certify import check_order, settled_batch, take_shard, with_batch
+from rsrouter.jobs.devices import check_threads, first_device
 from rsrouter.jobs.driver import Images, Reader, make_executor
-from rsrouter.jobs.workers import check_threads
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.smooth import RoutedSmooth, Smooth
 
@@ -186,7 +186,7 @@ def estimate_table(
         task, _ = Reader(images, smoothed.shape, smoothed.experts[0].num_classes).task(chosen)
         reading = (time.perf_counter() - start) / len(chosen)
         start = time.perf_counter()
-        engine = smoothed.engine(0, device)
+        engine = smoothed.engine(0, first_device(device))
         for name in engine.models:
             engine.runner(name)
         setup = time.perf_counter() - start

@@ -19,7 +19,8 @@ from rsrouter.core.types import ABSTAIN, Certificate
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.inputs import check_seed
 from rsrouter.jobs.certify import check_order, describe_data, take_shard
-from rsrouter.jobs.driver import Images, Reader, Running, make_executor, run_job, stored_threads
+from rsrouter.jobs.devices import first_device, job_threads
+from rsrouter.jobs.driver import Images, Reader, Running, make_executor, run_job
 from rsrouter.jobs.workers import Done, Emit, Step, Task
 from rsrouter.results import pack_ids
 from rsrouter.results.metadata import describe, differences, metadata_path, normalise
@@ -114,9 +115,10 @@ def label_table(
     path = Path(out)
     part = path.with_name(f"{path.name}.part.tsv")
     chosen = execution or Execution()
-    batch = chosen.batch or default_batch(largest_input(pool.input_shape, (e.module for e in pool)), named_device(device))
-    chosen = replace(chosen, batch=batch)
-    with make_executor(workers, ray, device, stored_threads(part, device, threads)) as executor:
+    where = named_device(first_device(device))
+    batch = chosen.batch or default_batch(largest_input(pool.input_shape, (e.module for e in pool)), where)
+    chosen = replace(chosen, batch=batch).on(where)
+    with make_executor(workers, ray, device, job_threads(part, device, threads, chosen)) as executor:
         facts = executor.facts()
         metadata = normalise(
             {
@@ -141,7 +143,12 @@ def label_table(
         if has_votes(path, metadata):
             _tidy(part)
             return metadata
-        info = {"info": {"threads": executor.threads or torch.get_num_threads(), "instructions": facts["instructions"]}}
+        info = {
+            "info": {
+                "threads": chosen.threads or executor.threads or torch.get_num_threads(),
+                "instructions": facts["instructions"],
+            }
+        }
         table = run_job(
             executor,
             LabelWorker(pool, n, seed, chosen),

@@ -12,7 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rsrouter.core.errors import InputError, RSRouterError, WorkerError
-from rsrouter.jobs.workers import Event, Lost, Sink, Task, Worker, check_workers, machine_facts, serve
+from rsrouter.jobs.devices import check_workers
+from rsrouter.jobs.workers import Event, Lost, Sink, Task, Worker, machine_facts, serve
 
 #: Seconds that an actor holds a question for news, so that the driver need not ask often.
 _PATIENCE = 1.0

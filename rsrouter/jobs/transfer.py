@@ -13,8 +13,6 @@ from dataclasses import replace
 from math import lcm
 from pathlib import Path
 
-import torch
-
 from rsrouter.core.bounds import AlphaSplit, check_alpha, check_whole
 from rsrouter.core.errors import InputError, IntegrityError, ResultsError
 from rsrouter.core.recompute import Moved, recompute
@@ -27,7 +25,7 @@ from rsrouter.jobs.workers import machine_facts
 from rsrouter.results import ResultsWriter, Row, Table, TableMetadata, read_table, require_sound
 from rsrouter.results.about import Transfer
 from rsrouter.sampling.engine import Engine
-from rsrouter.sampling.execution import Execution
+from rsrouter.sampling.execution import Execution, resolve_device
 from rsrouter.sampling.paired import pairs_of
 from rsrouter.smooth import RoutedSmooth, Smooth
 
@@ -92,10 +90,10 @@ def transfer_table(
             received=f"digest {smoothed.digest}" + ("" if core is None else f", core {core}"),
             remedy="give the router that the table was certified with",
         )
-    _same_machine(about, own_device)
     tree = smoothed.tree
-    first = smoothed.with_execution(Execution.from_dict(about.execution, "the metadata of the table"))
-    second = smoothed.with_execution(execution)
+    first = smoothed.with_execution(Execution.recorded(about.execution, about.device, "the metadata of the table"))
+    _same_machine(about, own_device, first.execution)
+    second = smoothed.with_execution(execution.on(resolve_device(device)))
     second = with_batch(second, second.execution.batch or settled_batch(first, own_device))
     pairs = lcm(settled_batch(first, own_device), second.execution.batch)
     count = -(-votes // pairs) * pairs
@@ -108,7 +106,7 @@ def transfer_table(
         execution=second.execution.to_dict(),
         device=facts["device"],
         versions=facts["versions"],
-        threads=torch.get_num_threads(),
+        threads=second.execution.threads_of(resolve_device(device)),
         instructions=facts["instructions"],
         votes=count,
         alpha=alpha,
@@ -131,10 +129,14 @@ def transfer_table(
     return require_sound(read_table(out))
 
 
-def _same_machine(about: TableMetadata, device: str | None) -> None:
+def _same_machine(about: TableMetadata, device: str | None, execution: Execution) -> None:
     """The pairs must run the very function that the table's votes came from."""
     facts = machine_facts(device)
-    here = {"device": facts["device"], "threads": torch.get_num_threads(), "instructions": facts["instructions"]}
+    here = {
+        "device": facts["device"],
+        "threads": execution.threads_of(resolve_device(device)),
+        "instructions": facts["instructions"],
+    }
     there = {"device": about.device, "threads": about.threads, "instructions": about.instructions}
     for library in ("torch", "numpy"):
         here[library], there[library] = facts["versions"].get(library), about.versions.get(library)

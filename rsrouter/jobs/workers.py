@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from rsrouter._version import __version__
-from rsrouter.core.errors import InputError, RSRouterError
+from rsrouter.core.errors import DeviceError, InputError, RSRouterError
 from rsrouter.core.types import Certificate
-from rsrouter.inputs import check_count
-from rsrouter.sampling.execution import instructions, resolve_device
+from rsrouter.jobs.devices import Resources
+from rsrouter.sampling.execution import device_name, instructions, resolve_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def machine_facts(device: str | None) -> dict[str, Any]:
     """What else decides a vote's bits: the device's name and the libraries' versions."""
     where = resolve_device(device)
     return {
-        "device": "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where),
+        "device": device_name(where),
         # kernels differ with the vector instructions; on an accelerator they do not
         "instructions": instructions(where),
         "versions": {"rsrouter": __version__, "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
@@ -146,6 +146,8 @@ def serve(unpack: Callable[[], Worker], device: str | None, threads: int | None,
             emit(Finished())
     except BrokenPipeError:
         return  # the driver is gone, and nobody reads on
+    except DeviceError as error:  # another card may do the work
+        emit(Lost(str(error)))
     except RSRouterError as error:
         emit(Failed(error))
     except Exception as error:
@@ -221,75 +223,6 @@ class Inline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.threads is not None:
             torch.set_num_threads(self._before)
-
-
-@dataclass(frozen=True)
-class Resources:
-    """How many workers, and what each has.
-
-    Attributes:
-        devices: one per worker.
-        threads: torch threads of each; None leaves torch's own.
-    """
-
-    devices: tuple[str | None, ...]
-    threads: int | None
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def check_workers(workers: object) -> int | None:
-    """A number of workers; None for "auto".
-
-    Raises:
-        InputError: anything else.
-    """
-    if workers == "auto":
-        return None
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise InputError(
-            "The number of workers cannot be read",
-            expected='a whole number of at least 1, or "auto"',
-            received=repr(workers),
-            remedy="auto takes one per GPU, or one per core",
-        )
-    return workers
-
-
-def check_threads(threads: object) -> int | None:
-    """A number of torch threads, or None; InputError for anything else."""
-    return None if threads is None else check_count("threads", threads)
-
-
-def local_resources(workers: int | str, device: str | None, threads: int | None) -> Resources:
-    """Workers of this machine: one per GPU, or `workers` on the CPU that share its cores.
-
-    Args:
-        workers: how many, or "auto": as many as there are GPUs, or cores.
-        device: `cuda` spreads workers over the GPUs; `cuda:1` is one GPU and one worker.
-        threads: of each CPU worker; None divides the cores.
-
-    Raises:
-        InputError: more workers than GPUs, or a device that cannot be used.
-    """
-    number, where = check_workers(workers), resolve_device(device)
-    if where.type == "cpu":
-        number = number or usable_cores()
-        return Resources((device,) * number, threads or max(1, usable_cores() // number))
-    there = 1 if where.index is not None else torch.cuda.device_count() if where.type == "cuda" else 1
-    if number is not None and number > there:
-        raise InputError(
-            "There are fewer GPUs than workers",
-            expected=f"at most {there} for device {device!r}",
-            received=str(number),
-            remedy="one worker fills a GPU; --device cuda counts all GPUs of this machine",
-        )
-    if where.index is not None or where.type != "cuda":
-        return Resources((device,), threads)
-    return Resources(tuple(f"cuda:{i}" for i in range(number or there)), threads)
 
 
 class Processes:

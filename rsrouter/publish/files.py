@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rsrouter.core.errors import InputError, IntegrityError, ResultsError
-from rsrouter.process import KERNELS
+from rsrouter.process import kernels
 from rsrouter.publish.card import Card, render_card
 from rsrouter.publish.claims import check_claims
 from rsrouter.publish.licences import check_licence
 from rsrouter.results import Table, metadata_path, read_table, require_sound, require_whole
 from rsrouter.results.verify import other_claims
-from rsrouter.sampling.noise import CHUNK
+from rsrouter.sampling.execution import Execution
+from rsrouter.sampling.noise import STREAMS
 from rsrouter.serialise import CONFIG, WEIGHTS, RouterConfig, Saved, load_folder, needed_packages, read_router_config
 
 README, FIGURE = "README.md", "certificates/curve.svg"
@@ -161,20 +164,21 @@ def check_table(table: Table, saved: Saved) -> Table:
             remedy="certify this router; do not publish certificates of another one with it",
         )
     subject, role = (named or equal)[0]
+    drawn_as = Execution.recorded(about.execution, about.device, f"the metadata of {table.name}")
     wrong = other_claims(
         about,
         subject.tree,
         role=role,
         router=saved.router.kind if role == "routed" else None,
         experts=[(e.name, float(e.sigma), e.digest) for e in saved.pool if role == "routed" or e.name == subject.tree.root],
-        kernels=KERNELS,
+        kernels=kernels(drawn_as.precision),
         core=None if role == "expert" or saved.pool.core is None else (saved.pool.core.name, saved.pool.core.digest),
     )
     derived = about.seed == subject.default_seed(about.seed_from)
     if about.seed_derived != derived:
         wrong.append(f"seed_derived: {about.seed_derived} in the table, {derived} for seed {about.seed}")
-    if about.stream != {"chunk": CHUNK}:
-        wrong.append(f"stream: {about.stream} in the table, {{'chunk': {CHUNK}}} in this version")
+    if about.stream != STREAMS[drawn_as.stream]:
+        wrong.append(f"stream: {about.stream} in the table, {STREAMS[drawn_as.stream]} in this version")
     if wrong:
         raise IntegrityError(
             f"Table {table.name!r} says something else about its classifier than is true",
@@ -189,7 +193,8 @@ def check_table(table: Table, saved: Saved) -> Table:
             received=f"seed {about.seed}",
             remedy="certify again without --seed, or with --seed-from TEXT, a public text such as a date",
         )
-    ours, theirs = saved.execution.to_dict(), dict(about.execution)
+    where = torch.device("cpu" if about.device == "cpu" else "cuda")
+    ours, theirs = saved.execution.nearest(where).to_dict(), drawn_as.to_dict()
     if saved.execution.batch == 0:  # the default; a table records what it came to
         ours.pop("batch"), theirs.pop("batch", None)
     if ours != theirs:

@@ -1,4 +1,4 @@
-"""Measures the fastest batch and dtype of this machine, once, and records them."""
+"""Measures the fastest batch, dtype and way of running of this machine, once, and records them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rsrouter.core.errors import InputError
-from rsrouter.process import fixed_kernels
+from rsrouter.process import PRECISIONS
 from rsrouter.sampling.check import check_network
 from rsrouter.sampling.engine import VoteModel
 from rsrouter.sampling.execution import (
@@ -22,6 +22,8 @@ from rsrouter.sampling.execution import (
     prepare,
     resolve_device,
 )
+from rsrouter.sampling.graphs import replayed
+from rsrouter.sampling.lanes import lane_pool
 
 #: What `dtypes="fastest"` chooses from.
 DTYPES = ("float32", "bfloat16")
@@ -47,6 +49,7 @@ def calibrate(
     device: str | torch.device | None = None,
     base: Execution | None = None,
     dtypes: Sequence[str] | None = None,
+    ways_too: bool = False,
     batches: Sequence[int] | None = None,
     repeats: int = 3,
 ) -> tuple[Execution, tuple[Timing, ...]]:
@@ -61,6 +64,7 @@ def calibrate(
         device: where; None is the CPU.
         base: what does not change between the candidates.
         dtypes: to choose from; None: the dtype of `base`.
+        ways_too: whether precision of float32 and graphs (CUDA), or threads of a pass (CPU), are chosen as well.
         batches: rows per forward pass to choose from; None: a quarter to four times the default.
         repeats: timed rounds; their median counts.
 
@@ -68,28 +72,28 @@ def calibrate(
         InputError: no batch that fits, an unknown dtype. NetworkError: a network that cannot be certified.
     """
     where, base = resolve_device(device), base or Execution()
+    base.on(where)
     shape, default = tuple(shape), default_batch(largest_input(shape, (m.module for m in models)), resolve_device(device))
     sizes = sorted(set(batches or (max(1, int(default * factor)) for factor in (0.25, 0.5, 1, 2, 4))))
     if where.type == "cpu":
         keep_freed_memory()
     times: dict[Execution, list[float]] = {}
-    prepared = {
-        dtype: [prepare(m.module, replace(base, dtype=dtype), where, shape, m.name) for m in models]
-        for dtype in dtypes or (base.dtype,)
-    }
+    ways = [way for dtype in dtypes or (base.dtype,) for way in _ways(base, dtype, where, ways_too)]
+    prepared = {way: [prepare(m.module, way.on(where), where, shape, m.name) for m in models] for way in ways}
+    runs: dict[Execution, list[Prepared]] = {}
     # one candidate after the other, round after round: what else the machine does meanwhile slows all of them
     for attempt in range(repeats):
-        for dtype, modules in prepared.items():
+        for way, modules in prepared.items():
             for batch in sizes:
-                candidate = replace(base, dtype=dtype, batch=batch)
+                candidate = replace(way, batch=batch)
                 if attempt and candidate not in times:
                     continue
                 try:
                     if not attempt:
-                        with fixed_kernels():
-                            for module, m in zip(modules, models, strict=True):
-                                check_network(module, m.name, m.widths, shape, batch, where)
-                    times.setdefault(candidate, []).append(_seconds_per_row(modules, batch, shape, where, 2 * default))
+                        runs[candidate] = _runs(modules, models, shape, candidate, where)
+                    times.setdefault(candidate, []).append(
+                        _seconds_per_row(runs[candidate], candidate, shape, where, 2 * default)
+                    )
                 except torch.OutOfMemoryError:
                     break
     found = tuple(Timing(candidate, 1.0 / statistics.median(seconds)) for candidate, seconds in times.items())
@@ -103,20 +107,52 @@ def calibrate(
     return max(found, key=lambda t: t.rows_per_second).execution, found
 
 
-@torch.inference_mode()
-def _seconds_per_row(modules: Sequence[Prepared], batch: int, shape: tuple[int, ...], device: torch.device, rows: int) -> float:
-    """Of one row through every network, over `rows` rows at least, after one pass that does not count."""
-    x = torch.rand((batch, *shape), generator=torch.Generator().manual_seed(0)).to(device)
-    inputs, done = [prepared.input(x) for prepared in modules], -batch
-    start = 0.0
-    with fixed_kernels():
-        while done < rows:
-            outputs = [prepared.module(x) for prepared, x in zip(modules, inputs, strict=True)]
-            done += batch
-            if done == 0 or done >= rows:  # reading a value waits for the device
-                _ = [float((o[0] if isinstance(o, tuple | list) else o).sum()) for o in outputs]
-                start = start if done else time.perf_counter()
-    return (time.perf_counter() - start) / done
+def _ways(base: Execution, dtype: str, device: torch.device, more: bool) -> list[Execution]:
+    """`base` in that dtype; with `more` also in the other float32 precision and without graphs, or one thread a pass."""
+    base = replace(base, dtype=dtype)
+    if not more:
+        return [base]
+    if device.type == "cuda":
+        precisions = PRECISIONS if dtype == "float32" else (base.precision,)
+        return [replace(base, precision=p, graphs=g) for p in precisions for g in (True, False)]
+    return [base] if torch.get_num_threads() == 1 else [replace(base, threads=t) for t in (0, 1)]
+
+
+def _runs(
+    modules: Sequence[Prepared], models: Sequence[VoteModel], shape: tuple[int, ...], candidate: Execution, device: torch.device
+) -> list[Prepared]:
+    """The networks as the candidate runs them, checked."""
+    found, candidate = [], candidate.on(device)
+    with candidate.kernels(device):
+        for module, m in zip(modules, models, strict=True):
+            checked = check_network(module, m.name, m.widths, shape, candidate.batch, device)
+            found.append(replayed(module, checked.rows, checked.logits, device, m.name) if candidate.graphs else module)
+    return found
+
+
+def _seconds_per_row(
+    modules: Sequence[Prepared], execution: Execution, shape: tuple[int, ...], device: torch.device, rows: int
+) -> float:
+    """Of one row through every network, over `rows` rows at least, after one pass that does not count; on a CPU with so many
+    passes side by side as the engine would run."""
+    lanes = torch.get_num_threads() // execution.threads if execution.threads else 1
+
+    def passes(part: int) -> float:
+        with torch.inference_mode(), execution.kernels(device):
+            x = torch.rand((execution.batch, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+            inputs, done, start = [prepared.input(x) for prepared in modules], -execution.batch, 0.0
+            while done < part:
+                outputs = [prepared.module(x) for prepared, x in zip(modules, inputs, strict=True)]
+                done += execution.batch
+                if done == 0 or done >= part:  # reading a value waits for the device
+                    _ = [float((o[0] if isinstance(o, tuple | list) else o).sum()) for o in outputs]
+                    start = start if done else time.perf_counter()
+            return (time.perf_counter() - start) / done
+
+    if lanes < 2:
+        return passes(rows)
+    each = list(lane_pool(lanes, execution.threads).map(passes, [rows] * lanes))
+    return statistics.mean(each) / lanes
 
 
 __all__ = ["DTYPES", "Timing", "calibrate"]

@@ -109,7 +109,7 @@ def check_network(
         NetworkError: whatever the network raises; wrong shape, different logits on the same input (dropout), or logits that
             depend on the rest of the batch (batch statistics).
     """
-    dtype = prepared.execution.dtype
+    dtype = prepared.execution.rounding
     generator = torch.Generator().manual_seed(0)
     x, calm = (t.to(device) for t in _rows(shape, batch, generator))
     x[calm] = _closer(x[calm], logits_of(prepared, x, widths, name)[0][calm])
@@ -149,7 +149,7 @@ def smaller_batches(checked: Checked, prepared: Prepared, name: str, widths: tup
                 (logits_of(prepared, checked.rows[part].clone(), widths, name), part)
                 for part in (slice(size), slice(-size, None))
             ]
-        except NetworkError:  # made for one size
+        except (NetworkError, torch.OutOfMemoryError):  # made for one size, or full already
             break
         if all(moved(tuple(h[part] for h in checked.logits), logits).equal for logits, part in parts):
             found.append(size)
@@ -168,8 +168,8 @@ def check_votes(prepared: Prepared, name: str, widths: tuple[int, ...], x: Tenso
     kept = torch.arange(len(x), device=x.device) % 2 == (turn // 2) % 2
     again = logits_of(prepared, company(x, kept | (len(x) == 1), loud=turn % 2 == 0), widths, name)
     kept = kept if bool(kept.any()) else ~kept
-    found = moved(tuple(h[kept] for h in cast), tuple(h[kept] for h in again), prepared.execution.dtype)
-    if not found.is_rounding(prepared.execution.dtype):
+    found = moved(tuple(h[kept] for h in cast), tuple(h[kept] for h in again), prepared.execution.rounding)
+    if not found.is_rounding(prepared.execution.rounding):
         _refuse_company(name, found)
 
 
@@ -180,7 +180,7 @@ def check_again(checked: Checked, prepared: Prepared, name: str, widths: tuple[i
     Raises:
         NetworkError: it keeps a state that votes change (a counter, running statistics, a cache).
     """
-    found = moved(checked.logits, logits_of(prepared, checked.rows.clone(), widths, name), prepared.execution.dtype)
+    found = moved(checked.logits, logits_of(prepared, checked.rows.clone(), widths, name), prepared.execution.rounding)
     if not found.equal:
         raise NetworkError(
             f"The logits of network {name!r} changed while it was voting",
@@ -198,8 +198,8 @@ def check_compiled(checked: Checked, prepared: Prepared, name: str, widths: tupl
         NetworkError: it asks whether it is being compiled, or the compiler got it wrong.
     """
     plain = replace(prepared, module=getattr(prepared.module, "_orig_mod", prepared.module))
-    found = moved(checked.logits, logits_of(plain, checked.rows.clone(), widths, name), prepared.execution.dtype)
-    if not found.is_rounding(prepared.execution.dtype):
+    found = moved(checked.logits, logits_of(plain, checked.rows.clone(), widths, name), prepared.execution.rounding)
+    if not found.is_rounding(prepared.execution.rounding):
         raise NetworkError(
             f"Compiled, network {name!r} is another function",
             expected="the logits of the module as it is, to rounding",

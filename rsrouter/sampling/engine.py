@@ -7,8 +7,10 @@ noise on the device, counts votes on the device, and reads the host once per cal
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,20 +24,25 @@ from rsrouter.core.errors import InputError
 from rsrouter.core.requests import PASS
 from rsrouter.experts.expert import check_values
 from rsrouter.experts.identity import ModuleWatch, module_digest
-from rsrouter.process import KERNELS, check_settings, fixed_kernels
+from rsrouter.process import check_settings, fixed_kernels, kernels
 from rsrouter.sampling.check import Checked, check_again, check_compiled, check_network, check_votes, smaller_batches
 from rsrouter.sampling.execution import (
     Execution,
     Prepared,
     default_batch,
+    device_name,
     keep_freed_memory,
     largest_input,
     prepare,
     resolve_device,
 )
-from rsrouter.sampling.logits import Outputs, forward, heads, out_of_memory, votes_of
-from rsrouter.sampling.noise import SHARED, NoiseStream, check_eight_bit, make_noise, stream_key
+from rsrouter.sampling.graphs import replayed
+from rsrouter.sampling.kernels import usable
+from rsrouter.sampling.lanes import Lanes
+from rsrouter.sampling.logits import Outputs, lost_device, out_of_memory
+from rsrouter.sampling.noise import SHARED, STREAMS, CounterNoise, NoiseStream, check_eight_bit, make_noise, stream_key
 from rsrouter.sampling.passes import Passes
+from rsrouter.sampling.rounds import Round, Segment, draw, lay_out, rows_for
 
 #: After so many batches a network is asked again whether it still gives the bits it gave before the first vote, and whether
 #: the last batch's logits are those of its rows alone.
@@ -73,15 +80,6 @@ def _function(module: nn.Module) -> tuple[object, ...]:
     return module_digest(module), *map(id, parts)
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """Rows of one batch that belong to one request."""
-
-    request: int
-    start: int
-    count: int
-
-
 class _Runner:
     """One network on one device."""
 
@@ -98,24 +96,35 @@ class _Runner:
         while True:
             try:
                 self._checked = self._check(run, self.batch)
+                with self.execution.kernels(device):
+                    if execution.graphs:
+                        self.prepared = replayed(run, self._checked.rows, self._checked.logits, device, model.name)
+                    if execution.compile:
+                        check_compiled(self._checked, run, model.name, model.widths)
                 break
             except torch.OutOfMemoryError as error:
+                self.prepared = run
                 self.halve(error)
-        if execution.compile:
-            with fixed_kernels():
-                check_compiled(self._checked, run, model.name, model.widths)
+        self.execution = replace(self.execution, graphs=self.prepared.execution.graphs)
         self.packs = self._checked.packs
         self._smaller: tuple[int, ...] = ()
         if self.packs and device.type == "cpu" and not execution.compile:
-            with fixed_kernels():
+            with self.execution.kernels(device):
                 self._smaller = smaller_batches(self._checked, run, model.name, model.widths)
-        if not self.packs and execution.dtype != "float32":
+        if not self.packs and self.execution.rounding != "float32":
             # rounding of few bits hides a small dependence on the batch; float32 does not
-            exact = replace(self.execution, dtype="float32", batch=min(self.batch, 64), compile=False)
+            exact = replace(
+                self.execution, batch=min(self.batch, 64), dtype="float32", precision="ieee", compile=False, graphs=False
+            )
             self._check(prepare(model.module, exact, device, shape, model.name), exact.batch)
+        # a captured pass has one input and one output, which engines under other seeds share
+        self._alone = threading.RLock() if self.execution.graphs else nullcontext()
+        self.lanes: Lanes | None = None
+        if self.execution.threads and device.type == "cpu":
+            self.lanes = Lanes.of(self.prepared, self._checked, model.name, model.widths)
 
     def _check(self, prepared: Prepared, batch: int) -> Checked:
-        with fixed_kernels():
+        with prepared.execution.kernels(self.device):
             return check_network(prepared, self.model.name, self.model.widths, self.shape, batch, self.device)
 
     @property
@@ -124,7 +133,7 @@ class _Runner:
 
     def rows(self, votes: int) -> int:
         """Rows of the batch that holds so many votes: the smallest in which a row has the bits that it has in a whole one."""
-        return next((size for size in self._smaller if votes <= size < self.batch), self.batch)
+        return rows_for(votes, self.batch, self._smaller)
 
     def halve(self, error: torch.OutOfMemoryError) -> None:
         """Halves the execution batch, which the caller has found too large for the memory.
@@ -143,27 +152,47 @@ class _Runner:
             stacklevel=2,
         )
 
+    def batches(self, requests: Sequence[VoteRequest]) -> list[list[Segment]]:
+        """Segments of each batch (`lay_out`)."""
+        return lay_out(requests, self.batch, self.packs)
+
     def draw(
-        self, images: Tensor, position: dict[int, int], requests: Sequence[VoteRequest], keys: Sequence[bytes], noise: NoiseStream
+        self,
+        images: Tensor,
+        position: dict[int, int],
+        requests: Sequence[VoteRequest],
+        keys: Sequence[bytes],
+        noise: NoiseStream | CounterNoise,
     ) -> NDArray[np.int64]:
-        """`enqueue`, under `fixed_kernels`, read to the host; counts are handed out only while the network is what it was."""
-        while True:
-            try:
-                counts = self.enqueue(images, position, requests, keys, noise).cpu().numpy()
-                check_settings(self.model.name)
-                break
-            except torch.OutOfMemoryError as error:
-                self.halve(error)
-        self._may_halve = False
-        drawn = len(self.batches(requests))
-        self._since_check, self._unproven = self._since_check + drawn, self._unproven + drawn
-        if self._last is not None and (not self._witnesses or self._since_check >= CHECK_EVERY):
-            check_votes(self.prepared, self.model.name, self.model.widths, *self._last, self._witnesses)
-            self._witnesses += 1
-        self._last = None
-        if self._since_check >= CHECK_EVERY:
-            self.check_again()
-        return counts
+        """`enqueue` under the execution's settings, read to the host; counts are handed out only while the network is what it
+        was."""
+        with self._alone, self.execution.kernels(self.device):
+            again = self.device.type == "cuda"
+            while True:
+                try:
+                    counts = self.enqueue(images, position, requests, keys, noise).cpu().numpy()
+                    check_settings(self.model.name)
+                    break
+                except torch.OutOfMemoryError as error:
+                    if again and not self._may_halve:  # drawn again, they are the same votes; other tensors may be gone by then
+                        again = False
+                        torch.cuda.empty_cache()
+                    else:
+                        self.halve(error)
+                except RuntimeError as error:
+                    if self.device.type != "cpu" and (gone := lost_device(error, self.device)) is not None:
+                        raise gone from error
+                    raise
+            self._may_halve = False
+            drawn = len(self.batches(requests))
+            self._since_check, self._unproven = self._since_check + drawn, self._unproven + drawn
+            if self._last is not None and (not self._witnesses or self._since_check >= CHECK_EVERY):
+                check_votes(self.prepared, self.model.name, self.model.widths, *self._last, self._witnesses)
+                self._witnesses += 1
+            self._last = None
+            if self._since_check >= CHECK_EVERY:
+                self.check_again()
+            return counts
 
     def check_again(self) -> None:
         """If votes were drawn since: whether the network still is what it was. After a few batches that is seen by its state, in
@@ -174,76 +203,35 @@ class _Runner:
         if not self._unproven:
             return
         self._unproven = 0
-        readable = self.device.type == "cpu" and not self.execution.compile
+        readable = self.device.type == "cpu" and not self.execution.compile and self.lanes is None
         if self._proven is not None and self._since_check <= CHECK_STATE and self._proven.unchanged():
             return
         self._since_check = 0
-        with fixed_kernels():
+        with self._alone, self.execution.kernels(self.device):
             check_again(self._checked, self.prepared, self.model.name, self.model.widths)
+            if self.lanes is not None:
+                self.lanes.check_again(self._checked, self.model.name, self.model.widths)
         watch = ModuleWatch(self.prepared.module) if readable else None
         self._proven = None if watch is None or watch.state.opaque else watch
 
-    def batches(self, requests: Sequence[VoteRequest]) -> list[list[_Segment]]:
-        """Segments of each batch. Rows are packed freely, or, where bits depend on the position in the batch,
-        in blocks of one request that start at multiples of the batch (a few rows run for nothing)."""
-        packed: list[list[_Segment]] = []
-        room = 0
-        for index, request in enumerate(requests):
-            at, end = request.start, request.start + request.count
-            while at < end:
-                if not self.packs:
-                    block = at - at % self.batch
-                    packed.append([_Segment(index, block, self.batch)])
-                    at = block + self.batch
-                    continue
-                if room == 0:
-                    packed.append([])
-                    room = self.batch
-                take = min(room, end - at)
-                packed[-1].append(_Segment(index, at, take))
-                at, room = at + take, room - take
-        return packed
-
-    @torch.inference_mode()
     def enqueue(
-        self, images: Tensor, position: dict[int, int], requests: Sequence[VoteRequest], keys: Sequence[bytes], noise: NoiseStream
+        self,
+        images: Tensor,
+        position: dict[int, int],
+        requests: Sequence[VoteRequest],
+        keys: Sequence[bytes],
+        noise: NoiseStream | CounterNoise,
     ) -> Tensor:
         """Counts `(len(requests), sum(widths) + len(widths))` on the device; reads nothing back to the host."""
-        widths = self.model.widths
-        columns = sum(widths) + len(widths)
-        counts = torch.zeros((len(requests) + 1) * columns, dtype=torch.int64, device=self.device)
-        ones = torch.ones(self.batch, dtype=torch.int64, device=self.device)
-        x = torch.zeros((self.batch, *self.shape), device=self.device)
-        last = None
-        for segments in self.batches(requests):
-            slots = np.full(self.batch, len(requests), dtype=np.int64)
-            row, bad = 0, []
-            for s in segments:
-                request = requests[s.request]
-                stop = row + s.count
-                marked = noise.add(images[position[request.image]], self.model.sigma, keys[s.request], s.start, x[row:stop])
-                if marked is not None:
-                    bad.append((row, stop, marked))
-                votes = np.arange(s.start, s.start + s.count)
-                wanted = (votes >= request.start) & (votes < request.start + request.count)
-                slots[row:stop] = np.where(wanted, s.request, len(requests))
-                row = stop
-            x[row:] = 0.0
-            rows = self.rows(row)
-            slot = torch.from_numpy(slots[:rows]).to(self.device, non_blocking=True) * columns
-            output = forward(self.prepared.module, self.prepared.input(x[:rows]), self.model.name)
-            outputs = heads(output, widths, self.model.name, rows)
-            offset = 0
-            for logits, width in zip(outputs, widths, strict=True):
-                # the first of tied logits, which bfloat16 often has, on every device
-                vote = votes_of(logits.float())
-                for begin, stop, marked in bad:
-                    vote[begin:stop] = torch.where(marked, width, vote[begin:stop])
-                counts.scatter_add_(0, slot + vote + offset, ones[:rows])
-                offset += width + 1
-            last = x[:rows], outputs
-        self._last = last
-        return counts.view(-1, columns)[: len(requests)]
+        whose = [position[r.image] for r in requests]
+        model = self.model
+        asked = Round(images, whose, requests, keys, model.sigma, model.widths, model.name, self.batch, self._smaller)
+        batches = self.batches(requests)
+        if self.lanes is not None and len(batches) > 1:
+            counts, self._last = self.lanes.draw(asked, batches, noise)
+        else:
+            counts, self._last = draw(asked, batches, noise, self.prepared)
+        return counts[: len(requests)]
 
 
 class Engine:
@@ -274,10 +262,11 @@ class Engine:
     ) -> None:
         self.device = resolve_device(device)
         self.shape, self.seed, self.noise = tuple(shape), int(seed), noise
-        self._stream = make_noise(noise, self.shape, self.device)
+        self.execution = (execution or Execution()).on(self.device)
+        self._stream = make_noise(noise, self.shape, self.device, self.execution.stream)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.execution = execution or Execution()
+        usable(self.device)  # kernels compile before the first vote
         self.models = {m.name: m for m in models}
         if len(self.models) != len(models):
             raise InputError(
@@ -297,7 +286,7 @@ class Engine:
     def with_seed(self, seed: int) -> Engine:
         """The same prepared networks under another seed; the two may draw at the same time."""
         other = copy.copy(self)
-        other.seed, other._stream = int(seed), make_noise(self.noise, self.shape, self.device)
+        other.seed, other._stream = int(seed), make_noise(self.noise, self.shape, self.device, self.execution.stream)
         return other
 
     def runner(self, name: str) -> _Runner:
@@ -331,16 +320,16 @@ class Engine:
     def describe(self) -> dict[str, Any]:
         """What decides bits: device, versions, threads, and each network's execution as it runs."""
         return {
-            "device": str(self.device) if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
+            "device": device_name(self.device),
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "threads": torch.get_num_threads(),
+            "threads": self.execution.threads_of(self.device),
             "noise": self.noise,
-            "kernels": dict(KERNELS),
+            "stream": dict(STREAMS[self.execution.stream]),
+            "kernels": kernels(self.execution.precision),
             "execution": {name: {**r.execution.to_dict(), "packs": r.packs} for name, r in sorted(self._runners.items())},
         }
 
-    @fixed_kernels()
     def run(self, images: Tensor, identity: Sequence[bytes], requests: Sequence[VoteRequest]) -> list[dict[str, NDArray[Any]]]:
         """Draws the requested votes, and runs the requested passes.
 
@@ -357,12 +346,14 @@ class Engine:
             check_eight_bit(images)
         wanted = sorted({r.image for r in requests})
         position = {image: at for at, image in enumerate(wanted)}
-        on_device = images[torch.tensor(wanted, dtype=torch.int64)].to(self.device, torch.float32)
+        with fixed_kernels():
+            on_device = images[torch.tensor(wanted, dtype=torch.int64)].to(self.device, torch.float32)
         results: list[dict[str, NDArray[Any]] | None] = [None] * len(requests)
         for name in dict.fromkeys(r.network for r in requests if r.purpose == PASS):
             members = [i for i, r in enumerate(requests) if r.network == name]
             rows = on_device[[position[requests[i].image] for i in members]]
-            found = self.passes(name).logits(rows)
+            with fixed_kernels():
+                found = self.passes(name).logits(rows)
             for at, i in enumerate(members):
                 results[i] = {s: logits[at].copy() for s, logits in zip(self.models[name].stages, found, strict=True)}
         for name in dict.fromkeys(r.network for r in requests if r.purpose != PASS):

@@ -6,7 +6,8 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from numbers import Integral
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsrouter.core.errors import InputError
+from rsrouter.core.errors import DeviceError, InputError
 from rsrouter.experts.preprocessing import Resized
 from rsrouter.process import KERNELS as KERNELS
+from rsrouter.process import PRECISIONS
 from rsrouter.process import fixed_kernels as fixed_kernels
 from rsrouter.sampling.fold import fold_batchnorm
 from rsrouter.sampling.logits import Outputs, forward, out_of_memory, outputs, same_votes
+from rsrouter.sampling.noise import STREAMS
 from rsrouter.sampling.private import private_copy
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +41,13 @@ class Execution:
         fold: fold BatchNorm into the convolution before it, where the module then votes the same.
         channels_last: memory layout of weights and inputs, where the module takes it and votes the same.
         compile: use torch.compile.
+        precision: of float32 products and convolutions on CUDA: `tf32`, the default there as it is cuDNN's, or `ieee`, all that
+            a CPU does. Empty: the device's default.
+        graphs: replay each forward pass as a CUDA graph, where the module can be captured and then gives the same bits.
+        stream: the kind of noise stream (`rsrouter.sampling.noise.STREAMS`): `chunks`, the default on a CPU, or `counters`, the
+            default on an accelerator. Empty: the device's default.
+        threads: of each forward pass on a CPU. 0: torch's own number, one pass after the other. Otherwise torch's own number of
+            threads runs as many passes side by side as it has room for, which changes no bit.
     """
 
     batch: int = 0
@@ -45,21 +55,105 @@ class Execution:
     fold: bool = True
     channels_last: bool = True
     compile: bool = False
+    precision: str = ""
+    graphs: bool = True
+    stream: str = ""
+    threads: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise InputError(
                 "Unknown dtype", expected=f"one of {sorted(_DTYPES)}", received=repr(self.dtype), remedy="use float32"
             )
-        if not isinstance(self.batch, bool | int) and isinstance(self.batch, Integral):  # numpy's
-            object.__setattr__(self, "batch", int(self.batch))
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 0:
+        for name, known in (("precision", PRECISIONS), ("stream", tuple(STREAMS))):
+            if getattr(self, name) not in ("", *known):
+                raise InputError(
+                    f"Unknown {name}",
+                    expected=f"one of {sorted(known)}, or '' for the device's default",
+                    received=repr(getattr(self, name)),
+                    remedy="leave it out",
+                )
+        for name, what in (("batch", "execution batch"), ("threads", "number of threads of a forward pass")):
+            value = getattr(self, name)
+            if not isinstance(value, bool | int) and isinstance(value, Integral):  # numpy's
+                value = int(value)
+                object.__setattr__(self, name, value)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InputError(
+                    f"The {what} must be a whole number",
+                    expected=f"{name} >= 1, or 0 for the default",
+                    received=repr(value),
+                    remedy="leave it out",
+                )
+
+    def on(self, device: torch.device) -> Execution:
+        """The same with the device's own defaults in the place of empty values, and without what no such device does.
+
+        Raises:
+            InputError: TF32 where there is none.
+
+        >>> Execution().on(torch.device("cuda")).precision, Execution().on(torch.device("cpu")).precision
+        ('tf32', 'ieee')
+        """
+        if device.type != "cuda" and self.precision == "tf32":
             raise InputError(
-                "The execution batch must be a whole number",
-                expected="batch >= 1, or 0 for the default",
-                received=repr(self.batch),
-                remedy="leave it out",
+                f"There is no TF32 on {device.type}",
+                expected="precision 'ieee', or leave it out",
+                received="precision 'tf32'",
+                remedy="run on CUDA, or certify anew with a precision that this device has",
             )
+        return self.nearest(device)
+
+    def nearest(self, device: torch.device) -> Execution:
+        """`on`, but with what the device does instead of what it cannot do: the same function, to rounding."""
+        cuda = device.type == "cuda"
+        reduced = cuda and self.dtype == "float32" and self.precision != "ieee"
+        return replace(
+            self,
+            precision="tf32" if reduced else "ieee",
+            graphs=self.graphs and cuda,
+            stream=self.stream or ("chunks" if device.type == "cpu" else "counters"),
+            threads=self.threads if device.type == "cpu" else 0,
+        )
+
+    @property
+    def rounding(self) -> str:
+        """How many bits products have: the dtype, or `tf32`."""
+        return "tf32" if self.precision == "tf32" and self.dtype == "float32" else self.dtype
+
+    @contextmanager
+    def kernels(self, device: torch.device) -> Iterator[None]:
+        """`fixed_kernels`, with the float32 precision and, on a CPU, the number of threads that networks run in there."""
+        before, here = torch.get_num_threads(), self.nearest(device)
+        with fixed_kernels(here.precision if device.type == "cuda" else None):
+            if here.threads in (0, before):
+                yield
+                return
+            torch.set_num_threads(here.threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(before)
+
+    @classmethod
+    def recorded(cls, content: Any, device: str, where: str = "this execution") -> Execution:
+        """The execution of a table's metadata, whose `device` is `cpu` or a card's name; what an older table leaves out is
+        what that kind of device did."""
+        return cls.from_dict(content, where).nearest(torch.device("cpu" if device == "cpu" else "cuda"))
+
+    def threads_of(self, device: torch.device) -> int:
+        """Threads of each forward pass, as tables record them."""
+        return self.nearest(device).threads or torch.get_num_threads()
+
+    def with_numbers(self, name: str) -> Execution:
+        """The same in other numbers: a dtype, or `tf32` or `ieee`, float32 in that precision.
+
+        >>> Execution().with_numbers("tf32").precision
+        'tf32'
+        """
+        if name in PRECISIONS:
+            return replace(self, dtype="float32", precision=name)
+        return replace(self, dtype=name)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -189,19 +283,42 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """
     resolved = named_device(device)
     try:
+        if resolved.type == "meta":
+            raise ValueError("meta tensors have no values")
         torch.empty(1, device=resolved)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError, ValueError) as error:
         raise _no_device(device, error) from error
     return resolved
 
 
-def _no_device(device: str | torch.device | None, error: Exception) -> InputError:
-    return InputError(
+#: What torch says about a device that it cannot use, and what helps.
+_DEVICE_REMEDIES = {
+    "not compiled with cuda": "install a CUDA build of torch (pytorch.org/get-started), or use --device cpu",
+    "no nvidia driver": "install the NVIDIA driver, or start the container with GPUs (docker run --gpus all), or use the CPU",
+    "driver on your system is too old": "update the NVIDIA driver, or install a torch that is built for an older CUDA",
+    "driver version is insufficient": "update the NVIDIA driver, or install a torch that is built for an older CUDA",
+    "no kernel image": "this torch is not built for so old, or so new, a card: install another build of torch",
+    "invalid device ordinal": "look at `nvidia-smi -L`, and at CUDA_VISIBLE_DEVICES, for the cards there are",
+    "busy or unavailable": "another process holds the card alone: end it, or take another card",
+}
+
+
+def _no_device(device: str | torch.device | None, error: Exception) -> DeviceError:
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    remedies = [remedy for words, remedy in _DEVICE_REMEDIES.items() if words in str(error).lower()]
+    return DeviceError(
         "The device cannot be used",
         expected="'cpu', or an accelerator torch can see such as 'cuda:0'",
-        received=repr(device),
-        remedy=f"pick another device ({str(error).splitlines()[0]})",
+        received=repr(str(device)),
+        remedy=f"{remedies[0] if remedies else 'pick another device'} ({said})",
     )
+
+
+def device_name(device: torch.device) -> str:
+    """What a table calls it: `cpu`, or the card's own name."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 @dataclass(frozen=True)
@@ -213,7 +330,7 @@ class Prepared:
         execution: how it runs: `fold` and `channels_last` are False where it does not take them.
     """
 
-    module: nn.Module
+    module: Any
     execution: Execution
 
     def input(self, x: Tensor) -> Tensor:
@@ -247,7 +364,7 @@ def prepare(
     >>> prepare(net, Execution(batch=4), torch.device("cpu"), (1, 4, 4)).execution.fold
     True
     """
-    with fixed_kernels():
+    with replace(execution, precision="ieee").kernels(device):  # what is compared differs by nothing else
         prepared = private_copy(module, name, device, _DTYPES[execution.dtype])
         if execution.fold or execution.channels_last:
             runs, expected = _example(prepared, shape, execution, device, name)

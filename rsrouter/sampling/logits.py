@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsrouter.core.errors import NetworkError, RSRouterError
+from rsrouter.core.errors import DeviceError, NetworkError, RSRouterError
 
 #: One tensor for each head of a network.
 Outputs = tuple[Tensor, ...]
 
 #: How far a gap between two logits may move, relative to itself and to a usual gap between the first two, and be rounding.
-_ROUNDING = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+_ROUNDING = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 5e-2}
 #: The share of rows whose vote may move: those that rounding decides.
-_FLIPS = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.1}
+_FLIPS = {"float32": 0.01, "tf32": 0.05, "bfloat16": 0.1, "float16": 0.1}
 
 _REMEDIES = {
     "view size is not compatible": "use .reshape instead of .view in its forward pass",
@@ -32,6 +32,29 @@ _REMEDIES = {
     "does not require grad": "compute no gradients in its forward pass",
 }
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+#: Words of an accelerator that no longer answers, or whose memory is damaged; nothing more can be run on it by this process.
+_LOST = (
+    *("cuda error", "cudnn_status_internal", "cublas_status_execution_failed", "device-side assert"),
+    "unspecified launch failure",
+)
+
+
+def lost_device(error: BaseException, device: object) -> DeviceError | None:
+    """The error of an accelerator that stopped working, if `error` is one: rows that are written stay, and another device, or
+    a new process, draws the votes that are missing."""
+    said = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+    if isinstance(error, torch.OutOfMemoryError) or not (
+        isinstance(error, torch.AcceleratorError) or any(words in said.lower() for words in _LOST)
+    ):
+        return None
+    return DeviceError(
+        f"The device {device} stopped working",
+        expected="a device that stays",
+        received=said.splitlines()[0],
+        remedy="finished rows are kept: look at `nvidia-smi`, then run the same command again, on another card if need be",
+    )
 
 
 def out_of_memory(name: str, rows: int, error: BaseException) -> NetworkError:
@@ -55,6 +78,8 @@ def forward(module: nn.Module, x: Tensor, name: str) -> Any:
     except (RSRouterError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if (gone := lost_device(error, x.device)) is not None and x.device.type != "cpu":
+            raise gone from error
         said = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         if isinstance(error, MemoryError) or any(words in said.lower() for words in _OUT_OF_MEMORY):
             raise torch.OutOfMemoryError(said) from error
@@ -150,7 +175,7 @@ def moved(first: Outputs, second: Outputs, dtype: str = "float32") -> Moved:
 
     Args:
         first, second: `(B, C)` logits of each head.
-        dtype: that they were computed in.
+        dtype: that they were computed in, or `tf32` (`Execution.rounding`).
 
     >>> first = torch.tensor([[2.0, 1.0, -1e9], [1.0, 1.2, -1e9]])
     >>> moved((first,), (first * (1 + 1e-7),)).is_rounding("float32")
@@ -172,7 +197,8 @@ def _moved(first: Tensor, second: Tensor, dtype: str) -> Moved:
     u, v = (t.detach().cpu().double().flatten(1) for t in (first, second))
     if torch.equal(u.nan_to_num(nan=7.0), v.nan_to_num(nan=7.0)) and torch.equal(u.isnan(), v.isnan()):
         return Moved(0.0, 0.0, 0.0, False, True)
-    info = torch.finfo(getattr(torch, dtype))
+    info = torch.finfo(getattr(torch, "float32" if dtype == "tf32" else dtype))
+    eps = 2.0**-10 if dtype == "tf32" else info.eps
     finite, both = u.isfinite(), u.isfinite() & v.isfinite()
     same = both | (u == v) | (u.isnan() & v.isnan())
     # a number next to the largest one that the dtype holds may be that or infinity
@@ -190,7 +216,7 @@ def _moved(first: Tensor, second: Tensor, dtype: str) -> Moved:
     usual = float(torch.quantile(margins[margins.isfinite()], 0.4))
     scale = gap_u + usual
     difference = torch.where(others, (gap_u - gap_v).abs(), 0.0)
-    allowed = _ROUNDING[dtype] * scale + 4 * info.eps * torch.maximum(u.abs(), u.gather(1, top).abs())
+    allowed = _ROUNDING[dtype] * scale + 4 * eps * torch.maximum(u.abs(), u.gather(1, top).abs())
     relative, excess = (torch.where(difference > 0, difference / s, 0.0) for s in (scale, allowed))
     return Moved(float(relative[others].max()), float(excess[others].max()), flips, pattern, False)
 

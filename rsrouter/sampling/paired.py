@@ -15,13 +15,12 @@ from rsrouter.core.tree import Tree
 from rsrouter.process import fixed_kernels
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.sampling.logits import forward, heads, votes_of
-from rsrouter.sampling.noise import make_noise, stream_key
+from rsrouter.sampling.noise import chunk_noise, stream_key
 
 #: Purpose of the streams of paired draws; no other votes come from them.
 TRANSFER = "transfer"
 
 
-@fixed_kernels()
 @torch.inference_mode()
 def disagreements(
     first: Engine, second: Engine, images: Tensor, identity: Sequence[bytes], requests: Sequence[VoteRequest]
@@ -49,7 +48,8 @@ def disagreements(
             remedy="make both engines from one classifier",
         )
     found = []
-    noise = make_noise(first.noise, first.shape, torch.device("cpu"))
+    # one stream for both, whatever each would draw from alone
+    noise = chunk_noise(first.noise, first.shape, torch.device("cpu"))
     for request in requests:
         model, runners = first.models[request.network], [e.runner(request.network) for e in (first, second)]
         block = int(np.lcm(runners[0].batch, runners[1].batch))
@@ -67,14 +67,16 @@ def disagreements(
         apart = dict.fromkeys(model.stages, 0)
         for start in range(0, request.count, block):
             x = torch.empty((block, *first.shape))
-            marked = noise.add(image, model.sigma, key, start, x)
+            with fixed_kernels():
+                marked = noise.add(image, model.sigma, key, start, x)
             votes = []
             for runner in runners:
                 parts = []
-                for rows in torch.split(x, runner.batch):
-                    output = forward(runner.prepared.module, runner.prepared.input(rows.to(runner.device)), model.name)
-                    logits = heads(output, model.widths, model.name, runner.batch)
-                    parts.append([votes_of(z.float()).cpu() for z in logits])
+                with runner.execution.kernels(runner.device):
+                    for rows in torch.split(x, runner.batch):
+                        output = forward(runner.prepared.module, runner.prepared.input(rows.to(runner.device)), model.name)
+                        logits = heads(output, model.widths, model.name, runner.batch)
+                        parts.append([votes_of(z.float()).cpu() for z in logits])
                 votes.append([torch.cat([part[k] for part in parts]) for k in range(len(model.widths))])
             for k, stage in enumerate(model.stages):
                 differs = votes[0][k] != votes[1][k]

@@ -255,14 +255,6 @@ def test_attacked_points_stay_inside(data: ImageData) -> None:
             assert torch.all(distance[:4] > 0.5 * radius[:4])
 
 
-def test_a_table_of_another_device_cannot_be_audited_here(run: Path, data: ImageData) -> None:
-    edit(run / "certificates.json", lambda m: m.update(device="Some GPU"))
-    report = audit(run, data=data, rows=None, seed=8, attack_steps=0)
-    assert {c.name for c in report.checks if c.status == "skipped"} == {"votes", "attack"}
-    assert report.exit_status == (1 if report.findings else 2)
-    assert any("Some GPU" in c for c in report.caveats)
-
-
 def test_a_damaged_router_file(run: Path) -> None:
     path = run / "router" / "router.safetensors"
     tensors = load_file(path)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rsrouter.core.errors import NetworkError
 from rsrouter.core.types import Certificate
+from rsrouter.jobs.devices import Resources
 from rsrouter.jobs.driver import Reader, Running, run_job
-from rsrouter.jobs.workers import Done, Emit, Executor, Inline, Processes, Resources, Step, Task, machine_facts
+from rsrouter.jobs.workers import Done, Emit, Executor, Inline, Processes, Step, Task, machine_facts
 from rsrouter.results import Table
 
 METADATA = {"kind": "fake", "num_images": 24}

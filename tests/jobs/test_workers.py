@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from rsrouter.core.errors import InputError, NetworkError, ResultsError, WorkerError
-from rsrouter.jobs.driver import Reader, Running, run_job, stored_threads
-from rsrouter.jobs.workers import check_workers, local_resources, machine_facts
+from rsrouter.jobs.devices import check_workers, local_resources, stored_threads
+from rsrouter.jobs.driver import Reader, Running, run_job
+from rsrouter.jobs.workers import machine_facts
 from rsrouter.results import ResultsWriter, read_table
 from tests.helpers.fake_work import COUNT, METADATA, FakeWorker, Images, pool, run, untimed
 

@@ -240,32 +240,6 @@ def test_unknown_device_and_bad_execution():
         Execution(batch=-1)
 
 
-@pytest.mark.gpu
-def test_vote_shares_on_cuda_equal_the_cpu_within_binomial_error():
-    x = images(2)
-    cpu = votes(Engine([model(network())], SHAPE, seed=0), x, requests(range(2), 20_000))
-    torch.cuda.set_sync_debug_mode("default")
-    cuda = votes(Engine([model(network())], SHAPE, seed=0, device="cuda"), x, requests(range(2), 20_000))
-    for a, b in zip(cpu, cuda, strict=True):
-        assert np.all(np.abs(a - b) <= 6 * np.sqrt(2 * 20_000 * 0.25))
-
-
-@pytest.mark.gpu
-def test_no_synchronisation_inside_the_loop_on_cuda():
-    engine = Engine([model(network())], SHAPE, seed=0, device="cuda")
-    runner = engine.runner("net")
-    from rsrouter.sampling.noise import make_noise
-
-    x = images(1).cuda()
-    noise = make_noise("gaussian", SHAPE, torch.device("cuda"))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        counts = runner.enqueue(x, {0: 0}, requests([0], 5000), [b"a"], noise)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert counts.sum().item() == 5000
-
-
 def test_shared_noise_is_one_stream_for_all_images_and_still_nothing_else():
     same = images(1).expand(3, *SHAPE)
     shared = votes(Engine([model(network())], SHAPE, seed=0, noise="gaussian-shared"), same, requests(range(3)))

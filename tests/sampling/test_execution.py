@@ -260,8 +260,9 @@ def test_out_of_memory_halves_the_default_batch_before_the_first_vote_and_says_s
 def test_out_of_memory_at_a_recorded_batch_or_between_votes_is_an_error():
     with pytest.raises(NetworkError, match=r"ran out of memory.*--execution-batch"):
         draw(engine(OutOfMemory(40), batch=128, fold=False))
-    running = engine(OutOfMemory(40, after=9), fold=False, channels_last=False)  # five calls to check, then votes
+    running = engine(OutOfMemory(40, after=10**9), fold=False, channels_last=False)
     draw(running, 100)
+    running.runner("net").prepared.module.after = 0
     with pytest.raises(NetworkError, match="which this run is recorded with"):
         draw(running, 5000)
 

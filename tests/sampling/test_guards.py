@@ -287,7 +287,10 @@ def test_a_layout_that_a_module_does_not_take_is_not_used_and_that_is_recorded()
     assert (ran["channels_last"], ran["fold"], ran["batch"]) == (False, True, 40)
     folded = engine(SmallResNet(4, 1, width=8, blocks=((8, 1),)).eval())
     votes(folded)
-    assert {**folded.describe()["execution"]["net"], "packs": True} == {**Execution(batch=40).to_dict(), "packs": True}
+    assert {**folded.describe()["execution"]["net"], "packs": True} == {
+        **Execution(batch=40).on(torch.device("cpu")).to_dict(),
+        "packs": True,
+    }
 
 
 def test_windows_of_a_swin_transformer_are_certified() -> None:
