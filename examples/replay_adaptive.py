@@ -149,7 +149,8 @@ def main() -> None:
             looks = np.searchsorted(plan.looks, drawn - plan.n0) + 1
             worst = f"{loss.max():6.3f} (r = {grid[loss.argmax()]:.2f})"
             print(
-                f"{path.stem:21s} {len(share):6d}   {plan.beta:4.2f}  {drawn.sum() / full.sum():6.1%}   {drawn.sum() / floor.sum():6.2f}"
+                f"{path.stem:21s} {len(share):6d}   {plan.beta:4.2f}  {drawn.sum() / full.sum():6.1%}"
+                f"   {drawn.sum() / floor.sum():6.2f}
                 f"    {worst}        {adaptive.radius.sum() / fixed.radius.sum():6.3f}     {looks.mean():.2f}",
                 flush=True,
             )
