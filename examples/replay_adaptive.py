@@ -8,8 +8,9 @@ it (n = 100,000, alpha = 0.001, one-sided), votes are drawn at that share, and t
 what to draw and what to certify. The fixed run's votes begin with the adaptive run's, as they do in the engine.
 
 The floor is Wald's (1945): the votes that any sequential test needs on average to tell a row's share from the cell's lower edge
-with error alpha, or from its upper edge with error beta, whichever are more, and n at most. `--patience` replays other levels
-beta: what a user who stops earlier saves in votes and pays in certified accuracy.
+with error alpha, or from its upper edge with error beta, whichever are more, and n at most. A plan may stay below it: near an
+edge it stops once the votes that are left cannot reach the cell. `--patience` replays other levels beta: what a user who stops
+earlier saves in votes and pays in certified accuracy.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def main() -> None:
             looks = np.searchsorted(plan.looks, drawn - plan.n0) + 1
             worst = f"{loss.max():6.3f} (r = {grid[loss.argmax()]:.2f})"
             print(
-                f"{path.stem:21s} {len(share):6d}   {plan.beta:4.2f}  {drawn.sum() / full.sum():6.1%}   {drawn.sum() / floor.sum():6.2f}"
+                f"{path.stem:21s} {len(share):6d}   {plan.beta:4.2f}  {drawn.sum() / full.sum():6.1%}"
+                f"   {drawn.sum() / floor.sum():6.2f}"
                 f"    {worst}        {adaptive.radius.sum() / fixed.radius.sum():6.3f}     {looks.mean():.2f}",
                 flush=True,
             )
