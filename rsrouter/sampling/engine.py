@@ -10,7 +10,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,7 +109,8 @@ class _Runner:
         self.packs = self._checked.packs
         self._smaller: tuple[int, ...] = ()
         if self.packs and device.type == "cpu" and not execution.compile:
-            with self.execution.kernels(device):
+            # without the memory to try them there are none
+            with suppress(torch.OutOfMemoryError), self.execution.kernels(device):
                 self._smaller = smaller_batches(self._checked, run, model.name, model.widths)
         if not self.packs and self.execution.rounding != "float32":
             # rounding of few bits hides a small dependence on the batch; float32 does not
