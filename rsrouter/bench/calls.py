@@ -1,4 +1,4 @@
-"""What one call of `certify` costs for one image, the first and later ones, beside the papers' CERTIFY."""
+"""The cost of one call of `certify` for one image, the first and later ones, beside the papers' CERTIFY."""
 
 from __future__ import annotations
 
