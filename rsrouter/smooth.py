@@ -354,7 +354,7 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
         own = {k: v for k, v in vars(self.router).items() if not hasattr(type(self.router), k)}
         if not all(isinstance(v, nn.Module | str | int | float | tuple | None) for v in own.values()):
             return {"the router": self.router.bind(self.pool).digest}
-        return {f"the router's {k}": v for k, v in own.items()}
+        return {f"the router's setting {k!r}": v for k, v in own.items()}
 
     def save_pretrained(self, save_directory: str | Path) -> Path:  # type: ignore[override]
         """Writes `config.json` and `router.safetensors` (the router's tensors only; experts are pinned, not copied)."""

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from rsrouter.core.bounds import MOST_VOTES, AlphaSplit, Array, binom_lower, check_alpha
+from rsrouter.core.bounds import MOST_VOTES, AlphaSplit, Array, binom_lower, check_alpha, check_whole
 from rsrouter.core.certificates import vote_radius
 from rsrouter.core.certify import CertifyPolicy
 from rsrouter.core.errors import PlanError
-from rsrouter.core.plans import AdaptivePlan, Plan, check_whole
+from rsrouter.core.plans import AdaptivePlan, Plan
 from rsrouter.core.tree import Stage, Tree
 
 

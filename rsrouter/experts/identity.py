@@ -169,7 +169,7 @@ class ModuleWatch:
 
 
 def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor).data).hexdigest()
 
 
 def _content(table: Any) -> list[Any]:

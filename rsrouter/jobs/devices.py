@@ -1,4 +1,4 @@
-"""Which devices a job has, how many workers they make, and how many threads each of these has."""
+"""The devices of a job: their names, the workers they make, and the threads of each worker."""
 
 from __future__ import annotations
 

@@ -126,6 +126,7 @@ cell("bound_by", lambda text: "sigma_0.5" if text != "sigma_0.5" else "router", 
 cell("counts", lambda text: "", "radii", "removed")
 cell("time", lambda text: "0.001", "harmless: seconds are part of no certificate, and the machine's own word", "down")
 cell("idx", lambda text: str(COUNT + 5), "refused", "outside the data")
+cell("core", lambda text: "1", "refused", "beside a certified class")
 
 
 @attack("row: label edited to the prediction, in every row", "labels")
@@ -144,6 +145,11 @@ def _(p: Publication) -> None:
 @attack("row: correct alone edited", "refused")
 def _(p: Publication) -> None:
     next(row for row in p.rows if row["correct"] == "0")["correct"] = "1"
+
+
+@attack("row: core answers where the router has none", "radii")
+def _(p: Publication) -> None:
+    next(row for row in p.rows if row["predict"] == "-1")["core"] = "1"
 
 
 @attack("row: an abstention given a class", "radii")
@@ -343,7 +349,7 @@ field(
     "harmless: a name is the publisher's word; fingerprint, labels and, by the votes, pixels are compared",
 )
 field("kind", put("kind", value="results"), "refused")
-field("device of another kind", put("device", value="Some GPU"), "note")
+field("device of another kind", put("device", value="Some GPU"), "execution")
 field("stream of other chunks", put("stream", value={"chunk": 7}), "note")
 field("schema_version of before", put("schema_version", value=1), "refused")
 field("terms removed", lambda m: m.pop("terms"), "refused")

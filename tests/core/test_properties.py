@@ -246,7 +246,8 @@ def test_bad_counts_are_refused(counts):
         lambda: Tree.of([Stage("s", 1.0, leads_to=(0, 1)), Stage("t", 1.0, leads_to=(0, 1))]),
         lambda: Tree({"x": Stage("s", 1.0, leads_to=(0, 1))}, "x"),
         lambda: Tree.of([Stage("s", 1.0, leads_to=(0, 1))], "t"),
-        lambda: cascade_tree([expert_stage("a", 1.0, 2)], [0.6]),
+        lambda: cascade_tree([expert_stage("a", 1.0, 2)], [0.6, 0.7]),
+        lambda: cascade_tree([expert_stage("a", 1.0, 2), expert_stage("b", 1.0, 2), expert_stage("c", 1.0, 2)], [0.6]),
     ],
 )
 def test_bad_trees_are_refused(make):

@@ -210,7 +210,7 @@ def test_settings_changed_in_place_are_refused() -> None:
     x, plan = torch.full((1, *SHAPE), 0.5), FixedPlan(10, 50)
     changed = routed()
     changed.router.thresholds = (0.7,)  # type: ignore[attr-defined]
-    with pytest.raises(NetworkError, match="The router was changed"):
+    with pytest.raises(NetworkError, match="The router's setting 'thresholds' was changed"):
         changed.certify(x, plan)
     moved = routed()
     moved.pool[0].sigma = 1.0
