@@ -67,7 +67,7 @@ class Settings:
     dtype: str = "float32"
 
 
-QUICK = {"head_images": 1000, "head_steps": 200, "validation_images": 100, "flat_images": 250, "test_images": 24, "n_max": 10_000}
+QUICK = {"head_images": 1000, "head_steps": 200, "validation_images": 100, "flat_images": 250, "test_images": 20}
 
 #: What the report calls the runs.
 ROUTED, TRAINED, PAPER = "routed", "router trained here", "Dual RS (flat router, min rule)"
@@ -162,7 +162,7 @@ def run(out: str | Path, *, quick: bool = False, device: str | None = None, seed
 
     Args:
         out: a new folder, or one of an earlier run with the same settings.
-        quick: fewer images and votes.
+        quick: fewer images.
         device: where to run; None is the CPU.
         seed: of labelling and training.
         show: progress bars on stderr.
