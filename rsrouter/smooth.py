@@ -383,12 +383,10 @@ class RoutedSmooth(Smoothed, ModelHubMixin, library_name="rsrouter", tags=["rand
             pretrained_model_name_or_path: folder with `config.json`, or a Hub repository id (`org/name`,
                 `hf-hub:org/name@revision`).
             revision: branch, tag or commit on the Hub; a full commit hash with a warm cache needs no network.
-            token, cache_dir, local_files_only, force_download: as in `huggingface_hub`; they hold for the pinned experts as
-                well.
+            token, cache_dir, local_files_only, force_download: as in `huggingface_hub`, for the pinned experts as well.
             subfolder: of the folder or repository, where the router lies.
             device: where votes are drawn if `certify` or `predict` names no other; None is the CPU.
-            execution: how the networks run, instead of how the router was saved: another function, which its published
-                certificates are not about.
+            execution: how the networks run, instead of as saved: another function, which its certificates are not about.
 
         Raises:
             HubError: a repository, revision or file that is missing, gated or not to be had.
