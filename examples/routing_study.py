@@ -45,7 +45,7 @@ def plan(n: int) -> AdaptivePlan:
 
 
 #: Shards of a study; any number of processes may work on them.
-SHARDS = 8
+SHARDS = 20
 RESAMPLES = 1000
 
 #: The paper's method on a head of ours, the paper's method with a network of its own (as published), and ours.
