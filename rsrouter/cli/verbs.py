@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_group
 
 from rsrouter.cli.options import importing
@@ -50,10 +50,11 @@ class _Loaded(MutableMapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in self._commands:
             module = import_module(f"rsrouter.cli.{VERBS[name][0]}")
-            group = typer.Typer(rich_markup_mode="rich", add_completion=False)
+            group = typer.Typer(rich_markup_mode=None, add_completion=False)
             group.callback()(lambda: None)
             module.register(group)
             for verb in group.registered_commands:
+                verb.cls = Verb
                 if verb.callback is not None and (verb.name or verb.callback.__name__) in LOADING:
                     verb.callback = importing(verb.callback)
             self._commands |= get_group(group).commands
@@ -72,12 +73,35 @@ class _Loaded(MutableMapping[str, Any]):
         return len(VERBS)
 
 
+class Verb(TyperCommand):
+    """A verb: its help has a section for each panel of options, and loads no library that draws."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then options by panel, those of no panel first."""
+        sections: dict[str, list[Any]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            if (line := parameter.get_help_record(ctx)) is not None:
+                plain = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or plain, []).append(line)
+        for title, lines in sections.items():
+            if lines:
+                with formatter.section(title):
+                    formatter.write_dl(lines)
+
+
 class Verbs(TyperGroup):
     """The root command: its help imports no verb."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = _Loaded()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words before the verb; a flag that is neither True nor False would load the library that converts values."""
+        for parameter in self.get_params(ctx):
+            if parameter.default is None and getattr(parameter, "is_flag", False):
+                parameter.default = False
+        return super().parse_args(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Verbs and their lines."""

@@ -38,6 +38,41 @@ def test_help_of_the_program_imports_no_verb_and_no_numbers():
     assert all(f"  {name} " in done.stdout for name in VERBS)
 
 
+def test_help_of_a_verb_imports_nothing_that_computes_draws_or_converts():
+    run = (
+        "import sys; from typer.testing import CliRunner; from rsrouter.cli import app\n"
+        f"for verb in {[*VERBS]}:\n"
+        "    done = CliRunner().invoke(app, [verb, '--help']); assert done.exit_code == 0, done.output\n"
+        "    assert f' {verb} ' in done.output.splitlines()[0] and '--help' in done.output\n"
+        "print(sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
+    modules = set(re.findall(r"'([\w.]+)'", done.stderr))
+    assert modules >= {"rsrouter.cli.certify", "rsrouter.cli.train"}
+    heavy = {
+        "torch",
+        "numpy",
+        "scipy",
+        "timm",
+        "torchvision",
+        "pyarrow",
+        "matplotlib",
+        "transformers",
+        "diffusers",
+        "PIL",
+        "jinja2",
+    }
+    assert not modules & {*heavy, "pydantic", "huggingface_hub", "tqdm", "rich.markdown", "rsrouter.smooth"}
+
+
+def test_options_of_a_verb_stand_under_their_panels(call):
+    _, out, _ = call("certify", "--help")
+    titles = [line for line in out.splitlines() if line.endswith(":") and not line.startswith((" ", "Usage"))]
+    assert titles == ["Arguments:", "Options:", "Votes:", "Images:", "Workers:", "Execution:", "Output:"]
+    votes, images = (out.index(f"\n{panel}:\n") for panel in ("Votes", "Images"))
+    assert votes < out.index("  --alpha ") < images < out.index("  --count ")
+
+
 def test_every_verb_is_where_the_table_says():
     commands = get_command(app).commands
     for name in VERBS:
