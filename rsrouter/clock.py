@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -29,16 +29,9 @@ class Drawn:
     total: int
 
 
-def terminal_bar(title: str, total: int, *, show: bool = True) -> tqdm:
-    """A bar of images on stderr for work that a Python caller waits for: where stderr is a terminal, and after two seconds.
-
-    Args:
-        title: before the bar.
-        total: images.
-        show: False: no bar, as somebody else tells of the progress.
-    """
-    hidden = not show or not sys.stderr.isatty()
-    return tqdm(desc=title, total=total, unit="image", file=sys.stderr, delay=2.0, leave=False, disable=hidden)
+#: A bar of images on stderr for work that a Python caller waits for, after two seconds, with tqdm's `desc` and `total`;
+#: `disable=None`: where stderr is a terminal, True: never, as somebody else tells of the progress.
+BAR = partial(tqdm, unit="image", delay=2.0, leave=False)
 
 
 def seconds(work: Callable[[], object], device: torch.device | None = None) -> float:

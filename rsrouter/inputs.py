@@ -91,9 +91,11 @@ def check_images(images: object, shape: tuple[int, ...]) -> Tensor:
     images = images.detach()
     if images.numel():
         low, high = (float(v) for v in torch.aminmax(images))
+        if low >= 0.0 and high <= 1.0:
+            return images.to(torch.float32)
         if clip_rounding(low, high, "images"):
             images = images.clamp(0, 1)
-        elif not (low >= 0.0 and high <= 1.0):
+        else:
             what = "NaN or Inf pixels" if not torch.isfinite(images).all() else f"pixels in [{low:.9g}, {high:.9g}]"
             raise InputError(
                 "Pixels must be finite and lie in [0,1]", expected=wanted, received=what, remedy=pixel_advice(low, high)

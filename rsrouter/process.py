@@ -177,7 +177,7 @@ def usual_settings(*, gradients: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def fixed_kernels(precision: str | None = None) -> Iterator[None]:
+def fixed_kernels(precision: str | None = None, threads: int = 0) -> Iterator[None]:
     """Runs its body under `KERNELS`, without autocast or default device; what the process and thread had set is put back.
 
     Autocast, default device and small numbers belong to the thread. The others belong to the process, and threads beside this
@@ -186,6 +186,7 @@ def fixed_kernels(precision: str | None = None) -> Iterator[None]:
     Args:
         precision: of float32 on an accelerator, one of `PRECISIONS`; None where none takes part. Threads of another precision
             wait for each other.
+        threads: that torch uses on a CPU; 0 leaves them as they are.
 
     Raises:
         InputError: this thread runs under another precision already.
@@ -195,7 +196,14 @@ def fixed_kernels(precision: str | None = None) -> Iterator[None]:
     torch.float32
     """
     with _own_thread(), _pinned({knob: precision if knob in _ACCELERATOR else None for knob in _KNOBS}):
-        yield
+        if threads in (0, before := torch.get_num_threads()):
+            yield
+            return
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def disturbed() -> list[str]:

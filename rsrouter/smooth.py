@@ -20,7 +20,7 @@ from huggingface_hub import ModelHubMixin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rsrouter.clock import Drawn, terminal_bar
+from rsrouter.clock import BAR, Drawn
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.certify import CertifyPolicy
 from rsrouter.core.errors import InputError, NetworkError
@@ -220,7 +220,7 @@ class Smoothed:
         if batch_size is not None:
             check_count("batch_size", batch_size, "it groups work; it never changes a vote")
         split = self.routed.split(asked)
-        policy = CertifyPolicy(self.tree, asked.plan, split, len(x), rule=asked.rule, sides=str(asked.sides))
+        policy = CertifyPolicy(self.routed.tree, asked.plan, split, len(x), rule=asked.rule, sides=str(asked.sides))
         engine = engine or self.engine(int(asked.seed or 0), device)
         # enough images in flight that a round of the shortest requests still fills many batches
         window = -(-max(batch_size or 0, 16 * engine.forward_batch) // asked.plan.n0)
@@ -229,7 +229,7 @@ class Smoothed:
         seconds = np.zeros(len(x))
         live: list[int] = []
         upcoming, votes, finished = 0, 0, 0
-        bar = terminal_bar("certify", len(x), show=progress is None and on_certificate is None)
+        bar = BAR(desc="certify", total=len(x), disable=None if progress is None and on_certificate is None else True)
         while live or upcoming < len(x):
             while len(live) < window and upcoming < len(x):
                 identity[upcoming] = image_identity(x[upcoming], names[upcoming])
@@ -285,10 +285,11 @@ class Smoothed:
         """
         x = check_images(images, self.shape)
         names = check_ids(ids, len(x))
-        policy = PredictPolicy(self.tree, n, AlphaSplit.even(alpha, self.tree.paths), len(x))
+        tree = self.routed.tree
+        policy = PredictPolicy(tree, n, AlphaSplit.even(alpha, tree.paths), len(x))
         engine = self.engine(secrets.randbits(62) if seed is None else check_seed(seed), device)
         window = -(-16 * engine.forward_batch // n)
-        bar = terminal_bar("predict", len(x))
+        bar = BAR(desc="predict", total=len(x), disable=None)
         for start in range(0, len(x), window):
             part = range(start, min(start + window, len(x)))
             identity = {i: image_identity(x[i], names[i]) for i in part}

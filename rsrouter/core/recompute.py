@@ -20,10 +20,9 @@ from rsrouter.core.errors import PlanError
 from rsrouter.core.estimates import check_sides, check_split
 from rsrouter.core.passes import pass_entries
 from rsrouter.core.plans import Plan
-from rsrouter.core.rows import StoredRows, StoredVotes, read_votes
+from rsrouter.core.rows import Ints, StoredRows, StoredVotes, VoteColumns, Votes, read_votes
 from rsrouter.core.tree import Stage, Tree
 from rsrouter.core.types import ABSTAIN, RULES, Certificate
-from rsrouter.core.votes import Ints, VoteColumns, Votes
 
 #: Relative room for another scipy: its quantiles err by about 1e-12.
 ROOM = 1e-9

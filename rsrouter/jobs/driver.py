@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsrouter.clock import terminal_bar
+from rsrouter.clock import BAR
 from rsrouter.core.errors import InputError, WorkerError
 from rsrouter.inputs import check_images
 from rsrouter.jobs.devices import device_names, local_resources
@@ -264,7 +264,7 @@ def run_job(
 
         done = writer.done()
         todo = [i for i in order if i not in done]
-        bar = terminal_bar(out.name, len(order), show=progress is None)
+        bar = BAR(desc=out.name, total=len(order), disable=None if progress is None else True)
         if todo:
             executor.open(worker)
             Scheduler(executor, load, todo, keep, block=block, facts=facts, told=told, retries=retries).run()

@@ -12,8 +12,8 @@ from decimal import ROUND_FLOOR, Context, Decimal
 import numpy as np
 
 from rsrouter.core.errors import ResultsError
+from rsrouter.core.rows import VoteColumns
 from rsrouter.core.types import ABSTAIN, Certificate
-from rsrouter.core.votes import VoteColumns
 
 #: The field's own columns (Cohen et al. 2019, `certify.py`), which every existing analysis reads.
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")

@@ -93,10 +93,11 @@ class _Runner:
         self._unproven = 0  # votes since the last look at bits or state, in batches
         self._last: tuple[Tensor, Outputs] | None = None  # the last batch and its logits
         self.execution = replace(run.execution, batch=batch)
+        self._settings = self.execution.settings(device)
         while True:
             try:
                 self._checked = self._check(run, self.batch)
-                with self.execution.kernels(device):
+                with fixed_kernels(*self._settings):
                     if execution.graphs:
                         self.prepared = replayed(run, self._checked.rows, self._checked.logits, device, model.name)
                     if execution.compile:
@@ -110,7 +111,7 @@ class _Runner:
         self._smaller: tuple[int, ...] = ()
         if self.packs and device.type == "cpu" and not execution.compile:
             # without the memory to try them there are none
-            with suppress(torch.OutOfMemoryError), self.execution.kernels(device):
+            with suppress(torch.OutOfMemoryError), fixed_kernels(*self._settings):
                 self._smaller = smaller_batches(self._checked, run, model.name, model.widths)
         if not self.packs and self.execution.rounding != "float32":
             # rounding of few bits hides a small dependence on the batch; float32 does not
@@ -167,7 +168,7 @@ class _Runner:
     ) -> NDArray[np.int64]:
         """`enqueue` under the execution's settings, read to the host; counts are handed out only while the network is what it
         was."""
-        with self._alone, self.execution.kernels(self.device):
+        with self._alone, fixed_kernels(*self._settings):
             again = self.device.type == "cuda"
             while True:
                 try:
@@ -208,7 +209,7 @@ class _Runner:
         if self._proven is not None and self._since_check <= CHECK_STATE and self._proven.unchanged():
             return
         self._since_check = 0
-        with self._alone, self.execution.kernels(self.device):
+        with self._alone, fixed_kernels(*self._settings):
             check_again(self._checked, self.prepared, self.model.name, self.model.widths)
             if self.lanes is not None:
                 self.lanes.check_again(self._checked, self.model.name, self.model.widths)
@@ -276,6 +277,9 @@ class Engine:
                 received=str([m.name for m in models]),
                 remedy="rename the stages",
             )
+        # as many rows per forward pass for every network as the one with the largest input takes by default
+        largest = largest_input(self.shape, (m.module for m in models))
+        self.forward_batch = self.execution.batch or default_batch(largest, self.device)
         # a network's stream is named by its digest, and by its number among equal ones; names take no part
         digests = [m.digest for m in models]
         self.streams = {m.name: (m.digest, digests[:i].count(m.digest)) for i, m in enumerate(models)}
@@ -287,7 +291,7 @@ class Engine:
     def with_seed(self, seed: int) -> Engine:
         """The same prepared networks under another seed; the two may draw at the same time."""
         other = copy.copy(self)
-        other.seed, other._stream = int(seed), make_noise(self.noise, self.shape, self.device, self.execution.stream)
+        other.seed, other._stream = int(seed), self._stream.fresh()
         return other
 
     def runner(self, name: str) -> _Runner:
@@ -310,13 +314,6 @@ class Engine:
             check_values(model.module, name)
             self._passes[name] = Passes(model.module, name, model.widths, self.shape, self.device)
         return self._passes[name]
-
-    @property
-    def forward_batch(self) -> int:
-        """Rows per forward pass: as many for every network as the one with the largest input takes by default."""
-        if self.execution.batch:
-            return self.execution.batch
-        return default_batch(largest_input(self.shape, (m.module for m in self.models.values())), self.device)
 
     def describe(self) -> dict[str, Any]:
         """What decides bits: device, versions, threads, and each network's execution as it runs."""

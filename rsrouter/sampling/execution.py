@@ -6,10 +6,10 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property, partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -121,19 +121,13 @@ class Execution:
         """How many bits products have: the dtype, or `tf32`."""
         return "tf32" if self.precision == "tf32" and self.dtype == "float32" else self.dtype
 
-    @contextmanager
-    def kernels(self, device: torch.device) -> Iterator[None]:
-        """`fixed_kernels`, with the float32 precision and, on a CPU, the number of threads that networks run in there."""
-        before, here = torch.get_num_threads(), self.nearest(device)
-        with fixed_kernels(here.precision if device.type == "cuda" else None):
-            if here.threads in (0, before):
-                yield
-                return
-            torch.set_num_threads(here.threads)
-            try:
-                yield
-            finally:
-                torch.set_num_threads(before)
+    def settings(self, device: torch.device) -> tuple[str | None, int]:
+        """What networks run under there, for `fixed_kernels`: the float32 precision of an accelerator, the threads of a CPU."""
+        return self.nearest(device).precision if device.type == "cuda" else None, self.threads if device.type == "cpu" else 0
+
+    def kernels(self, device: torch.device) -> AbstractContextManager[None]:
+        """`fixed_kernels` under `settings`."""
+        return fixed_kernels(*self.settings(device))
 
     @classmethod
     def recorded(cls, content: Any, device: str, where: str = "this execution") -> Execution:
@@ -333,10 +327,11 @@ class Prepared:
     module: Any
     execution: Execution
 
-    def input(self, x: Tensor) -> Tensor:
-        """A batch `(B, C, H, W)` in the dtype and memory layout that the module runs in."""
+    @cached_property
+    def input(self) -> Callable[[Tensor], Tensor]:
+        """Puts a batch `(B, C, H, W)` into the dtype and memory layout that the module runs in."""
         form = torch.channels_last if self.execution.channels_last else torch.contiguous_format
-        return x.to(dtype=_DTYPES[self.execution.dtype], memory_format=form)
+        return partial(Tensor.to, dtype=_DTYPES[self.execution.dtype], memory_format=form)
 
     def __call__(self, x: Tensor) -> Any:
         """What the network returns for a batch `(B, C, H, W)`."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rsrouter.core import Certificate
 from rsrouter.core.errors import ResultsError
-from rsrouter.core.votes import VoteColumns
+from rsrouter.core.rows import VoteColumns
 from rsrouter.results import COLUMNS, FIELD_COLUMNS, RADIUS_DECIMALS, ResultsWriter, Row, format_radius, read_table
 from rsrouter.results.rows import _COUNTS, _columns, check_counts, parse_counts, parse_time, votes_of
 from tests.helpers.fake_rows import METADATA, make_row, run_job

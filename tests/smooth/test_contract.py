@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import rsrouter
 from rsrouter import (
@@ -26,6 +28,7 @@ from rsrouter import (
     Smooth,
     label_images,
 )
+from rsrouter.clock import BAR
 from rsrouter.core import binom_lower, vote_radius
 from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Tree, expert_stage
@@ -274,15 +277,12 @@ def test_the_device_of_a_loaded_router() -> None:
 def test_a_terminal_shows_a_bar_where_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[tuple[str, bool]] = []
 
-    class Bar:
-        def __init__(self, desc: str, disable: bool, **more: object) -> None:
-            shown.append((desc, not disable))
+    class Bar(tqdm):
+        def __init__(self, desc: str, **more: object) -> None:
+            super().__init__(desc=desc, **more)
+            shown.append((desc, not self.disable))
 
-        def update(self, n: int = 1) -> None: ...
-
-        def close(self) -> None: ...
-
-    monkeypatch.setattr("rsrouter.clock.tqdm", Bar)
+    monkeypatch.setattr("rsrouter.smooth.BAR", partial(Bar, *BAR.args, **BAR.keywords))
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     smooth, x = Smooth(Expert(net, sigma=0.5, num_classes=2, input_shape=(1, 2, 2))), torch.rand(2, 1, 2, 2)
     for live in (False, True):
