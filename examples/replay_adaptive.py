@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from rsrouter.core import AdaptivePlan, AlphaSplit, CertifyPolicy, FixedPlan, Plan, Stage, Tree
+from rsrouter.core.patience import wald_floor
 
 
 def read_shares(path: Path, sigma: float, n: int, alpha: float, abstained: str) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -78,27 +79,6 @@ def certified_accuracy(policy: CertifyPolicy, correct: NDArray[np.bool_], radii:
     """Per cent of rows certified at each radius with the right class; r = 0 asks for a certificate at all."""
     kept = (policy.radius[:, None] >= radii) & (policy.radius[:, None] > 0) & correct[:, None]
     return 100.0 * np.asarray(kept.mean(0))
-
-
-def wald_floor(share: NDArray[np.float64], edges: NDArray[np.float64], n: int, alpha: float, beta: float) -> NDArray[np.float64]:
-    """The fewest mean votes that settle each row's cell between `edges` (vote shares, ascending), and n at most.
-
-    >>> wald_floor(np.array([0.5, 0.999]), np.array([0.5, 0.9]), 1000, 0.001, 0.01).round().tolist()
-    [1000.0, 68.0]
-    """
-
-    def needed(edge: NDArray[np.float64], miss: float, other: float) -> NDArray[np.float64]:
-        p = np.clip(share, 1e-12, 1 - 1e-12)
-        with np.errstate(divide="ignore"):
-            apart = p * np.log(p / edge) + (1 - p) * np.log((1 - p) / (1 - edge))
-            wald = (1 - other) * np.log((1 - other) / miss) + other * np.log(other / (1 - miss))
-            return np.asarray(wald / np.maximum(apart, 0.0))
-
-    cell = np.searchsorted(edges, share, side="right")
-    last = len(edges) - 1
-    below = np.where(cell > 0, needed(edges[np.maximum(cell - 1, 0)], alpha, beta), 0.0)
-    above = np.where(cell <= last, needed(edges[np.minimum(cell, last)], beta, alpha), 0.0)
-    return np.minimum(np.maximum(below, above), n)
 
 
 def main() -> None:

@@ -35,13 +35,14 @@ from rsrouter.cli.options import (
     Device,
     Format,
     OutputFormat,
+    Patience,
     Radii,
     data_options,
     echo_json,
-    make_plan,
     read_data,
     readable_rows,
 )
+from rsrouter.cli.reading import make_plan
 from rsrouter.core.errors import InputError
 from rsrouter.core.types import ABSTAIN
 
@@ -54,7 +55,7 @@ Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or
 
 #: Which options of `certify` stand together in its help.
 CERTIFY_PANELS = {
-    "Votes": ("plan", "n", "n0", "radii", "alpha", "rule", "sides", "seed", "seed_from"),
+    "Votes": ("plan", "n", "n0", "radii", "patience", "alpha", "rule", "sides", "seed", "seed_from"),
     "Images": (
         *("data", "start", "count", "every"),
         *("split", "config", "image", "label", "classes", "size", "channels", "stream", "skip_unreadable"),
@@ -124,6 +125,7 @@ def certify(
     n: Annotated[int, typer.Option("--n", help="Votes per stage: the most (adaptive) or exactly (fixed).")] = DEFAULT_VOTES,
     n0: Annotated[int, typer.Option("--n0", help="Selection votes per stage.")] = 100,
     radii: Radii = DEFAULT_RADII,
+    patience: Patience = None,
     alpha: Alpha = 1e-3,
     rule: Annotated[str, typer.Option("--rule", help="tree, or min (Dual RS).")] = "tree",
     sides: Annotated[str | None, typer.Option("--sides", help="one or two; default two, and one for an expert.")] = None,
@@ -166,7 +168,7 @@ def certify(
     rsrouter certify router --data test.npz --n 10000 --experts --out run
     """
     from rsrouter import RoutedSmooth, Smooth
-    from rsrouter.cli.options import parse_radii
+    from rsrouter.cli.reading import parse_radii
     from rsrouter.core.terms import Terms
     from rsrouter.jobs import certify_table, estimate_table
     from rsrouter.jobs.devices import on_cpu
@@ -178,7 +180,7 @@ def certify(
     if execution or dtype or execution_batch:
         smoothed = smoothed.with_execution(choose_execution(smoothed.execution, execution, dtype, execution_batch))
     last = len(images) if count is None else min(len(images), start + count)
-    terms = Terms(make_plan(plan, n, n0, radii), alpha, rule, sides, seed)
+    terms = Terms(make_plan(plan, n, n0, radii, patience), alpha, rule, sides, seed)
     job: dict[str, Any] = {
         "device": device,
         "batch_size": batch_size,

@@ -15,12 +15,10 @@ from rsrouter.cli.options import (
     checkpoint_options,
     data_options,
     echo_json,
-    parse_label_map,
-    parse_numbers,
-    parse_radii,
     read_data,
     readable_rows,
 )
+from rsrouter.cli.reading import parse_label_map, parse_numbers, parse_radii
 from rsrouter.core.errors import InputError
 
 Source = Annotated[list[str] | None, typer.Argument(help="A spec (.toml, .yaml), or checkpoints: file, folder, hf-hub:org/name.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from shutil import get_terminal_size
 from typing import Annotated, Any
 
@@ -141,6 +142,20 @@ class Display:
         self._bar.close()
 
 
+def show_patience(costs: Sequence[Any], title: str) -> None:
+    """A table of `rsrouter.core.patience.PatienceCost`."""
+    if not costs:
+        return
+    typer.echo(f"{title}; shares are of the fixed plan's votes")
+    typer.echo(
+        f"{'--patience':<11}{'votes/image':>12}{'share':>8}{'Wald floor':>12}{'lost, points (at r)':>21}{'radius kept':>13}"
+    )
+    for cost in costs:
+        least = "-" if cost.floor is None else f"{cost.floor:.1%}"
+        lost = f"{100 * cost.lost:.2f} ({cost.at:g})"
+        typer.echo(f"{cost.beta:<11g}{cost.votes:>12,.0f}{cost.share:>8.1%}{least:>12}{lost:>21}{cost.kept:>13.3f}")
+
+
 def say_estimate(estimate: Any, format: Format) -> None:
     """Prints a `rsrouter.jobs.Estimate`."""
     if format is Format.json:
@@ -152,4 +167,5 @@ def say_estimate(estimate: Any, format: Format) -> None:
     for cost in estimate.costs:
         votes = f"{cost.votes_per_image:,.0f} ± {cost.standard_error:,.0f}"
         typer.echo(f"{cost.plan['kind']:<10}{votes:>20}{duration(cost.seconds):>12}{cost.device_hours:>15.2f}")
+    show_patience(estimate.patience, f"patience of the adaptive plan, on votes simulated for the {estimate.sampled} images")
     typer.echo(f"from {estimate.sampled} images in {duration(estimate.measured_seconds)}; nothing was written")

@@ -16,27 +16,29 @@ from contextlib import contextmanager
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from rsrouter.cli.reading import parse_class_names, parse_numbers, parse_resize, parse_shape, parse_sides
 from rsrouter.core.errors import InputError
-
-if TYPE_CHECKING:
-    from rsrouter.core.plans import Plan
 
 Device = Annotated[str, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:1; certify, label: cuda:0,cuda:2.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of labelling and training.")]
 Out = Annotated[Path, typer.Option("--out", help="Where to write; nothing there is overwritten.")]
 Alpha = Annotated[float, typer.Option("--alpha", help="Failure probability of each certificate.")]
 Radii = Annotated[str, typer.Option("--radii", help="Radii you care about: '0,0.25,0.5' or 'start:stop:step', stop included.")]
+Patience = Annotated[
+    float | None,
+    typer.Option(
+        "--patience",
+        metavar="P",
+        help="Chance, from .01 (default) to .5, of missing at a look what more votes would certify: fewer votes, never unsound.",
+    ),
+]
 DEFAULT_RADII = "0:2:0.25"
 #: Votes per stage of `certify`, the field's number.
 DEFAULT_VOTES = 100_000
-#: No figure or plan needs more.
-MOST_RADII = 10_000
-
-
 #: The bundled images, in place of a path; a folder of that name is ./demo.
 DEMO = "demo"
 Data = Annotated[str, typer.Option("--data", help="npz, parquet, image folder, hf-hub:org/name@revision, or demo.")]
@@ -184,56 +186,6 @@ def check_out(out: Path | None) -> None:
         )
 
 
-def parse_numbers(text: str, what: str) -> list[float]:
-    """Numbers from `"0.25,0.5"` or `"64/255"`; InputError names the option `what`."""
-    try:
-        return [_number(part) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError) as error:
-        raise InputError(
-            f"--{what} cannot be read",
-            expected="numbers or fractions separated by commas",
-            received=repr(text),
-            remedy="such as 0.25,0.5 or 64/255",
-        ) from error
-
-
-def _number(text: str) -> float:
-    above, slash, below = text.partition("/")
-    return float(above) / float(below) if slash else float(text)
-
-
-def _shape(text: str) -> list[int]:
-    parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
-        raise InputError("--input-shape cannot be read", expected="C,H,W", received=repr(text), remedy="such as 3,32,32")
-    return [int(part) for part in parts]
-
-
-def _sides(text: str, what: str) -> list[int]:
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"--{what} cannot be read", expected="SIDE or HEIGHTxWIDTH", received=repr(text), remedy="32, or 32x48")
-    return [int(parts[0]), int(parts[-1])]
-
-
-def _resize(text: str) -> dict[str, Any] | None:
-    """`SIZE[:CROP][:INTERPOLATION]`, or none."""
-    if text == "none":
-        return None
-    *sizes, last = text.split(":")
-    named = not last[:1].isdecimal()
-    sides = [_sides(part, "resize") for part in (sizes if named else [*sizes, last])]
-    if not 1 <= len(sides) <= 2:
-        raise InputError(
-            "--resize cannot be read",
-            expected="SIZE, SIZE:CROP or SIZE:CROP:INTERPOLATION, or none",
-            received=repr(text),
-            remedy="such as 256:224:bicubic",
-        )
-    crop = {"crop": sides[1]} if len(sides) == 2 else {}
-    return {"size": sides[0], **crop, **({"interpolation": last} if named else {})}
-
-
 _Numbers = Annotated[str | None, typer.Option(help="One number per channel, such as 0.49,0.48,0.45.")]
 
 
@@ -300,13 +252,13 @@ def _checkpoint(
         "weights_key": weights_key,
         "mean": None if mean is None else parse_numbers(mean, "mean"),
         "std": None if std is None else parse_numbers(std, "std"),
-        "input_shape": None if input_shape is None else _shape(input_shape),
-        "input_size": None if input_size is None else _sides(input_size, "input-size"),
-        "labels": _class_names(class_names),
+        "input_shape": None if input_shape is None else parse_shape(input_shape),
+        "input_size": None if input_size is None else parse_sides(input_size, "input-size"),
+        "labels": parse_class_names(class_names),
         "templates": template or None,
     }
     if resize is not None:
-        return {**{key: value for key, value in given.items() if value is not None}, "resize": _resize(resize)}
+        return {**{key: value for key, value in given.items() if value is not None}, "resize": parse_resize(resize)}
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -334,47 +286,11 @@ def _data(
         bool, typer.Option("--skip-unreadable", help="Leave out pictures that cannot be decoded; their names are recorded.")
     ] = False,
 ) -> dict[str, Any]:
-    return {**locals(), "classes": _class_names(classes)}
+    return {**locals(), "classes": parse_class_names(classes)}
 
 
 #: Options about how data are read, as one argument `reading`, which `read_data` takes.
 data_options = _option_group(_data, "reading")
-
-
-def _class_names(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    path = Path(text)
-    if "," not in text and path.is_file():
-        from rsrouter.stored import read_bytes
-
-        content = read_bytes(path, "--classes").decode("utf-8-sig", "surrogateescape")
-        return [line.strip() for line in content.splitlines() if line.strip()]
-    return [name.strip() for name in text.split(",")]
-
-
-def parse_label_map(text: str) -> dict[str, Any]:
-    """Arguments of `rsrouter.experts.map_labels` from `--label-map`.
-
-    Raises:
-        InputError: a file that holds something else.
-    """
-    if text == "first":
-        return {}
-    path = Path(text)
-    if path.is_file() and path.suffix == ".json":
-        from rsrouter.stored import read_json
-
-        names = read_json(path, "--label-map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise InputError(
-                "--label-map cannot be read",
-                expected='{"its name": "the name"}',
-                received=type(names).__name__,
-                remedy="names of an expert's classes, and what they are to be called",
-            )
-        return {"names": names}
-    return {"order": _class_names(text)}
 
 
 def read_data(source: str, reading: Mapping[str, Any], demo: str = "test") -> Any:
@@ -405,43 +321,3 @@ def told_warnings() -> Iterator[None]:
         finally:
             for text in dict.fromkeys(str(w.message) for w in told):
                 typer.secho(f"warning: {text}", err=True, fg="yellow")
-
-
-def parse_radii(text: str) -> tuple[float, ...]:
-    """Radii from `"0,0.25,0.5"` or `"0:2:0.25"` (stop included).
-
-    Raises:
-        InputError: anything else.
-    """
-    try:
-        if ":" in text:
-            start, stop, step = (_number(part) for part in text.split(":"))
-            if not (step > 0 and stop >= start and (stop - start) / step <= MOST_RADII):
-                raise ValueError
-            return tuple(round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-9) + 1))
-        return tuple(_number(part) for part in text.split(","))
-    except (ValueError, ZeroDivisionError) as error:
-        raise InputError(
-            "Radii cannot be read",
-            expected="'0,0.25,0.5' or 'start:stop:step'",
-            received=repr(text),
-            remedy="0:2:0.25 means 0, 0.25, ..., 2",
-        ) from error
-
-
-def make_plan(kind: str, n: int, n0: int, radii: str) -> Plan:
-    """A plan from a verb's options.
-
-    Raises:
-        InputError: unknown kind. PlanError: numbers that cannot work.
-    """
-    from rsrouter.core.plans import AdaptivePlan, FixedPlan, plan_from_dict
-    from rsrouter.stored import parse_json
-
-    if kind.lstrip().startswith("{"):  # a plan as a table's JSON and a card's command have it: every setting
-        return plan_from_dict(parse_json(kind, "--plan", remedy="copy it from the card, or from a table's JSON"))
-    if kind == "fixed":
-        return FixedPlan(n0, n)
-    if kind == "adaptive":
-        return AdaptivePlan(n, parse_radii(radii), n0)
-    raise InputError("Unknown plan", expected="adaptive or fixed", received=repr(kind), remedy="--plan adaptive")

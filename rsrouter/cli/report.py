@@ -9,7 +9,8 @@ from zipfile import is_zipfile
 
 import typer
 
-from rsrouter.cli.options import Format, OutputFormat, data_options, echo_json, parse_radii, read_data
+from rsrouter.cli.options import Format, OutputFormat, data_options, echo_json, read_data
+from rsrouter.cli.reading import parse_radii
 from rsrouter.core.errors import InputError
 
 

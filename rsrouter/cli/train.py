@@ -39,11 +39,10 @@ from rsrouter.cli.options import (
     Start,
     data_options,
     echo_json,
-    parse_numbers,
-    parse_radii,
     read_data,
     readable_rows,
 )
+from rsrouter.cli.reading import parse_numbers, parse_radii
 from rsrouter.core.errors import InputError
 from rsrouter.core.titles import stage_titles
 

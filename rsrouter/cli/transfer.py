@@ -50,7 +50,7 @@ def transfer(
     """
     from dataclasses import replace
 
-    from rsrouter.cli.options import parse_radii
+    from rsrouter.cli.reading import parse_radii
     from rsrouter.jobs import transfer_table
     from rsrouter.report import summarise
     from rsrouter.report.text import print_summary

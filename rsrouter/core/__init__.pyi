@@ -26,6 +26,9 @@ from .errors import PlanError as PlanError
 from .errors import ResultsError as ResultsError
 from .errors import RSRouterError as RSRouterError
 from .errors import WorkerError as WorkerError
+from .patience import PatienceCost as PatienceCost
+from .patience import patience_costs as patience_costs
+from .patience import patience_of as patience_of
 from .plans import AdaptivePlan as AdaptivePlan
 from .plans import FixedPlan as FixedPlan
 from .plans import Plan as Plan

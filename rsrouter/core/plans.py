@@ -236,7 +236,7 @@ class AdaptivePlan(Plan):
         n_max: the most estimation votes per stage.
         radii: radii the user cares about, ascending after sorting; "not abstaining" always counts as well.
         n0: selection votes per stage.
-        beta: level of the prediction limits.
+        beta: level of the prediction limits; `rsrouter.core.patience` tells what more of it saves in votes and costs in radii.
         growth: ratio of consecutive looks. Linear: from a tenth of `n_max` on, and 2 or more before; None: 1.25. Even: None: 2.
         first: no look before this many votes.
         last_share: the least part of alpha kept for the last look (Clopper-Pearson only); None: 0.75 linear, 0.9 even.
@@ -352,6 +352,14 @@ class AdaptivePlan(Plan):
 
     def with_votes(self, n_max: int) -> AdaptivePlan:
         return self._with(n_max=n_max)
+
+    def with_beta(self, beta: float) -> AdaptivePlan:
+        """The same plan with another patience: it steers what is drawn, and enters no bound."""
+        return self._with(beta=beta)
+
+    def with_radii(self, radii: Sequence[float]) -> AdaptivePlan:
+        """The same plan on another grid."""
+        return self._with(radii=list(radii))
 
     def within(self, reach: float) -> AdaptivePlan:
         """The same plan without the radii beyond `reach` (for an expert that cannot certify all of them)."""

@@ -18,21 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.certify import VoteRequest
 from rsrouter.core.errors import PlanError
+from rsrouter.core.patience import LEVELS, PatienceCost, patience_costs
 from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
 from rsrouter.core.terms import Terms
+from rsrouter.core.tree import Tree
 from rsrouter.jobs.certify import check_order, settled_batch, take_shard, with_batch
 from rsrouter.jobs.devices import check_threads, first_device
 from rsrouter.jobs.driver import Images, Reader, make_executor
+from rsrouter.results.patience import posterior_shares
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.smooth import RoutedSmooth, Smooth
 
 #: Stream of the votes that are timed; no other purpose reads it.
 PILOT = "pilot"
-
-#: Prior weight of each outcome, as in `rsrouter.training.chains`: unanimous votes stay nearly unanimous.
-_PRIOR = 0.02
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Estimate:
         votes_per_second: of each network, on one worker.
         setup_seconds: until the first vote: preparing and checking networks. Starting processes is not in it.
         costs: of the job's own plan first, and then of the other kind.
+        patience: what other levels of patience save and cost, of an adaptive plan with this grid; empty without one.
         measured_seconds: that this took.
     """
 
@@ -76,6 +78,7 @@ class Estimate:
     votes_per_second: dict[str, float]
     setup_seconds: float
     costs: tuple[PlanCost, ...]
+    patience: tuple[PatienceCost, ...]
     measured_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,8 +132,7 @@ def _measure(
         counts = engine.run(images, identity, requests)
         cost[name] = (time.perf_counter() - start) / len(engine.runner(name).batches(requests))
         for stage in model.stages:
-            weights = rng.standard_gamma(np.array([c[stage] for c in counts]) + _PRIOR)
-            shares[stage] = weights / weights.sum(1, keepdims=True)
+            shares[stage] = posterior_shares(np.array([c[stage] for c in counts]), rng)
     return cost, shares
 
 
@@ -140,6 +142,22 @@ def _other(plan: Plan, grid: Sequence[float], reach: Callable[[Plan], float]) ->
         return FixedPlan(plan.n0, plan.n_max)
     adaptive = AdaptivePlan(plan.n, tuple(grid), plan.n0) if any(r > 0 for r in grid) else None
     return None if adaptive is None else adaptive.within(reach(adaptive))
+
+
+#: Simulated images that the levels of patience are compared on: each sampled one several times.
+_REPLAYED = 96
+
+
+def _patience(
+    plan: Plan | None, tree: Tree, split: AlphaSplit, shares: dict[str, NDArray[np.float64]], rule: str, sides: str
+) -> tuple[PatienceCost, ...]:
+    """The usual levels and the plan's own, on several simulated runs of each sampled image."""
+    if not isinstance(plan, AdaptivePlan):
+        return ()
+    times = -(-_REPLAYED // len(next(iter(shares.values()))))
+    levels = sorted({*LEVELS, *([plan.beta] if LEVELS[0] <= plan.beta <= LEVELS[-1] else [])})
+    many = {stage: np.tile(p, (times, 1)) for stage, p in shares.items()}
+    return patience_costs(tree, plan, split, many, levels=levels, rule=rule, sides=sides)
 
 
 def estimate_table(
@@ -193,7 +211,8 @@ def estimate_table(
         cost, shares = _measure(engine, task.images, task.ids, seconds)
         costs: list[PlanCost] = []
         split, sides = smoothed.routed.split(asked), str(asked.sides)
-        for candidate in (asked.plan, _other(asked.plan, grid, lambda p: p.reach(smoothed.tree, split, sides))):
+        other = _other(asked.plan, grid, lambda p: p.reach(smoothed.tree, split, sides))
+        for candidate in (asked.plan, other):
             if candidate is None:
                 continue
             simulated = _Simulated(engine, shares, seed=0)
@@ -217,7 +236,17 @@ def estimate_table(
             wall = setup + (work + reading * len(order) if slots == 1 else max(work / slots, reading * len(order)))
             error = float(votes.std(ddof=1) / np.sqrt(len(votes))) if len(votes) > 1 else float("nan")
             costs.append(PlanCost(candidate.to_dict(), float(votes.mean()), error, wall, wall * slots / 3600))
+        adaptive = asked.plan if isinstance(asked.plan, AdaptivePlan) else other
+        patience = _patience(adaptive, smoothed.tree, split, shares, str(asked.rule), sides)
     speeds = {name: engine.runner(name).batch / cost[name] for name in cost}
     return Estimate(
-        len(order), len(chosen), slots, str(facts["device"]), speeds, setup, tuple(costs), time.perf_counter() - begun
+        images=len(order),
+        sampled=len(chosen),
+        workers=slots,
+        device=str(facts["device"]),
+        votes_per_second=speeds,
+        setup_seconds=setup,
+        costs=tuple(costs),
+        patience=patience,
+        measured_seconds=time.perf_counter() - begun,
     )

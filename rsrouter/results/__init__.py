@@ -3,6 +3,7 @@
 from rsrouter.results.about import ExpertRecord, Shard, TableMetadata, TreeRecord, pack_ids
 from rsrouter.results.merge import merge_tables
 from rsrouter.results.metadata import metadata_path, read_metadata
+from rsrouter.results.patience import table_patience
 from rsrouter.results.plain import csv_cell, markdown, printable
 from rsrouter.results.reading import read_table
 from rsrouter.results.rows import COLUMNS, FIELD_COLUMNS, RADIUS_DECIMALS, Row, format_radius
@@ -33,6 +34,7 @@ __all__ = [
     "read_table",
     "require_sound",
     "require_whole",
+    "table_patience",
     "unfinished",
     "verify_rows",
 ]

@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from rsrouter import CascadeRouter, ExpertPool, RoutedSmooth, read_table
 from rsrouter.cli import app
-from rsrouter.cli.options import parse_numbers, parse_radii
+from rsrouter.cli.reading import parse_numbers, parse_radii
 from rsrouter.core.errors import InputError
 from rsrouter.demo import load_pool, load_slice
 
@@ -123,6 +123,51 @@ def test_shards_merge_to_the_table_of_one_process(call, files, tmp_path):
     assert call(*words, "--out", tmp_path / "whole.tsv", "--count", 2)[0] == 2, "another job must not join the table"
 
 
+def test_patience_is_part_of_the_table(call, files, tmp_path):
+    words = (
+        "certify",
+        files / "pool.json",
+        "--expert",
+        "sigma_1",
+        "--data",
+        files / "test.npz",
+        "--n",
+        4000,
+        "--radii",
+        "0:1:0.25",
+    )
+    drawn = {}
+    for name, more in (("default", ()), ("patient", ("--patience", "0.01")), ("impatient", ("--patience", "0.5"))):
+        assert call(*words, *more, "--out", tmp_path / f"{name}.tsv")[0] == 0
+        table = read_table(tmp_path / f"{name}.tsv")
+        drawn[name] = table.n_drawn.tolist()
+        assert table.about.plan.beta == (0.5 if name == "impatient" else 0.01)
+    assert drawn["default"] == drawn["patient"]
+    assert sum(drawn["impatient"]) < sum(drawn["patient"])
+    before = (tmp_path / "impatient.tsv").read_bytes()
+    for more in ((), ("--patience", "0.2")):
+        status, _, err = call(*words, *more, "--out", tmp_path / "impatient.tsv")
+        assert status == 2
+        assert "beta" in err
+    assert (tmp_path / "impatient.tsv").read_bytes() == before
+    assert call("report", tmp_path / "impatient.tsv", "--out", tmp_path / "report")[0] == 0
+
+
+def test_plan_and_estimate_print_what_patience_saves_and_costs(call, files, tmp_path):
+    status, out, _ = call("plan", "--sigma", "0.5", "--n", 2000, "--radii", "0,0.5", "--patience", ".01,.5", "--format", "json")
+    assert status == 0
+    patient, impatient = json.loads(out)["patience"]
+    assert impatient["votes"] < patient["votes"]
+    assert impatient["lost"] >= patient["lost"]
+    job = ("certify", files / "router", "--data", files / "test.npz", "--n", 300, "--radii", "0,0.5")
+    status, out, _ = call(*job, "--estimate", "--count", 2)
+    assert status == 0
+    assert "lost, points" in out
+    assert call(*job, "--out", tmp_path / "t.tsv", "--count", 2)[0] == 0
+    status, out, _ = call("plan", "--table", tmp_path / "t.tsv", "--patience", "0.1")
+    assert (status, "0.1  " in out, "largest radius" in out) == (0, True, False)
+
+
 def test_predict(call, files):
     status, out, _ = call("predict", files / "router", "--data", files / "test.npz", "--n", 200, "--count", 3, "--format", "json")
     assert status == 0
@@ -148,6 +193,32 @@ BAD = {
         "No such expert",
     ),
     "sigma": (("plan", "--sigma", "-1"), "noise level"),
+    "no sigma": (("plan",), "--sigma 0.5"),
+    "patience": (("plan", "--sigma", "1", "--patience", ".01,.7"), "from 0.01 (patient) to 0.5"),
+    "patience that is no number": (("plan", "--sigma", "1", "--patience", "much"), "--patience cannot be read"),
+    "patience of a certificate": (
+        ("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--patience", "0.001"),
+        "from 0.01 (patient) to 0.5",
+    ),
+    "patience nan": (
+        ("certify", "{files}/router", "--data", "{files}/test.npz", "--out", "{tmp}/t.tsv", "--patience", "nan"),
+        "from 0.01 (patient) to 0.5",
+    ),
+    "patience of a fixed plan": (
+        (
+            "certify",
+            "{files}/router",
+            "--data",
+            "{files}/test.npz",
+            "--out",
+            "{tmp}/t.tsv",
+            "--plan",
+            "fixed",
+            "--patience",
+            "0.1",
+        ),
+        "adaptive",
+    ),
     "no such option": (("plan", "--sigma", "1", "--colour", "red"), "No such option"),
 }
 

@@ -123,21 +123,6 @@ def test_what_an_adaptive_plan_saves(tmp_path, monkeypatch, capsys):
     assert float(patient[3].rstrip("%")) > float(hasty[3].rstrip("%"))  # fewer votes
 
 
-def test_walds_floor_is_what_a_sequential_test_needs(monkeypatch):
-    """A sequential probability ratio test of errors .001 and .01 against the edge .9 needs it, but for what it overshoots."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    floor = importlib.import_module("replay_adaptive").wald_floor
-    rng, used, p, edge = np.random.default_rng(0), [], 0.95, 0.9
-    up, down = np.log(0.99 / 0.001), np.log(0.01 / 0.999)
-    for _ in range(300):
-        steps = np.where(rng.random(4000) < p, np.log(p / edge), np.log((1 - p) / (1 - edge))).cumsum()
-        used.append(int(np.argmax((steps >= up) | (steps <= down))) + 1)
-    told = float(floor(np.array([p]), np.array([edge]), 10**6, 0.001, 0.01)[0])
-    assert told <= np.mean(used) * 1.05
-    assert told >= np.mean(used) * 0.9
-    assert floor(np.array([0.9]), np.array([0.9]), 500, 0.001, 0.01)[0] == 500
-
-
 def test_a_cifar_expert_is_trained_and_wrapped(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     trainer = importlib.import_module("train_cifar_experts")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rsrouter import Execution, ExpertPool, FixedPlan, RoutedSmooth, Terms
+from rsrouter import AdaptivePlan, Execution, ExpertPool, FixedPlan, RoutedSmooth, Terms
 from rsrouter.cli import app
 from rsrouter.cli.jobs import duration
 from rsrouter.core.errors import InputError, NetworkError, ResultsError, WorkerError
@@ -146,6 +146,12 @@ def test_estimate_of_both_kinds_of_plan() -> None:
     assert fixed.seconds > 0
     half = estimate_table(small.routed(pool()), DATA, FixedPlan(50, 1000), threads=1, shard=(0, 2), seconds=0.2, sample=8)
     assert half.images == 15
+    assert [cost.beta for cost in found.patience] == [0.01, 0.05, 0.1, 0.2, 0.5]
+    assert found.patience[-1].votes < found.patience[0].votes
+    other = estimate_table(
+        small.routed(pool()), DATA, AdaptivePlan(1000, (0.0, 0.25), 50, beta=0.3), threads=1, seconds=0.2, sample=2
+    )
+    assert [cost.beta for cost in other.patience] == [0.01, 0.05, 0.1, 0.2, 0.3, 0.5]
 
 
 def test_labels_by_two_workers(tmp_path: Path) -> None:

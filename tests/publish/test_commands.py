@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, FixedPlan, InputError, RoutedSmooth, Terms
-from rsrouter.cli.options import make_plan
+from rsrouter.cli.reading import make_plan
 from rsrouter.core.errors import PlanError
 from rsrouter.core.plans import Plan
 from rsrouter.jobs import certify_table
