@@ -110,6 +110,12 @@ def _announced(name: str) -> metadata.EntryPoints:
     return metadata.entry_points(group=ENTRY_POINTS, name=name)
 
 
+@cache
+def _distribution_of(module: str) -> str:
+    """The installed package that holds a module, or the module's own name: a search through the files of every package."""
+    return (metadata.packages_distributions().get(module) or [module])[0]
+
+
 def _find(name: str) -> Callable[..., nn.Module] | None:
     """What builds `name`, looked for among the announcements of installed packages where it is not registered yet."""
     if name.startswith(TORCHVISION) and name not in _ARCHITECTURES:
@@ -141,7 +147,7 @@ def package_of(name: str) -> str | None:
     if _is_own(build):
         return _PACKAGES.get(name)
     module = str(getattr(build.func if isinstance(build, partial) else build, "__module__", "")).split(".")[0]
-    return _PACKAGES.get(name) or (metadata.packages_distributions().get(module) or [module])[0]
+    return _PACKAGES.get(name) or _distribution_of(module)
 
 
 def architectures() -> tuple[str, ...]:

@@ -190,6 +190,7 @@ def lines(text: str) -> list[str]:
 def test_blocks_run(page, tmp_path, monkeypatch, call, request, small_batches):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("rsrouter.publish.commit.load_anew", lambda *_, **__: None)  # a process; tests/publish starts it
     quick = DEFERRAL_RECIPES["quick"]
     shorter = replace(quick, copies=4, tune_copies=40, heads=tuple(replace(head, steps=20) for head in quick.heads))
     monkeypatch.setitem(DEFERRAL_RECIPES, "quick", shorter)

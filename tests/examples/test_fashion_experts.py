@@ -90,7 +90,7 @@ def test_goes_on_exactly_where_it_stopped(tmp_path):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_a_killed_queue_goes_on(tmp_path):
+def test_a_killed_queue_goes_on(tmp_path, monkeypatch):
     x, y = pictures(600)
     data, out = tmp_path / "data", tmp_path / "runs"
     data.mkdir()
@@ -102,25 +102,34 @@ def test_a_killed_queue_goes_on(tmp_path):
     (data / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes(), 1))
     job = {"name": "job", "recipe": "gaussian", "sigma": 0.25, "epochs": 500, "kwargs": SMALL, "copies": 1, "batch": 64}
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
-    command = [sys.executable, str(SCRIPT), "queue", "--data", str(data), "--out", str(out), "--save_seconds", "0"]
-    command += ["--jobs", str(tmp_path / "jobs.json")]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
+    words = ["queue", "--data", str(data), "--out", str(out), "--save_seconds", "0", "--jobs", str(tmp_path / "jobs.json")]
 
     def steps_done():
         state = out / "job" / "state.pt"
         return torch.load(state, weights_only=True)["done"] if state.exists() else 0
 
-    reached = 0
-    for _ in range(2):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while steps_done() <= reached and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert steps_done() > reached
-        reached = steps_done()
-    assert "goes on at step" in (out / "job" / "log.txt").read_text()
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *words], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not steps_done() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = steps_done()
+    assert reached
+
+    class Stopped(Exception): ...
+
+    def two_steps(run, *data):
+        train(run, *data, stop_after=2)
+        raise Stopped
+
+    train = trainer.Run.train
+    monkeypatch.setattr(trainer.Run, "train", two_steps)  # the lock of the killed process is gone
+    with pytest.raises(Stopped):
+        trainer.main(words)
+    assert f"goes on at step {reached} of" in (out / "job" / "log.txt").read_text()
+    assert steps_done() == reached + 2
 
 
 def test_attack_stays_in_the_ball_and_raises_the_loss():

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+
 import pytest
+
+from rsrouter.publish import anew
+
+
+@pytest.fixture
+def this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process says what a fresh one would print: its start takes seconds, and other tests make one."""
+
+    def here(command: list[str], *, input: str, **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, json.dumps(anew.answer(json.loads(input))), "")
+
+    monkeypatch.setattr("rsrouter.publish.anew.subprocess.run", here)
 
 
 @pytest.fixture
@@ -16,7 +31,7 @@ def real_load() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small_batches: None) -> None:
     if "real_figure" not in request.fixturenames:
         monkeypatch.setattr("rsrouter.report.charts.curve_file", lambda *_: b"<svg xmlns='http://www.w3.org/2000/svg'/>")
     if "real_load" not in request.fixturenames:

@@ -67,6 +67,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return site
 
 
+@pytest.mark.usefixtures("this_process")
 def test_a_package_announces_it(package: Path, tmp_path: Path) -> None:
     folder = router_over(tmp_path, "announced_net")
     assert read_router_config(folder).needs == {"announced-nets": "1.2"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from rsrouter.experts import Diffusion, denoised, loaders
 from rsrouter.experts.denoiser_files import load_denoiser
 from rsrouter.experts.registry import build_architecture, register_architecture
 from rsrouter.jobs import certify_table
-from rsrouter.publish import anew, publish
+from rsrouter.publish import publish
 from rsrouter.publish.anew import load_anew
 from rsrouter.results import read_table
 from rsrouter.serialise import CONFIG
@@ -129,12 +128,8 @@ def test_shards_and_false_roles_are_refused(run: Path) -> None:
         publish(run, "org/router", dry_run=True, with_experts="org/expert")
 
 
-def test_a_fresh_process_says_what_it_lacks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(command: list[str], *, input: str, **_: object) -> subprocess.CompletedProcess[str]:
-        """What the process would print: its start takes seconds, and other tests make one."""
-        return subprocess.CompletedProcess(command, 0, json.dumps(anew.answer(json.loads(input))), "")
-
-    monkeypatch.setattr("rsrouter.publish.anew.subprocess.run", here)
+@pytest.mark.usefixtures("this_process")
+def test_a_fresh_process_says_what_it_lacks(run: Path) -> None:
     digest = RoutedSmooth.from_pretrained(run / "router").digest
     folder = run / "router"
     with pytest.raises(IntegrityError, match="not load this router as the same"):

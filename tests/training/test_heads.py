@@ -17,7 +17,7 @@ from rsrouter.training.heads import HeadGoal, HeadRecipe, train_head
 from rsrouter.training.losses import RadiusUtility, named_radius, radius_weights
 
 RADII = (0.0, 0.5, 1.0, 1.5)
-QUICK = HeadRecipe(hidden=16, steps=1500, batch=64, lr=0.02, cross_entropy=0.03)
+QUICK = HeadRecipe(hidden=16, steps=400, batch=64, lr=0.05, cross_entropy=0.03)
 
 
 def features(n=200, copies=12, seed=0):

@@ -251,7 +251,7 @@ def test_a_cascade_is_searched_further_from_its_parent() -> None:
 
 def test_deferral_trains_on_from_its_parents_heads(tmp_path: Path) -> None:
     experts, (x, y) = pool(), images()
-    recipe = DeferralRecipe(copies=6, tune_copies=20, heads=(HeadRecipe(hidden=8, steps=200),), stages=2)
+    recipe = DeferralRecipe(copies=6, tune_copies=20, levels=(1.1,), heads=(HeadRecipe(hidden=8, steps=200),), stages=2)
     torch.manual_seed(1)
     heads = {"level0_2": build_architecture("residual_head", CLASSES, {"in_features": 14, "hidden": 8})}
     with torch.no_grad():
