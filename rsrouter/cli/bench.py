@@ -32,6 +32,16 @@ def bench(
         bool,
         typer.Option("--calls", help="Only what one call of certify costs, the first and later ones, beside the papers' loop."),
     ] = False,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="Only one certificate, beside the papers' loop and ART's (if installed), on one thread, in turn.",
+        ),
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Only the peak memory of a process that draws 10,000, 100,000 and 1,000,000 votes.")
+    ] = False,
     architecture: Annotated[
         str | None,
         typer.Option("--architecture", help="With --calls: an architecture with random weights, at 3 x 224 x 224 and few votes."),
@@ -47,6 +57,10 @@ def bench(
 
     Example: rsrouter bench --device cuda
     Example: rsrouter bench --calls --architecture resnet50
+
+    Example: rsrouter bench --peers
+
+    Example: rsrouter bench --memory
     """
     from rsrouter import RoutedSmooth
     from rsrouter.bench import run_bench
@@ -54,6 +68,9 @@ def bench(
     from rsrouter.demo import load_pool, load_slice
 
     check_out(out)
+    if memory:
+        _memory(out, format)
+        return
     routed = None if router is None else RoutedSmooth.from_pretrained(router)
     given = {"repeats": repeats, "n_max": n_max, "certificates": images, "most": most}
     settings = {**(QUICK if quick else {}), **{key: value for key, value in given.items() if value is not None}}
@@ -65,6 +82,12 @@ def bench(
         if out is not None:
             out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         echo_json({"calls": rows}) if format is Format.json else show_calls(rows)
+        return
+    if peers:
+        found = _peers(pool, x, device, settings)
+        if out is not None:
+            out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        echo_json(found) if format is Format.json else show_peers(found)
         return
     result = run_bench(pool, x, router=None if routed is None else routed.router, device=device, **settings)
     if out is not None:
@@ -125,6 +148,46 @@ def _calls(pool: Any, images: Any, architecture: str | None, device: str, repeat
         return call_costs(pool[len(pool) // 2], images, where, repeats=repeats)
     drawn = torch.rand((4, 3, 224, 224), generator=torch.Generator().manual_seed(0))
     return call_costs(random_expert(architecture), drawn, where, votes=(10, 30, 100), n0=10, repeats=repeats)
+
+
+def _memory(out: Path | None, format: Format) -> None:
+    from dataclasses import asdict
+
+    from rsrouter.bench.memory import memory_peaks
+
+    peaks = memory_peaks()
+    rows = [{**asdict(peak), "grown": peak.grown} for peak in peaks]
+    if out is not None:
+        out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if format is Format.json:
+        echo_json({"memory": rows})
+        return
+    typer.echo("one certificate of a linear network, a new process for each n")
+    typer.echo(f"{'votes':>12}{'peak before, MB':>18}{'peak after, MB':>18}{'grown, MB':>12}")
+    for peak in peaks:
+        typer.echo(f"{peak.n:>12,}{peak.before:>18.0f}{peak.peak:>18.0f}{peak.grown:>12.1f}")
+
+
+def _peers(pool: Any, images: Any, device: str, settings: dict[str, Any]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from rsrouter.bench.peers import compare_peers, missing
+    from rsrouter.sampling.execution import resolve_device
+
+    n, where = int(settings.get("n_max", 10_000)), resolve_device(device)
+    rows = compare_peers(pool[len(pool) // 2], images, where, n=n, repeats=settings.get("repeats", 5))
+    return {"n": n, "peers": [asdict(row) for row in rows], "missing": missing(rows)}
+
+
+def show_peers(found: dict[str, Any]) -> None:
+    """The table of `rsrouter.bench.peers.compare_peers`, and what is missing in it."""
+    typer.echo(f"one certificate, {found['n']:,} votes (adaptive: at most), one thread, in turn")
+    typer.echo(f"{'network':<20}{'who':<32}{'seconds':>9}{'of the engine, fixed':>28}{'mean radius':>13}")
+    for row in found["peers"]:
+        spread = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        typer.echo(f"{row['network']:<20}{row['way']:<32}{row['seconds']:>9.3f}{spread:>28}{row['radius']:>13.3f}")
+    if found["missing"]:
+        typer.echo(found["missing"])
 
 
 def show_calls(rows: list[dict[str, Any]]) -> None:
