@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from rsrouter.audit.card import check_card
-from rsrouter.audit.claims import check_core, check_labels, check_rows, check_seed, find_subject
+from rsrouter.audit.claims import check_core, check_head, check_labels, check_rows, check_seed, find_subject
 from rsrouter.audit.report import AuditReport
 from rsrouter.audit.rows import audit_rows
 from rsrouter.audit.state import Settings, State, environment
@@ -165,6 +165,9 @@ def _images(data: ImageData | Tensor | str | Path) -> ImageData:
 
 def _audit_table(state: State, table: Table, routed: RoutedSmooth | None, images: ImageData | None) -> None:
     run, subject = table.described(), None
+    if run.heads is not None:
+        check_head(state, table, run)
+        return
     if routed is None:
         for check in ("digests", "execution", "seed"):
             state.skip(check, table.name, "the router could not be loaded")

@@ -73,6 +73,22 @@ def _execution(state: State, table: Table, run: TableMetadata, routed: RoutedSmo
     )
 
 
+def check_head(state: State, table: Table, run: TableMetadata) -> None:
+    """A table of a head that was declared: its rows and its declaration; weights and votes are not a router's."""
+    name, declared = table.name, run.heads
+    assert declared is not None
+    told, wrong = declared.declaration, Found()
+    if told.seed != told.derived_seed:
+        wrong.append((None, f"seed {told.seed} was chosen by hand; the declaration gives {told.derived_seed}"))
+    state.add("seed", name, wrong, "the seed derives from the declaration" if not wrong else "seeds can be shopped for")
+    state.add("heads", name, [], declared.text, declaration=told.digest, share=told.share, heads=[h.name for h in told.heads])
+    check_rows(state, table, run, None)
+    state.warn(name, "when the heads were declared is not in the table: ask for a copy of the declaration from before the draw")
+    why = "a head's votes are drawn again by `rsrouter heads check`, which takes its trunk, its weights and the images"
+    for check in ("digests", "execution", "labels", "votes", "fresh", "attack"):
+        state.skip(check, name, why)
+
+
 def check_seed(state: State, table: Table, run: TableMetadata, subject: Smooth | RoutedSmooth) -> None:
     """Whether the seed derives from the classifier, and how free its choice was."""
     derived, wrong = subject.routed.default_seed(run.seed_from), Found()

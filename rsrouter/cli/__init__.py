@@ -20,7 +20,7 @@ from rsrouter.core.errors import RSRouterError
 DONE, FINDINGS, REFUSED, BROKEN, INTERRUPTED = 0, 1, 2, 70, 130
 
 #: Verbs that go on where they were stopped when they are given again.
-RESUMING = {"certify", "demo", "label", "publish", "train", "transfer"}
+RESUMING = {"certify", "demo", "heads", "label", "publish", "train", "transfer"}
 
 #: What the parser raises where it refuses a command line (the class's place differs between releases of typer).
 _Refused: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

@@ -24,6 +24,7 @@ VERBS = {
     "certify": ("certify", "Certify a data set into a results table, or a whole run."),
     "predict": ("certify", "Print the smoothed classifier's answer for each image."),
     "transfer": ("transfer", "Carry a table over to another dtype, batch or device."),
+    "heads": ("heads", "Certify several last layers of one trunk on the same noisy copies."),
     "report": ("report", "Make one self-contained page from results tables or a run."),
     "merge": ("report", "Merge the shards of one run into one file."),
     "publish": ("publish", "Publish a router, its experts, certificates and card to the Hub."),
@@ -37,7 +38,21 @@ VERBS = {
 
 #: Verbs that load experts or routers: they take `--import`.
 LOADING = {
-    *("audit", "bench", "calibrate", "card", "certify", "convert", "label", "predict", "publish", "train", "transfer", "wrap")
+    *(
+        "audit",
+        "bench",
+        "calibrate",
+        "card",
+        "certify",
+        "convert",
+        "heads",
+        "label",
+        "predict",
+        "publish",
+        "train",
+        "transfer",
+        "wrap",
+    )
 }
 
 

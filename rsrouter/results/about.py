@@ -15,6 +15,7 @@ from rsrouter.core.errors import ResultsError
 from rsrouter.core.plans import Plan
 from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Stage, Target, Tree
+from rsrouter.results.declared import DeclaredHead
 from rsrouter.stored import Stored, validated
 
 KIND: Final = "rsrouter-certificates"
@@ -191,6 +192,8 @@ class TableMetadata(Stored):
         shard: which part of the job this table holds; None for all of it.
         device, versions: where it ran.
         transfer: of a table whose certificates were carried over to another execution; None for others.
+        heads: of a table of one of several heads that were declared together; its `terms.alpha` is the part of this head, and
+            `alpha` that of all of them. None for others.
         info: threads, instructions, platform, python; `threads` and `instructions` decide bits on a CPU.
     """
 
@@ -217,18 +220,38 @@ class TableMetadata(Stored):
     device: str
     versions: dict[str, str]
     transfer: Transfer | None = None
+    heads: DeclaredHead | None = None
     info: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.transfer is not None and not self.terms.alpha + self.transfer.alpha < 1.0:
             raise ValueError("the two alphas add up to 1 or more")
+        if self.heads is not None and (wrong := self._undeclared(self.heads)):
+            raise ValueError(f"not as declared: {', '.join(wrong)}")
         count = sum(len(range(*run)) for run in self.indices)
         if count != self.num_images or count > _MOST:
             raise ValueError(f"indices name {count} images, num_images says {self.num_images}")
         if len(self.indices) > 1 and len(np.unique(unpack_ids(self.indices))) < count:
             raise ValueError("indices name an image twice")
         return self
+
+    def _undeclared(self, head: DeclaredHead) -> list[str]:
+        """What differs between this table and the declaration that it names."""
+        told = head.declaration
+        if head.head not in [h.name for h in told.heads]:
+            return [f"head {head.head}"]
+        claims = {
+            "terms (alpha shared among the heads, votes, seed)": (self.terms, told.terms),
+            "digest": (self.digest, told.classifier(head.head)),
+            "tree": (self.tree, TreeRecord.of(told.tree(head.head))),
+            "execution": (self.execution, told.execution),
+            "noise": (self.noise, told.noise),
+            "seed_from": (self.seed_from, told.seed_from),
+            "seed_derived": (self.seed_derived, told.seed == told.derived_seed),
+            "transfer": (self.transfer, None),
+        }
+        return [what for what, (ours, theirs) in claims.items() if ours != theirs]
 
     @classmethod
     def read(cls, content: Mapping[str, Any], what: str) -> Self:
@@ -250,7 +273,9 @@ class TableMetadata(Stored):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready content, as it is written."""
-        return self.model_dump(mode="json", exclude={key for key in ("core", "shard", "transfer") if getattr(self, key) is None})
+        return self.model_dump(
+            mode="json", exclude={key for key in ("core", "shard", "transfer", "heads") if getattr(self, key) is None}
+        )
 
     @cached_property
     def split(self) -> AlphaSplit:
@@ -269,7 +294,10 @@ class TableMetadata(Stored):
 
     @property
     def alpha(self) -> float:
-        """Failure probability of each certificate; of a transferred one both of its parts."""
+        """Failure probability of each certificate; of a transferred one both of its parts, of a declared head's that of all
+        heads together, so that it still is when the best of them was chosen."""
+        if self.heads is not None:
+            return self.heads.declaration.alpha
         return self.terms.alpha + (0.0 if self.transfer is None else self.transfer.alpha)
 
     @property

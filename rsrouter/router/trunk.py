@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsrouter.core.errors import InputError
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.preprocessing import has_trunk
+from rsrouter.experts.tensors import put_tensor
+from rsrouter.stored import read_bytes
 
 
 def has_grid(expert: Expert, grid: int) -> bool:
@@ -124,6 +130,86 @@ class HeadedTrunk(nn.Module):
         both, logits = self.trunk(x)
         outputs = tuple(head(_fitting(both, _width(head))) for head in self.heads)
         return (logits, *outputs) if self.with_expert else outputs
+
+
+class Headed(nn.Module):
+    """Pixels in [0,1] to the logits of another last layer on a frozen expert's features.
+
+    Args:
+        expert: whose features are read.
+        weight, bias: `(K, F)` and `(K,)` of the layer.
+    """
+
+    def __init__(self, expert: Expert, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.trunk = Trunk(expert)
+        self.head = nn.Linear(weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            self.head.weight.copy_(weight)
+            self.head.bias.copy_(bias)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.trunk(x)[0])
+        return out
+
+
+def read_head(head: object, features: int, who: str) -> tuple[Tensor, Tensor]:
+    """Weight `(K, F)` and bias `(K,)` of a last layer, float32 on the CPU; without a bias it is zeros.
+
+    Args:
+        head: `nn.Linear`, tensors called `weight` and `bias` (`fc.weight`, ... as well), or a safetensors file with them.
+        features: F.
+        who: names it in an error.
+
+    Raises:
+        InputError: something else, other shapes, numbers that are not finite or that float32 does not hold.
+    """
+    named: Mapping[str, Any]
+    if isinstance(head, str | os.PathLike):
+        try:
+            named = load(read_bytes(head, who, remedy="a safetensors file with weight and bias"))
+        except SafetensorError as error:
+            raise _no_head(who, features, f"{head}: {error}") from error
+    elif type(head) is nn.Linear:
+        named = head.state_dict()
+    elif isinstance(head, Mapping):
+        named = head
+    else:
+        raise _no_head(who, features, type(head).__name__)
+    parts = {key.rpartition(".")[2]: tensor.detach().to("cpu", copy=True) for key, tensor in named.items()}
+    weight = parts.get("weight", torch.zeros(0))
+    bias = parts.get("bias", torch.zeros(len(weight), dtype=weight.dtype))
+    shapes = f"{ {key: tuple(tensor.shape) for key, tensor in parts.items()} }, {weight.dtype}"
+    if not (set(parts) <= {"weight", "bias"} and len(parts) == len(named) and weight.dim() == 2 and len(weight) > 1):
+        raise _no_head(who, features, shapes)
+    if weight.shape[1] != features or bias.shape != weight.shape[:1]:
+        raise _no_head(who, features, shapes)
+    exact = (torch.float32, torch.float16, torch.bfloat16)
+    if not all(t.dtype in exact and bool(t.isfinite().all()) for t in (weight, bias)):
+        raise _no_head(who, features, f"{weight.dtype} and {bias.dtype}, or numbers that are not finite")
+    return weight.float().contiguous(), bias.float().contiguous()
+
+
+def _no_head(who: str, features: int, received: str) -> InputError:
+    return InputError(
+        f"{who[0].upper()}{who[1:]} is no linear layer on these features",
+        expected=f"nn.Linear({features}, K), or a safetensors file with its weight and bias, finite float32",
+        received=received,
+        remedy="give the last layer alone; head.float() where it is in float64",
+    )
+
+
+def head_digest(weight: Tensor, bias: Tensor) -> str:
+    """sha256 of a head's weight and bias, as `read_head` gives them.
+
+    >>> head_digest(torch.zeros(2, 3), torch.zeros(2))[:8]
+    '31ae999b'
+    """
+    digest = hashlib.sha256(b"rsrouter-head")
+    put_tensor(digest, "weight", weight)
+    put_tensor(digest, "bias", bias)
+    return digest.hexdigest()
 
 
 def _width(head: nn.Module) -> int | None:

@@ -186,8 +186,7 @@ class _Runner:
                         raise gone from error
                     raise
             self._may_halve = False
-            drawn = len(self.batches(requests))
-            self._since_check, self._unproven = self._since_check + drawn, self._unproven + drawn
+            self.ran(len(self.batches(requests)))
             if self._last is not None and (not self._witnesses or self._since_check >= CHECK_EVERY):
                 check_votes(self.prepared, self.model.name, self.model.widths, *self._last, self._witnesses)
                 self._witnesses += 1
@@ -195,6 +194,10 @@ class _Runner:
             if self._since_check >= CHECK_EVERY:
                 self.check_again()
             return counts
+
+    def ran(self, batches: int) -> None:
+        """Counts batches that were run since the last check."""
+        self._since_check, self._unproven = self._since_check + batches, self._unproven + batches
 
     def check_again(self) -> None:
         """If votes were drawn since: whether the network still is what it was. After a few batches that is seen by its state, in

@@ -252,22 +252,31 @@ def count(outputs: Outputs, widths: tuple[int, ...], rows: Tensor, bad: Tensor |
         offset += width + 1
 
 
+def passes(
+    asked: Round, batches: Sequence[Sequence[Segment]], noise: NoiseStream | CounterNoise, prepared: Prepared
+) -> Iterator[tuple[Batch, Outputs]]:
+    """Every batch of noisy copies with the network's outputs, which the next pass may write over."""
+    if isinstance(noise, CounterNoise):
+        source = _from_counters(asked, batches, noise, prepared)
+    else:
+        source = _from_chunks(asked, batches, noise, prepared)
+    device = asked.images.device
+    with torch.cuda.device(device) if has_streams(device) else nullcontext():
+        for batch in source:
+            x = batch[0]
+            yield batch, heads(forward(prepared.module, x, asked.name), asked.widths, asked.name, len(x))
+
+
 @torch.inference_mode()
 def draw(
     asked: Round, batches: Sequence[Sequence[Segment]], noise: NoiseStream | CounterNoise, prepared: Prepared
 ) -> tuple[Tensor, tuple[Tensor, Outputs] | None]:
     """Counts `(requests + 1, columns)` on the device, and the last batch with its logits."""
     counts, last = asked.counts(), None
-    if isinstance(noise, CounterNoise):
-        source = _from_counters(asked, batches, noise, prepared)
-    else:
-        source = _from_chunks(asked, batches, noise, prepared)
-    with torch.cuda.device(counts.device) if has_streams(counts.device) else nullcontext():
-        for x, rows, bad in source:
-            outputs = heads(forward(prepared.module, x, asked.name), asked.widths, asked.name, len(x))
-            count(outputs, asked.widths, rows, bad, counts)
-            last = x, outputs
+    for (x, rows, bad), outputs in passes(asked, batches, noise, prepared):
+        count(outputs, asked.widths, rows, bad, counts)
+        last = x, outputs
     return counts, last
 
 
-__all__ = ["Round", "Segment", "count", "draw", "lay_out"]
+__all__ = ["Round", "Segment", "count", "draw", "lay_out", "passes"]
