@@ -198,7 +198,7 @@ def _chosen(declared: Any, names: list[str] | None) -> list[str]:
 
 
 def _certify(folder: Path, declared: Any, names: list[str] | None, radii: str, format: Format) -> None:
-    from rsrouter.cli.options import parse_radii
+    from rsrouter.cli.reading import parse_radii
     from rsrouter.jobs import certify_head
     from rsrouter.report import summarise
     from rsrouter.report.text import print_summary
