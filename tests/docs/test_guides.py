@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.main import get_command
 
@@ -134,7 +135,17 @@ def choosing() -> None:
     ExpertPool(experts).save("pool.json")
 
 
+def heads() -> None:
+    """A pool, images, and two last layers."""
+    checkpoints()
+    trunk = load_expert("models/noise_0.50/checkpoint.pth.tar", sigma=0.5, architecture="docs_tiny", normalisation="none")
+    ExpertPool([trunk]).save("pool.json")
+    for name in ("a", "b"):
+        save_file(nn.Linear(48, 10).state_dict(), f"{name}.safetensors")
+
+
 FOLDERS = {
+    "guide/deterministic.md": lambda request: heads(),
     "install.md": lambda request: cascade("demo-run/router"),
     "guide/researcher.md": lambda request: checkpoints(),
     "guide/deploy.md": lambda request: cascade("router"),
@@ -153,6 +164,7 @@ SMALLER = {
         "--n 100 --unseen": "--n 20 --unseen",
     },
     "guide/publish.md": {"cifar_resnet110": "docs_tiny", "--rows 4": "--rows 1 --fresh-votes 200 --attack-steps 2"},
+    "guide/deterministic.md": {"--n 10000": "--n 200", "--count 200": "--count 2"},
     "guide/deploy.md": {"batch(range(4))": "batch(range(1))", "n=1000": "n=100"},
     "guide/choosing.md": {"train pool.json --data": "train pool.json --recipe quick --n 600 --radii 0:0.5:0.25 --data"},
     "install.md": {"--n 2000": "--n 500 --radii 0:0.25:0.25"},
