@@ -22,7 +22,10 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="One minute: few votes, timed once; for a first look only.")] = False,
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Timed rounds of each pair; default 5.")] = None,
     n_max: Annotated[
-        int | None, typer.Option("--n-max", min=1, help="Votes of the fixed plan, and the adaptive plan's most; default 100,000.")
+        int | None,
+        typer.Option(
+            "--n-max", min=1, help="Votes of the fixed plan, and the adaptive plan's most; default 100,000 (--peers: 10,000)."
+        ),
     ] = None,
     images: Annotated[int | None, typer.Option("--images", min=1, help="Images certified adaptively; default 50.")] = None,
     most: Annotated[

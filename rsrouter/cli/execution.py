@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import Device, Format, OutputFormat
+from rsrouter.cli.options import Device, Format, OutputFormat, data_options, read_data, readable_rows
 from rsrouter.core.errors import InputError
 
 ExecutionFile = Annotated[
@@ -18,7 +18,7 @@ ExecutionFile = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        "--dtype", help="float32 (tf32 or ieee: with that precision on CUDA), bfloat16 or float16; default: the router's own."
+        "--dtype", help="float32 (tf32 or ieee: with that precision on CUDA), bfloat16 or float16; int8: see --execution."
     ),
 ]
 ExecutionBatch = Annotated[
@@ -42,13 +42,19 @@ def choose_execution(base: Any, file: Path | None, dtype: str | None, batch: int
     return chosen if batch is None else replace(chosen, batch=batch)
 
 
+@data_options
 def calibrate(
     source: Annotated[str, typer.Argument(metavar="DIR_OR_POOL", help="A router's folder or Hub repository, or a pool.json.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where to write the execution; default: print it.")] = None,
     save: Annotated[bool, typer.Option("--save", help="Store it in the router's config.json, for every verb to use.")] = False,
     dtype: Annotated[
-        str, typer.Option("--dtype", help=f"float32, bfloat16, float16, or {FASTEST} of the first two.")
+        str,
+        typer.Option("--dtype", help=f"float32, bfloat16, float16, {FASTEST} of the first two, or int8 (with --data)."),
     ] = "float32",
+    data: Annotated[
+        str | None, typer.Option("--data", help="For int8: images that tell the ranges of layers; not those to certify.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="For int8: how many of them, evenly spread.")] = 64,
     ways: Annotated[
         bool,
         typer.Option(
@@ -59,15 +65,19 @@ def calibrate(
     device: Device = "cpu",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds of each candidate.")] = 3,
     format: OutputFormat = Format.text,
+    *,
+    reading: dict[str, Any],
 ) -> None:
     """Measure which batch size (and dtype, and way of running) is fastest on this machine, and store it; tables record what they
     used.
 
     Example: rsrouter calibrate demo-run/router --dtype fastest --ways --out execution.json
+
+    Example: rsrouter calibrate pool.json --dtype int8 --data train.npz --out int8.json
     """
     from rsrouter import Execution, ExpertPool, RoutedSmooth
     from rsrouter.router.base import vote_model
-    from rsrouter.sampling.calibrate import DTYPES
+    from rsrouter.sampling.calibrate import DTYPES, measure_ranges
     from rsrouter.sampling.calibrate import calibrate as measure
     from rsrouter.serialise import router_folder, store_execution
 
@@ -87,7 +97,13 @@ def calibrate(
         pool, base = routed.pool, routed.execution
         models = list(routed.routed.models)
     dtypes = DTYPES if dtype == FASTEST else (dtype,)
+    if dtype == "int8":
+        alone = [] if pool_file else [vote_model(e) for e in pool if e.sigma > 0]  # for tables of each expert
+        base = measure_ranges([*models, *alone], _ranging(data, reading, count), base=base)
+        dtypes = ("float32", "int8")  # beside each other
     chosen, timings = measure(models, pool.input_shape, device=device, base=base, dtypes=dtypes, ways_too=ways, repeats=repeats)
+    if dtype == "int8":
+        chosen = max((t for t in timings if t.execution.dtype == dtype), key=lambda t: t.rows_per_second).execution
     measured = [
         {
             **{key: getattr(t.execution, key) for key in ("dtype", "batch", "precision", "graphs", "threads")},
@@ -116,6 +132,24 @@ def calibrate(
             + best
         )
     typer.echo(f"stored in {router_folder(folder) / 'config.json'}" if save else f"execution: {out or chosen.to_dict()}")
+
+
+def _ranging(data: str | None, reading: dict[str, Any], count: int) -> Any:
+    """The images that ranges are measured on.
+
+    Raises:
+        InputError: none are named.
+    """
+    if data is None:
+        raise InputError(
+            "int8 needs images to measure ranges on",
+            expected="--data with images like those to certify, but not those",
+            received="no --data",
+            remedy="--data train.npz",
+        )
+    images = read_data(data, reading, demo="train")
+    rows = readable_rows(images, range(0, len(images), max(1, len(images) // count)))[:count]
+    return images.batch(rows)[0]
 
 
 def register(app: typer.Typer) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from rsrouter.core.errors import InputError
 from rsrouter.process import PRECISIONS
@@ -23,6 +25,7 @@ from rsrouter.sampling.execution import (
     resolve_device,
 )
 from rsrouter.sampling.graphs import replayed
+from rsrouter.sampling.int8 import Ranges, fingerprint, watched_ranges
 from rsrouter.sampling.lanes import lane_pool
 
 #: What `dtypes="fastest"` chooses from.
@@ -155,4 +158,51 @@ def _seconds_per_row(
     return statistics.mean(each) / lanes
 
 
-__all__ = ["DTYPES", "Timing", "calibrate"]
+@torch.inference_mode()
+def measure_ranges(
+    models: Sequence[VoteModel], images: Tensor, *, base: Execution | None = None, copies: int = 8, seed: int = 0
+) -> Execution:
+    """`base` in int8, with ranges measured in float32 on noisy copies of calibration images, at each network's own noise level.
+
+    The images may be any that are not certified with it: where votes are quantised is part of the certified function, and is
+    fixed beforehand. A network at several noise levels gets the widest range.
+
+    Args:
+        models: the networks, those that do not vote left out.
+        images: `(N, C, H, W)` pixels in [0,1].
+        base: what does not change.
+        copies: noisy copies of each image.
+        seed: of the noise, which certifies nothing.
+
+    Raises:
+        InputError: no image, or a network without a layer that int8 is for. NetworkError: a network that cannot be certified.
+    """
+    base, cpu = base or Execution(), torch.device("cpu")
+    if not len(images):
+        raise InputError(
+            "int8 needs images to measure ranges on", expected="an image or more", received="none", remedy="give some"
+        )
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    generator = torch.Generator().manual_seed(seed)
+    exact = replace(base, dtype="float32", compile=False)
+    for model in [m for m in models if m.sigma > 0]:
+        run = prepare(model.module, exact.on(cpu), cpu, images.shape[1:], model.name)
+        ranges = found.setdefault(fingerprint(model.module), {})
+        with exact.kernels(cpu), watched_ranges(run.module, ranges):
+            for image in images:
+                noisy = image + model.sigma * torch.randn((copies, *image.shape), generator=generator)
+                run(noisy)
+        # a layer that only ever saw zeros stays float32
+        for layer in [name for name, (low, high) in ranges.items() if not (low < high and math.isfinite(high - low))]:
+            del ranges[layer]
+        if not ranges:
+            raise InputError(
+                f"Network {model.name!r} has nothing that runs in int8",
+                expected="a Conv2d with zero padding, or a Linear, that its forward pass calls",
+                received="none",
+                remedy="run it in float32",
+            )
+    return replace(base, dtype="int8", compile=False, ranges=Ranges.of(found))
+
+
+__all__ = ["DTYPES", "Timing", "calibrate", "measure_ranges"]

@@ -23,11 +23,15 @@ from rsrouter.process import KERNELS as KERNELS
 from rsrouter.process import PRECISIONS
 from rsrouter.process import fixed_kernels as fixed_kernels
 from rsrouter.sampling.fold import fold_batchnorm
+from rsrouter.sampling.int8 import Ranges, fingerprint, quantise
 from rsrouter.sampling.logits import Outputs, forward, out_of_memory, outputs, same_votes
 from rsrouter.sampling.noise import STREAMS
 from rsrouter.sampling.private import private_copy
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: What tensors between layers are in.
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
+
+_NO_RANGES = Ranges()
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Execution:
     Attributes:
         batch: rows per forward pass; the last batch is padded to it. 0: `default_batch` for the largest input of a network,
             halved where memory is short before the first vote is drawn. A number is a promise: exactly that, or a NetworkError.
-        dtype: `float32`, `bfloat16` or `float16`.
+        dtype: `float32`, `bfloat16`, `float16`, or `int8`: convolutions and linear layers in whole numbers, on a CPU (`ranges`).
         fold: fold BatchNorm into the convolution before it, where the module then votes the same.
         channels_last: memory layout of weights and inputs, where the module takes it and votes the same.
         compile: use torch.compile.
@@ -48,6 +52,7 @@ class Execution:
             default on an accelerator. Empty: the device's default.
         threads: of each forward pass on a CPU. 0: torch's own number, one pass after the other. Otherwise torch's own number of
             threads runs as many passes side by side as it has room for, which changes no bit.
+        ranges: of the inputs of layers in int8, as `rsrouter calibrate --dtype int8` measured them; empty for other dtypes.
     """
 
     batch: int = 0
@@ -59,11 +64,21 @@ class Execution:
     graphs: bool = True
     stream: str = ""
     threads: int = 0
+    ranges: Ranges = _NO_RANGES
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise InputError(
                 "Unknown dtype", expected=f"one of {sorted(_DTYPES)}", received=repr(self.dtype), remedy="use float32"
+            )
+        if self.dtype != "int8":
+            object.__setattr__(self, "ranges", _NO_RANGES)
+        elif not self.ranges or self.compile:
+            raise InputError(
+                "int8 runs as it was calibrated, and is not compiled",
+                expected="an execution of `rsrouter calibrate --dtype int8`, compile=False",
+                received="compile=True" if self.ranges else "dtype 'int8' without ranges of its layers' inputs",
+                remedy="rsrouter calibrate ROUTER --dtype int8 --data DATA --out execution.json, then --execution execution.json",
             )
         for name, known in (("precision", PRECISIONS), ("stream", tuple(STREAMS))):
             if getattr(self, name) not in ("", *known):
@@ -90,7 +105,7 @@ class Execution:
         """The same with the device's own defaults in the place of empty values, and without what no such device does.
 
         Raises:
-            InputError: TF32 where there is none.
+            InputError: TF32 or int8 where there is none.
 
         >>> Execution().on(torch.device("cuda")).precision, Execution().on(torch.device("cpu")).precision
         ('tf32', 'ieee')
@@ -101,6 +116,13 @@ class Execution:
                 expected="precision 'ieee', or leave it out",
                 received="precision 'tf32'",
                 remedy="run on CUDA, or certify anew with a precision that this device has",
+            )
+        if device.type != "cpu" and self.dtype == "int8":
+            raise InputError(
+                f"int8 does not run on {device.type}",
+                expected="a CPU",
+                received=str(device),
+                remedy="run on a CPU, or certify anew in a dtype that this device has",
             )
         return self.nearest(device)
 
@@ -150,12 +172,14 @@ class Execution:
         return replace(self, dtype=name)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-ready description; `ranges` only where there are some."""
+        found = {**asdict(self), "ranges": self.ranges.to_dict()}
+        return found if self.ranges else {k: v for k, v in found.items() if k != "ranges"}
 
     @classmethod
     def from_dict(cls, content: Any, where: str = "this execution") -> Execution:
         """The execution of `to_dict`. InputError for anything else: a setting that is not understood changes bits."""
-        known = {f.name: type(f.default) for f in fields(cls)}
+        known: dict[str, type] = {**{f.name: type(f.default) for f in fields(cls)}, "ranges": dict}
         if not isinstance(content, dict) or (bad := [k for k, v in content.items() if type(v) is not known.get(k)]):
             raise InputError(
                 "An execution cannot be read",
@@ -163,6 +187,8 @@ class Execution:
                 received=f"{where}: {bad if isinstance(content, dict) else type(content).__name__}",
                 remedy="write it with `rsrouter calibrate`, or upgrade rsrouter",
             )
+        if "ranges" in content:
+            content = {**content, "ranges": Ranges.from_dict(content["ranges"], where)}
         return cls(**content)
 
     def save(self, path: str | Path, **notes: Any) -> Path:
@@ -354,6 +380,7 @@ def prepare(
 
     Raises:
         NetworkError: a module that cannot be copied or moved whole, or that cannot run.
+        InputError: an int8 execution without ranges of this module.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten())
     >>> prepare(net, Execution(batch=4), torch.device("cpu"), (1, 4, 4)).execution.fold
@@ -367,6 +394,10 @@ def prepare(
             last = execution.channels_last and _takes_channels_last(prepared, runs[0], expected)
             execution = replace(execution, fold=folded, channels_last=last)
         prepared = prepared.to(dtype=_DTYPES[execution.dtype])
+        if execution.dtype == "int8":
+            run = Prepared(prepared, execution)
+            x = run.input(_example(prepared, shape, execution, device, name)[0][0])
+            prepared = quantise(prepared, execution.ranges.layers(fingerprint(module), name), x, name)
     if execution.compile:
         prepared = torch.compile(prepared, dynamic=False)  # type: ignore[assignment]
     return Prepared(prepared, execution)

@@ -15,9 +15,9 @@ from rsrouter.core.errors import DeviceError, NetworkError, RSRouterError
 Outputs = tuple[Tensor, ...]
 
 #: How far a gap between two logits may move, relative to itself and to a usual gap between the first two, and be rounding.
-_ROUNDING = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 5e-2}
+_ROUNDING = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 5e-2, "int8": 5e-2}
 #: The share of rows whose vote may move: those that rounding decides.
-_FLIPS = {"float32": 0.01, "tf32": 0.05, "bfloat16": 0.1, "float16": 0.1}
+_FLIPS = {"float32": 0.01, "tf32": 0.05, "bfloat16": 0.1, "float16": 0.1, "int8": 0.1}
 
 _REMEDIES = {
     "view size is not compatible": "use .reshape instead of .view in its forward pass",
@@ -197,7 +197,7 @@ def _moved(first: Tensor, second: Tensor, dtype: str) -> Moved:
     u, v = (t.detach().cpu().double().flatten(1) for t in (first, second))
     if torch.equal(u.nan_to_num(nan=7.0), v.nan_to_num(nan=7.0)) and torch.equal(u.isnan(), v.isnan()):
         return Moved(0.0, 0.0, 0.0, False, True)
-    info = torch.finfo(getattr(torch, "float32" if dtype == "tf32" else dtype))
+    info = torch.finfo(getattr(torch, "float32" if dtype in ("tf32", "int8") else dtype))
     eps = 2.0**-10 if dtype == "tf32" else info.eps
     finite, both = u.isfinite(), u.isfinite() & v.isfinite()
     same = both | (u == v) | (u.isnan() & v.isnan())
