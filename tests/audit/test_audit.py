@@ -280,9 +280,10 @@ def test_what_cannot_be_audited(run: Path, tmp_path: Path, data: ImageData) -> N
         audit(run)
 
 
-def test_by_name_on_the_hub(hub, tmp_path: Path, data: ImageData) -> None:
+def test_by_name_on_the_hub(hub, tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     from rsrouter.publish import publish
 
+    monkeypatch.setattr("rsrouter.publish.commit.load_anew", lambda *_, **__: None)  # a process; tests/publish starts it
     pool = small.put_experts(hub, tmp_path)
     small.run_folder(small.routed(pool), tmp_path / "run", data)
     done = publish(tmp_path / "run", "org/router")
@@ -442,7 +443,7 @@ def test_moved_votes_are_allowed_for_rounding_alone(
         told = iter(lean)
         monkeypatch.setattr(rows, "moved_votes", lambda stored, again: (moved, 10_000))
         monkeypatch.setattr(rows, "lean", lambda row, again: next(told))
-        return audit(run, data=data, rows=None, seed=8, attack_steps=0)
+        return audit(run, data=data, rows=None, seed=8, fresh_votes=100, attack_steps=0)
 
     assert "votes" not in failed(report(0, leans))
     assert "votes" in failed(report(1, leans))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rsrouter.cli.jobs import duration
 from rsrouter.core.errors import InputError, NetworkError, ResultsError, WorkerError
 from rsrouter.core.plans import Plan
 from rsrouter.jobs import certify_table, estimate_table, label_table, merge_labels
+from rsrouter.jobs.workers import Processes
 from rsrouter.results import merge_tables, read_table
 from rsrouter.training.label_files import load_votes
 from tests.helpers import small_router as small
@@ -154,7 +156,10 @@ def test_estimate_of_both_kinds_of_plan() -> None:
     assert [cost.beta for cost in other.patience] == [0.01, 0.05, 0.1, 0.2, 0.3, 0.5]
 
 
-def test_labels_by_two_workers(tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers fork here; test_two_workers spawns")
+def test_labels_by_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsrouter.jobs.driver.Processes", partial(Processes, method="fork"))
+    torch.set_num_threads(1)  # a forked child of a process with OpenMP threads may hang
     for name, options in (("one", {}), ("two", {"workers": 2})):
         label_table(pool(), DATA, tmp_path / name, n=20, threads=1, unseen=True, **options)
     (a, ya, ma), (b, yb, mb) = (load_votes(tmp_path / name, pool()) for name in ("one", "two"))
