@@ -10,7 +10,7 @@ from scipy import integrate, optimize, stats
 from statsmodels.stats.proportion import proportion_confint
 
 from rsrouter.core import AlphaSplit, PlanError, binom_lower, binom_upper, sequence_lower, sequence_upper
-from rsrouter.core.bounds import check_counts, multiclass_bounds
+from rsrouter.core.bounds import LinearSpending, check_counts, multiclass_bounds
 
 
 @pytest.mark.parametrize("alpha", [1e-3, 0.05, 1e-6])
@@ -332,6 +332,43 @@ def test_multiclass_bounds_cover_jointly():
     weight = stats.multinomial.pmf(grid, n, p)
     lower, upper = multiclass_bounds(grid, np.zeros(len(grid), int), alpha)
     assert weight[(lower > p[0]) | (upper < p[1])].sum() <= alpha
+
+
+@pytest.mark.parametrize("looks", [(100,), (20, 50), (20, 50, 100, 160)])
+@pytest.mark.parametrize("last_share", [0.4, 0.75])
+def test_linear_spending_is_its_definition_look_by_look(looks: tuple[int, ...], last_share: float):
+    """Every count, by scipy's quantiles: the level of the look alone where that stays below what an earlier look could
+    reject, else the better of that edge and of everything due by then."""
+    spending, levels = LinearSpending(looks, last_share), (1e-3, 0.05)
+    due = [(1.0 - last_share) * n / looks[-1] for n in looks[:-1]] + [1.0]
+    counts, totals, alphas, wanted = [], [], [], []
+    for at, n in enumerate(looks):
+        for alpha in levels:
+            for k in range(n + 1):
+
+                def bound(level: float, k: int = k, n: int = n) -> float:
+                    return float(stats.beta.ppf(level, k, n - k + 1)) if k else 0.0
+
+                low = bound(alpha * (due[at] - (due[at - 1] if at else 0.0)))
+                if at and not low < (edge := (alpha * due[at - 1]) ** (1 / looks[at - 1])):
+                    low = max(edge, bound(alpha * due[at]))
+                counts, totals = [*counts, k], [*totals, n]
+                alphas, wanted = [*alphas, alpha], [*wanted, low]
+    k, n, alpha, low = (np.array(column) for column in (counts, totals, alphas, wanted))
+    for _ in range(2):  # the edges of a level are kept
+        found = spending.lower(k, n, alpha)
+        np.testing.assert_allclose(found, low, rtol=1e-9)
+        assert np.all(found <= low)
+        found = spending.upper(n - k, n, alpha)
+        np.testing.assert_allclose(found, 1.0 - low, rtol=1e-9, atol=1e-12)
+        assert np.all(found >= (1.0 - low) * (1.0 - 1e-15))
+    assert spending.lower(3, looks[0], 0.05).shape == spending.upper(3, looks[0], 0.05).shape == ()
+    for bad in (looks[0] - 1, looks[-1] + 1):
+        for refused in (spending.lower, spending.upper):
+            with pytest.raises(PlanError):
+                refused(1, bad, 0.05)
+            with pytest.raises(PlanError):
+                refused([1, 1], [looks[0], bad], 0.05)
 
 
 def test_alpha_split_cannot_be_overspent():

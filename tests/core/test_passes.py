@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -97,6 +98,59 @@ def test_rounding_is_taken_off_twice_and_nothing_not_finite_certifies():
     assert not entry[2:].any()
     assert pass_targets(GATE, logits).tolist() == [0, 0, 2, 2, 2]
     assert pass_possible(GATE, logits).tolist()[:3] == [[True, False, False], [True, True, False], [True] * 3]
+
+
+def by_hand(stage: Stage, z: list[float]) -> tuple[list[float], int, list[bool]]:
+    """Entry radii, target, and what the true function may decide, of one row of logits: the module's formulas in loops."""
+    k, classes = len(z), range(len(z))
+    if not all(map(math.isfinite, z)):
+        return [0.0] * len(stage.leads_to), k, [True] * len(stage.leads_to)
+    constant = [[stage.lipschitz[a][b] if isinstance(stage.lipschitz, tuple) else math.sqrt(2) * stage.lipschitz
+                 for b in classes] for a in classes]  # fmt: skip
+    tau, wrong = stage.tau or 0.0, 2 * stage.rounding
+    lead = [z[a] - max(z[m] for m in classes if m != a) for a in classes]
+    entry = [max(0.0, *((tau - (z[a] - z[m]) - wrong) / constant[a][m] for m in classes if m != a)) for a in classes]
+    possible = [gap >= tau - wrong for gap in lead]
+    if stage.tau is None:
+        return [*entry, math.inf], lead.index(max(lead)), [*possible, False]
+    kept = max(min((z[a] - z[m] - tau - wrong) / constant[a][m] for m in classes if m != a) for a in classes)
+    target = lead.index(max(lead)) if max(lead) >= tau else k + 1
+    return [*entry, math.inf, max(0.0, kept)], target, [*possible, False, not any(gap >= tau + wrong for gap in lead)]
+
+
+@pytest.mark.parametrize("tau", [None, 0.7])
+@pytest.mark.parametrize("rounding", [0.0, 0.05])
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("table", [False, True])
+def test_passes_are_the_formulas_one_by_one(tau: float | None, rounding: float, k: int, table: bool) -> None:
+    rng = np.random.default_rng(k)
+    constants = rng.uniform(0.5, 3.0, (k, k))
+    lipschitz = tuple(map(tuple, (constants + constants.T).tolist())) if table else 1.3
+    more = (ABSTAIN,) if tau is None else (ABSTAIN, "next")
+    kind = "plurality" if tau is None else "threshold"
+    stage = Stage("gate", 0.0, kind, tau, (*range(k), *more), lipschitz=lipschitz, rounding=rounding)
+    z = rng.normal(size=(40, k)).round(1)
+    z[0], z[1], z[2], z[3, 0], z[4, -1] = 0.0, -7.0, 1e3 * np.arange(k), np.nan, -np.inf
+    z[5] = 0.5 * np.arange(k)[::-1]
+    entry, target, possible = pass_entries(stage, z), pass_targets(stage, z), pass_possible(stage, z)
+    assert entry.shape == possible.shape == (40, len(stage.leads_to))
+    for row, logits in enumerate(z.tolist()):
+        wanted, to, may = by_hand(stage, logits)
+        np.testing.assert_allclose(entry[row], wanted, rtol=1e-8, atol=1e-8)
+        assert np.all(entry[row] <= np.array(wanted))  # rounded down
+        assert target[row] == to
+        if min(abs(abs(a - b) - s) for a in logits for b in logits for s in (0.7, 0.6, 0.8, 0.1)) > 1e-9:  # no rounding decides
+            assert possible[row].tolist() == may
+        assert possible[row, to] or not np.isfinite(logits).all()
+
+
+def test_logits_that_do_not_fit_a_stage_are_refused() -> None:
+    voting = Stage("net", 0.5, leads_to=(0, 1, ABSTAIN))
+    for read in (pass_entries, pass_targets, pass_possible):
+        for stage, logits in ((voting, [[1.0, 0.0]]), (GATE, [1.0, 0.0]), (GATE, [[1.0, 0.0, 2.0]]), (GATE, [[[1.0, 0.0]]])):
+            with pytest.raises(PlanError, match="Logits do not fit"):
+                read(stage, logits)
+        assert len(read(GATE, [[1, 0], [0, 1]])) == 2
 
 
 def test_a_tree_without_votes_needs_no_alpha_and_no_votes():

@@ -6,6 +6,7 @@ import errno
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,28 @@ from rsrouter.training.flat import flat_router
 SHORT = Recipe("dual-rs", epochs=3, consistency=40.0)
 
 
+def trained(experts: ExpertPool, kind: str) -> str:
+    router: Any = kind
+    if kind == "own":
+        torch.manual_seed(1)
+        router = FlatRouter(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).float(), sigma=0.5)
+    recipe: Any = QUICK if kind == "deferral" else SHORT
+    wanted: dict[str, Any] = {"radii": RADII, "recipe": recipe, "label_n": 20, "plan_n": 1000}
+    x, y = (t.clone() for t in DATA)
+    return train_router(experts, router, x, y, validation=tuple(t.clone() for t in HELD), **wanted).router.digest
+
+
+@cache
+def usual(kind: str) -> tuple[ExpertPool, str]:
+    """Experts, and the digest of a router trained over them, in a process that nobody has set."""
+    with usual_settings():
+        return (experts := pool()), trained(experts, kind)
+
+
 @pytest.mark.parametrize("kind", ["flat", "deferral", "own"])
 @pytest.mark.parametrize("around", ["float64", "no_grad", "inference", "autocast"])
 def test_training_does_not_depend_on_the_process_around_it(kind: str, around: str) -> None:
-    def trained(experts: ExpertPool) -> str:
-        router: Any = kind
-        if kind == "own":
-            torch.manual_seed(1)
-            router = FlatRouter(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).float(), sigma=0.5)
-        recipe: Any = QUICK if kind == "deferral" else SHORT
-        wanted: dict[str, Any] = {"radii": RADII, "recipe": recipe, "label_n": 20, "plan_n": 1000}
-        x, y = (t.clone() for t in DATA)
-        return train_router(experts, router, x, y, validation=tuple(t.clone() for t in HELD), **wanted).router.digest
-
-    with usual_settings():
-        experts = pool()
-        wanted = trained(experts)
+    experts, wanted = usual(kind)
     before = torch.get_default_dtype()
     contexts: dict[str, AbstractContextManager[Any]] = {
         "float64": nullcontext(),
@@ -66,8 +73,8 @@ def test_training_does_not_depend_on_the_process_around_it(kind: str, around: st
         with contexts[around]:
             states = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
             # a module made under float64 is initialised by other random numbers
-            assert trained(experts) == wanted or (kind, around) == ("own", "float64")
-            assert trained(pool())  # experts made in such a process
+            assert trained(experts, kind) == wanted or (kind, around) == ("own", "float64")
+            assert trained(pool(), kind)  # experts made in such a process
             assert states == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     finally:
         torch.set_default_dtype(before)

@@ -20,6 +20,7 @@ from rsrouter import (
     FixedPlan,
     FlatRouter,
     InputError,
+    Recipe,
     ResultsError,
     RoutedSmooth,
     train_router,
@@ -40,7 +41,8 @@ from rsrouter.training.labels import radii_from_votes, target_radii
 from rsrouter.training.train import expert_passes
 
 SHAPE, CLASSES, RADII = (1, 4, 4), 3, (0.0, 0.25, 0.5, 1.0)
-QUICK = DeferralRecipe(copies=6, tune_copies=40, heads=(HeadRecipe(hidden=8, steps=60),), stages=2)
+QUICK = DeferralRecipe(copies=6, tune_copies=40, levels=(1.1,), heads=(HeadRecipe(hidden=8, steps=60),), stages=2)
+RECIPE_OF = {"auto": QUICK, "deferral": QUICK, "flat": Recipe(epochs=3), "cascade": None}
 
 
 class Columns(nn.Module):
@@ -171,10 +173,8 @@ def test_experts_are_unchanged_to_the_bit(kind: str, tmp_path: Path) -> None:
     experts = pool()
     before = [module_digest(e.module) for e in experts]
     requires = [p.requires_grad for e in experts for p in e.module.parameters()]
-    recipe = QUICK if kind == "auto" else None
-    routed = train_router(
-        experts, kind, *images(), radii=RADII, out=tmp_path / "router", recipe=recipe, validation=images(40, 1), plan_n=1000
-    )
+    options = {"radii": RADII, "recipe": RECIPE_OF[kind], "validation": images(40, 1), "plan_n": 1000}
+    routed = train_router(experts, kind, *images(), out=tmp_path / "router", **options)
     assert [module_digest(e.module) for e in experts] == before
     assert [p.requires_grad for e in experts for p in e.module.parameters()] == requires
     lines = [json.loads(line) for line in (tmp_path / "router" / "training.jsonl").read_text().splitlines()]
@@ -189,7 +189,7 @@ def test_experts_are_unchanged_to_the_bit(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["auto", "deferral", "cascade", "flat"])
 def test_the_votes_of_a_training_are_known_beforehand(kind: str) -> None:
     drawn: list[int] = []
-    recipe = QUICK if kind in ("auto", "deferral") else None
+    recipe = RECIPE_OF[kind]
     train_router(pool(), kind, *images(60), radii=RADII, recipe=recipe, validation=images(40, 1), votes=drawn.append)
     training = Training(pool(), kind, *images(60), radii=RADII, recipe=recipe, validation=images(40, 1))
     assert sum(drawn) == expert_passes(training.checked()) > 0
@@ -206,7 +206,7 @@ def test_a_router_records_the_execution_it_was_trained_for(kind: str, tmp_path: 
     for module in (engine, features):
         monkeypatch.setattr(module, "prepare", lambda m, how, *rest: (ran.add(how.dtype), prepare(m, how, *rest))[1])
     how = Execution(dtype="bfloat16", batch=40)
-    options = {"radii": RADII, "recipe": QUICK if kind == "auto" else None, "validation": images(40, 1), "plan_n": 1000}
+    options = {"radii": RADII, "recipe": RECIPE_OF[kind], "validation": images(40, 1), "plan_n": 1000}
     routed = train_router(pool(), kind, *images(), execution=how, out=tmp_path / "router", **options)
     assert ran == {"bfloat16"}
     assert routed.execution == RoutedSmooth.from_pretrained(tmp_path / "router").execution == how
@@ -227,7 +227,7 @@ def test_an_unfinished_training_of_another_execution_is_refused(tmp_path: Path) 
 
 def test_training_repeats_and_the_seed_matters() -> None:
     def trained(seed: int) -> str:
-        return train_router(pool(), "flat", *images(), radii=RADII, seed=seed).router.digest
+        return train_router(pool(), "flat", *images(), radii=RADII, recipe=Recipe(epochs=3), seed=seed).router.digest
 
     assert trained(0) == trained(0)
     assert trained(0) != trained(1)
