@@ -58,7 +58,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / f"{i}.tsv" for i in range(3)]
 
 
-def test_two_workers(tmp_path: Path, one: list[list[str]]) -> None:
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers fork from this process, which has torch already; a script at the end of this file spawns one."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    monkeypatch.setattr("rsrouter.jobs.driver.Processes", partial(Processes, method="fork"))
+    torch.set_num_threads(1)  # a forked child of a process with OpenMP threads may hang
+
+
+def test_two_workers(tmp_path: Path, one: list[list[str]], forks: None) -> None:
     assert certify(tmp_path / "t.tsv", workers=2) == one
 
 
@@ -156,10 +165,7 @@ def test_estimate_of_both_kinds_of_plan() -> None:
     assert [cost.beta for cost in other.patience] == [0.01, 0.05, 0.1, 0.2, 0.3, 0.5]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers fork here; test_two_workers spawns")
-def test_labels_by_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rsrouter.jobs.driver.Processes", partial(Processes, method="fork"))
-    torch.set_num_threads(1)  # a forked child of a process with OpenMP threads may hang
+def test_labels_by_two_workers(tmp_path: Path, forks: None) -> None:
     for name, options in (("one", {}), ("two", {"workers": 2})):
         label_table(pool(), DATA, tmp_path / name, n=20, threads=1, unseen=True, **options)
     (a, ya, ma), (b, yb, mb) = (load_votes(tmp_path / name, pool()) for name in ("one", "two"))
@@ -430,14 +436,19 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     expert = Expert(Mine(), sigma=0.5, num_classes=3, input_shape=(1, 4, 4), name="mine")
     images = [(torch.full((1, 4, 4), i / 4), 1) for i in range(4)]
-    table = certify_table(Smooth(expert), images, sys.argv[1], FixedPlan(10, 50), workers=1)
-    print(len(table))
+    tables = [
+        certify_table(Smooth(expert), images, f"{sys.argv[1]}/{name}.tsv", FixedPlan(10, 50), threads=1, **more)
+        for name, more in (("here", {}), ("there", {"workers": 1}))
+    ]
+    print(len(tables[1]))
 """
 
 
-def test_a_network_that_a_script_defines_is_the_same_in_its_workers(tmp_path):
-    """There its class belongs to `__mp_main__`, which must not make it another network."""
+def test_a_network_that_a_script_defines_is_the_same_in_its_workers(tmp_path: Path) -> None:
+    """In a process of its own, whose rows are those of the script's own process. There its class belongs to `__mp_main__`,
+    which must not make it another network."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, script, tmp_path / "t.tsv"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "4", done.stderr
+    assert untimed(tmp_path / "there.tsv") == untimed(tmp_path / "here.tsv")

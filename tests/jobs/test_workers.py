@@ -1,6 +1,6 @@
 """One process, several, shards, and what dies on the way: the table is the same.
 
-Workers fork from this process, which has torch already; the same code under `spawn` is in `test_certify_workers.py`.
+Workers fork from this process, which has torch already; `test_certify_workers.py` spawns one.
 """
 
 from __future__ import annotations

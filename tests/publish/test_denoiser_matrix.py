@@ -21,6 +21,7 @@ from torch import nn
 from rsrouter import RoutedSmooth
 from rsrouter.cli import main
 from rsrouter.experts import build_architecture, loaders
+from rsrouter.sampling import execution
 from tests.helpers.hub_server import HubServer
 from tests.helpers.library_models import transformers_folder
 
@@ -141,7 +142,7 @@ def trip(hub: HubServer, row: str, folder: Path, data: Path, classifier: dict[st
     pool = json.loads((folder / "pool.json").read_text())
     assert [[part["role"] for part in e["provenance"]["parts"]] for e in pool["experts"]] == [["denoiser", "classifier"]] * 2
     done("label", folder / "pool.json", "--data", data, "--n", 10, "--out", folder / "labels.npz")
-    reading = ("--data", data, "--radii", "0,0.25", "--n", 100, "--execution-batch", 100)
+    reading = ("--data", data, "--radii", "0,0.25", "--n", 100)
     done("train", folder / "pool.json", *reading, "--kind", "flat", "--labels", folder / "labels.npz", "--out", folder / "flat")
     votes = ("--n", 90, "--n0", 10, "--plan", "fixed", "--count", 2)
     done("certify", folder / "flat", "--data", data, *votes, "--out", folder / "flat.tsv")
@@ -159,6 +160,7 @@ def trip(hub: HubServer, row: str, folder: Path, data: Path, classifier: dict[st
 def test_one_cell_of_the_matrix(
     hub: HubServer, tmp_path: Path, data: Path, classifier: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(execution.BATCH_BYTES, "cpu", 2**15)  # 25 rows
     pool = trip(hub, "improved-diffusion", tmp_path, data, classifier)
     monkeypatch.setattr(loaders, "_MODULES", {})
     loaded = RoutedSmooth.from_pretrained("org/flat", cache_dir=tmp_path / "empty")
