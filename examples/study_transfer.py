@@ -24,6 +24,7 @@ from rsrouter.demo import load_slice
 from rsrouter.jobs import certify_table, transfer_table
 from rsrouter.report.curves import average_certified_radius, certified_accuracy
 from rsrouter.results import Table
+from rsrouter.sampling.calibrate import measure_ranges
 
 RADII = np.arange(0.0, 2.01, 0.25)
 
@@ -51,14 +52,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--votes", type=int, nargs="+", default=[1000, 4000], help="paired draws for each network and image")
     parser.add_argument("--images", type=int, default=40)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", help="of the target: bfloat16, int8 (on a CPU), float32 (with --compile)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile as well")
     args = parser.parse_args(arguments)
     demo = read_table(args.run / "certificates.tsv")
     about, indices = demo.described(), demo.idx[: args.images].tolist()
     smoothed, data = RoutedSmooth.from_pretrained(args.run / "router"), load_slice("test")
     smoothed = smoothed.with_execution(replace(Execution.from_dict(about.execution), dtype="float32"))
-    target = replace(smoothed.execution, dtype=args.dtype, compile=args.compile)
+    if args.dtype == "int8":  # ranges of layers, from images that are not certified
+        target = measure_ranges(smoothed.routed.models, load_slice("train").batch(range(64))[0], base=smoothed.execution)
+    else:
+        target = replace(smoothed.execution, dtype=args.dtype, compile=args.compile)
     args.out.mkdir(parents=True, exist_ok=True)
     terms = Terms(about.plan, about.terms.alpha, about.rule, about.sides)
 

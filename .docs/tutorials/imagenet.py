@@ -29,6 +29,9 @@ for k, name in enumerate(("n01440764", "n02102040", "n03028079")):  # folders as
 # !rsrouter inspect val --no-fingerprint
 
 # %% [markdown]
+# A folder with only some of ImageNet's classes counts them from 0, and a network of 1000 classes means others by these numbers:
+# `--classes FILE`, all 1000 folder names in their order, one a line, puts that right. `certify` warns where they do not match.
+#
 # Pictures of several sizes need `--size`: for 224 the short side becomes 256 and the centre is cropped, as the field does on
 # ImageNet. Here 32 does.
 #

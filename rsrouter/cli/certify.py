@@ -176,7 +176,7 @@ def certify(
     from rsrouter.report.text import print_summary
 
     smoothed = load_smoothed(source, expert, revision)
-    images = read_data(data, reading)
+    images = read_data(data, reading, expert=smoothed.experts[0])
     if execution or dtype or execution_batch:
         smoothed = smoothed.with_execution(choose_execution(smoothed.execution, execution, dtype, execution_batch))
     last = len(images) if count is None else min(len(images), start + count)

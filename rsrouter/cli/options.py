@@ -293,8 +293,9 @@ def _data(
 data_options = _option_group(_data, "reading")
 
 
-def read_data(source: str, reading: Mapping[str, Any], demo: str = "test") -> Any:
-    """`load_data` with a verb's data options, its warnings told on stderr; "demo" is a bundled slice, `--split` or `demo`."""
+def read_data(source: str, reading: Mapping[str, Any], demo: str = "test", expert: Any = None) -> Any:
+    """`load_data` with a verb's data options, its warnings told on stderr; "demo" is a bundled slice, `--split` or `demo`. With
+    an expert, data that name other classes than it has are told as well."""
     from rsrouter.data import load_data
 
     if source == DEMO:
@@ -302,7 +303,30 @@ def read_data(source: str, reading: Mapping[str, Any], demo: str = "test") -> An
 
         return load_slice(reading.get("split") or demo)
     with told_warnings():
-        return load_data(source, **reading)
+        data = load_data(source, **reading)
+        if expert is not None:
+            _compare_classes(data, expert)
+    return data
+
+
+def _compare_classes(data: Any, expert: Any) -> None:
+    """Warns where label k of the data is no class k of the experts: a folder with some of ImageNet's classes counts from 0."""
+    own, theirs = data.classes, expert.labels
+    if own is None or not data.labelled:
+        return
+    if len(own) < expert.num_classes:
+        warnings.warn(
+            f"the data name {len(own)} classes, and the experts have {expert.num_classes}: labels count the data's own, from 0 "
+            f"({own[0]}). If they are a part of the experts' classes, give all of those names in their order: --classes FILE",
+            stacklevel=2,
+        )
+    elif theirs is not None and tuple(own) != tuple(theirs) and set(own) == set(theirs):
+        at = next(k for k, pair in enumerate(zip(own, theirs, strict=True)) if pair[0] != pair[1])
+        warnings.warn(
+            f"the data's classes stand in another order than the experts': class {at} is {own[at]}, and theirs {theirs[at]}. "
+            "Give the names in the experts' order: --classes FILE",
+            stacklevel=2,
+        )
 
 
 def readable_rows(data: Any, rows: Iterable[int]) -> list[int]:

@@ -49,11 +49,11 @@ from rsrouter.core.titles import stage_titles
 Pool = Annotated[str, typer.Argument(metavar="POOL", help="pool.json or a spec file, as `rsrouter wrap` writes it.")]
 
 
-def _part(source: str, start: int, count: int | None, reading: dict[str, Any], demo: str) -> tuple[Any, Any, str]:
+def _part(source: str, start: int, count: int | None, reading: dict[str, Any], demo: str, expert: Any) -> tuple[Any, Any, str]:
     """Images, labels and name of a part of a data set; InputError where a label is missing."""
     import torch
 
-    data = read_data(source, reading, demo)
+    data = read_data(source, reading, demo, expert)
     rows = part_of(len(data), start, count, source)
     images, labels = data.batch(readable_rows(data, rows))
     classes = torch.as_tensor(labels)
@@ -116,7 +116,7 @@ def label(
         metadata, mean = store_tables(experts, named, out, n=TABLE_VOTES if n is None else n, alpha=alpha, unseen=unseen)
         _told(experts.names, mean, metadata, out, unseen, format)
         return
-    images = read_data(data, reading, "train")
+    images = read_data(data, reading, "train", experts.experts[0])
     rows = part_of(len(images), start, count, data)
     with closing(Display("label")) as display:
         metadata = label_table(
@@ -265,12 +265,17 @@ def train(
         )
     else:
         experts = ExpertPool.load(pool)
-    images, classes, name = _part(data, start, count, reading, "train")
+    images, classes, name = _part(data, start, count, reading, "train", experts.experts[0])
     notes["data"] = name
     chosen = None
     if validation is not None:
         held, held_classes, notes["validation_data"] = _part(
-            validation, 0, None, {**reading, "split": validation_split or reading["split"]}, "validation"
+            validation,
+            0,
+            None,
+            {**reading, "split": validation_split or reading["split"]},
+            "validation",
+            experts.experts[0],
         )
         chosen = (held, held_classes)
     routing = None

@@ -180,12 +180,18 @@ def _labelled(root: Path, part: Path, found: Found, name: str, reading: Reading,
     known = everywhere or used
     if reading.classes is not None:
         missing = sorted(set(reading.classes) - tops)
-        if missing and everywhere is None:
+        # some of the experts' classes will do; a name that has no folder beside a folder that has no name looks like a slip
+        if missing and everywhere is None and not used <= set(reading.classes):
             raise InputError(
                 f"{name} has no folder for a class that was given",
                 expected=f"folders among {', '.join(map(printable, sorted(tops)[:12]))}",
                 received=", ".join(map(printable, missing[:5])),
                 remedy="check classes= (--classes)",
+            )
+        if missing and everywhere is None:
+            warnings.warn(
+                f"{printable(name)} has pictures of {len(used)} of the {len(reading.classes)} classes that were given",
+                stacklevel=5,
             )
         ranks, classes = chosen_order([], reading.classes, name), tuple(map(printable, reading.classes))
     else:

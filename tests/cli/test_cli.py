@@ -7,13 +7,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.main import get_command
 
 from rsrouter import CascadeRouter, ExpertPool, RoutedSmooth, read_table
 from rsrouter.cli import app
+from rsrouter.cli.options import read_data
 from rsrouter.cli.reading import parse_numbers, parse_radii
 from rsrouter.core.errors import InputError
 from rsrouter.demo import load_pool, load_slice
+from tests.helpers import small_router as small
 
 pytestmark = pytest.mark.usefixtures("small_batches")
 
@@ -247,3 +250,23 @@ def test_a_fraction_is_a_number() -> None:
     for text in ("64/0", "a/b", "1/2/3", "", "1,,2"):
         with pytest.raises(InputError, match="--sigma cannot be read"):
             parse_numbers(text, "sigma")
+
+
+def test_some_of_the_experts_classes_are_told(tmp_path, capsys):
+    """A folder with three of a network's ten classes counts them from 0, which are other classes of the network."""
+    for name in ("ankle", "bag", "coat"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.fromarray(np.full((28, 28), 90, np.uint8)).save(tmp_path / "val" / name / "0.png")
+    names = ["ant", "ankle", "bag", "coat", *"defghi"]
+    blind, named = load_pool()["sigma_1"], small.expert(0.5).with_settings(labels=("coat", "ankle", "bag"))
+    assert read_data(str(tmp_path / "val"), {}, expert=blind).labels.tolist() == [0, 1, 2]
+    assert "3 classes, and the experts have 10" in " ".join(capsys.readouterr().err.split())
+    read_data(str(tmp_path / "val"), {}, expert=named)
+    assert "class 0 is ankle, and theirs coat" in " ".join(capsys.readouterr().err.split())
+    assert read_data(str(tmp_path / "val"), {"classes": names}, expert=blind).labels.tolist() == [1, 2, 3]
+    assert capsys.readouterr().err == "warning: val has pictures of 3 of the 10 classes that were given\n"
+    with pytest.raises(InputError, match="no folder for a class"):  # a slip: coat has no name, and cot no folder
+        read_data(str(tmp_path / "val"), {"classes": ["ankle", "bag", "cot"]})
+    capsys.readouterr()
+    read_data(str(tmp_path / "val"), {})
+    assert capsys.readouterr().err == ""
