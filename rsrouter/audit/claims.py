@@ -80,10 +80,17 @@ def check_head(state: State, table: Table, run: TableMetadata) -> None:
     told, wrong = declared.declaration, Found()
     if told.seed != told.derived_seed:
         wrong.append((None, f"seed {told.seed} was chosen by hand; the declaration gives {told.derived_seed}"))
-    state.add("seed", name, wrong, "the seed derives from the declaration" if not wrong else "seeds can be shopped for")
+    free = seed_freedom(run)
+    state.add(
+        "seed", name, wrong, free.text if not wrong else "the seed does not derive from the declaration", digits=free.digits
+    )
     state.add("heads", name, [], declared.text, declaration=told.digest, share=told.share, heads=[h.name for h in told.heads])
     check_rows(state, table, run, None)
-    state.warn(name, "when the heads were declared is not in the table: ask for a copy of the declaration from before the draw")
+    state.warn(
+        name,
+        "when its heads were declared, and how many declarations were tried, is not in the table: ask for a copy of this one "
+        "from before the draw",
+    )
     why = "a head's votes are drawn again by `rsrouter heads check`, which takes its trunk, its weights and the images"
     for check in ("digests", "execution", "labels", "votes", "fresh", "attack"):
         state.skip(check, name, why)

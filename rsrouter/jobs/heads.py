@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from rsrouter.audit.state import environment
+from rsrouter.audit.votes import ROUNDING_SHARE, ROUNDING_VOTES, same_environment
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.errors import InputError, IntegrityError, NetworkError, PlanError
 from rsrouter.core.plans import FixedPlan
@@ -92,6 +94,15 @@ def declare_heads(
         raise PlanError(
             "Cached features are drawn whole", expected="a FixedPlan", received=repr(plan), remedy="FixedPlan(n0=100, n=10_000)"
         )
+    if noise not in ("gaussian", "sound"):
+        raise InputError("Unknown noise", expected="gaussian or sound", received=repr(noise), remedy="leave it out")
+    if execution is not None and execution.dtype == "int8":
+        raise InputError(
+            "Features are not drawn in int8",
+            expected="float32, bfloat16 or float16",
+            received="int8, whose ranges are those of whole networks",
+            remedy="declare the heads with another execution",
+        )
     width = feature_width(trunk)
     level = float(trunk.sigma if sigma is None else sigma)
     layers = {name: read_head(head, width, f"head {name!r}") for name, head in heads.items()}
@@ -123,8 +134,6 @@ def declare_heads(
         seed=terms.seed or 0,
         seed_from=seed_from,
     )
-    if noise not in ("gaussian", "sound"):
-        raise InputError("Unknown noise", expected="gaussian or sound", received=repr(noise), remedy="leave it out")
     tree = told.tree(told.heads[0].name)
     told.terms.plan.check(tree, AlphaSplit.even(told.share, tree.paths), told.sides)
     return told if terms.seed is not None else told.model_copy(update={"seed": told.derived_seed})
@@ -149,9 +158,9 @@ def feature_width(trunk: Expert) -> int:
     return int(pooled.shape[1])
 
 
-def with_head(trunk: Expert, head: Head, name: str | None = None) -> Expert:
+def with_head(trunk: Expert, head: Head, name: str | None = None, sigma: float | None = None) -> Expert:
     """The expert with another last layer: the classifier that a certificate of `certify_head` is about, for `Smooth(...)`
-    and its `predict`, in float32.
+    and its `predict`, in float32; at the trunk's noise level, or the one that was declared instead.
 
     >>> from rsrouter import build_architecture
     >>> trunk = Expert(build_architecture("small_cnn", 10), sigma=0.5, num_classes=10, input_shape=(1, 28, 28))
@@ -159,9 +168,8 @@ def with_head(trunk: Expert, head: Head, name: str | None = None) -> Expert:
     Expert('three', sigma=0.5, num_classes=3, input_shape=(1, 28, 28))
     """
     weight, bias = read_head(head, feature_width(trunk), "the head")
-    return Expert(
-        Headed(trunk, weight, bias), sigma=trunk.sigma, num_classes=len(weight), input_shape=trunk.input_shape, name=name
-    )
+    level = trunk.sigma if sigma is None else sigma
+    return Expert(Headed(trunk, weight, bias), sigma=level, num_classes=len(weight), input_shape=trunk.input_shape, name=name)
 
 
 def _engine(declaration: Declaration, trunk: Expert, device: str | None) -> Engine:
@@ -343,7 +351,8 @@ def certify_head(features: Features | str | Path, head: Head, out: str | Path, *
 def redraw_head(
     table: Table, trunk: Expert, head: Head, images: Images, rows: Sequence[int], device: str | None = None
 ) -> list[str]:
-    """Draws features of some rows of a table again, and lets the head vote on them: what differs, one sentence each.
+    """Draws features of some rows of a table again, and lets the head vote on them: what differs, one sentence each. On another
+    machine than the table names, only what is more than rounding does.
 
     Args:
         table: of `certify_head`.
@@ -374,13 +383,20 @@ def redraw_head(
             remedy=f"give the weights of {about.heads.head}",
         )
     engine, found = _engine(declaration, trunk, device), list[str]()
+    here = {**environment(device), "threads": engine.execution.threads_of(engine.device)}
+    there = {"device": about.device, **about.versions, "threads": about.threads, "instructions": about.instructions}
+    counted = {key: about.heads.counted.get(key) for key in ("threads", "instructions")}
+    differs = same_environment(there, here) + same_environment(counted, {**environment(None)})
+    drawn = declaration.n0 + declaration.n
+    room = max(ROUNDING_VOTES, int(ROUNDING_SHARE[engine.execution.rounding] * drawn)) if differs else 0
     for at in rows:
         idx, stored = int(table.idx[at]), table.counts(at)
         again = head_counts(declaration, _cached(engine, declaration, images[idx][0], idx, -1), weight, bias)
         told = {purpose: list(stored.get(purpose, {}).get(about.heads.head, ())) for purpose in again}
         moved = sum(abs(a - b) for p in again for a, b in zip(again[p], told[p] or [0] * len(again[p]), strict=True)) // 2
-        if moved:
-            found.append(f"image {idx}: {moved} of {declaration.n0 + declaration.n} votes are not those of its declaration")
+        if moved > room:
+            where = f" (another machine: {'; '.join(dict.fromkeys(differs))})" if differs else ""
+            found.append(f"image {idx}: {moved} of {drawn} votes are not those of its declaration{where}")
     engine.check_again()
     return found
 

@@ -59,6 +59,12 @@ def seed_freedom(about: TableMetadata) -> Freedom:
     """
     if not about.seed_derived:
         return Freedom(log10(SEEDS), "the seed was chosen by hand: 19 digits could have been tried")
+    if about.heads is not None:
+        return Freedom(
+            _DERIVED,
+            "the seed follows from the declaration, of which names, order, votes and alpha are free: up to "
+            f"{_DERIVED:.0f} digits could have been tried, unless the declaration was shown before",
+        )
     if not about.seed_from:
         return Freedom(0.0, "the seed follows from the classifier alone: another seed takes another router or expert")
     date = re.fullmatch(r"\d{4}-\d\d-\d\d", about.seed_from) is not None

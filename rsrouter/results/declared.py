@@ -95,6 +95,9 @@ class Declaration(Stored):
             told = [getattr(head, what) for head in self.heads]
             if len(set(told)) < len(told):
                 raise ValueError(f"two heads have one {what}: each is declared once")
+        batch = self.execution.get("batch")
+        if type(batch) is not int or batch < 1:
+            raise ValueError("execution.batch must say how many rows a forward pass has")
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -229,6 +229,8 @@ def test_what_cannot_be_declared_together() -> None:
     for kind, heads, terms in refused:
         with pytest.raises(kind):
             declare_heads(base, heads, terms)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="int8"):
+        declare_heads(base, layers(1), TERMS, execution=replace(Execution(), dtype="int8"))
     with pytest.raises(InputError, match="features"):
         declare_heads(small.expert(0.5), {"a": nn.Linear(16, 3)}, TERMS)
 
@@ -312,6 +314,11 @@ def test_votes_are_drawn_again(run: Path) -> None:
     assert redraw_head(table, trunk(), head, data, range(COUNT)) == []
     with pytest.raises(IntegrityError, match="not the table's"):
         redraw_head(table, trunk(), layers()["head-1"], data, [0])
+    # the same image as another id has other noise, so that rows cannot be exchanged
+    one = replace(table, idx=np.array([3, 1, 2, 0]))
+    with pytest.raises(IntegrityError):
+        redraw_head(replace(table, radius=table.radius * 1.1), trunk(), head, data, [0])
+    assert len(redraw_head(one, trunk(), head, data, range(COUNT))) == 2
     # features that were made up, with digests that fit
     features = Features.open(run)
     kept = features.load(0)
@@ -322,6 +329,20 @@ def test_votes_are_drawn_again(run: Path) -> None:
     assert [text.split(":")[0] for text in redraw_head(forged, trunk(), head, data, range(COUNT))] == ["image 0"]
     with pytest.raises(IntegrityError, match="not the one that was declared"):
         redraw_head(table, trunk(seed=4), head, data, [0])
+
+
+def test_on_another_machine_votes_are_compared_to_rounding(run: Path) -> None:
+    head, data = layers()["head-0"], small.images(COUNT)
+    certify_head(run, head, run / "table.tsv")
+    content = json.loads((run / "table.json").read_text())
+    content["info"]["instructions"] = "another"
+    (run / "table.json").write_text(json.dumps(content))
+    assert redraw_head(read_table(run / "table.tsv"), trunk(), head, data, [0]) == []
+    features = Features.open(run)
+    kept = features.load(1)
+    features.keep(replace(kept, estimate=kept.estimate.flip(0).roll(5, 1)))
+    forged = certify_head(run, head, run / "forged.tsv")
+    assert len(redraw_head(forged, trunk(), head, data, [0, 1])) == 1
 
 
 def test_an_audit_says_what_it_can_and_what_it_cannot(run: Path) -> None:
