@@ -1,4 +1,4 @@
-"""Study 4: routing between experts that are one diffusion denoiser and one classifier, as Carlini et al. 2023 make them.
+"""Study 5: routing between experts that are one diffusion denoiser and one classifier, as Carlini et al. 2023 make them.
 
     python examples/study_denoised.py denoiser --work WORK --data DATA
     python examples/study_denoised.py classifier --work WORK --data DATA

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from math import isnan
 from shutil import get_terminal_size
 from typing import Annotated, Any
 
@@ -153,7 +154,8 @@ def show_patience(costs: Sequence[Any], title: str) -> None:
     for cost in costs:
         least = "-" if cost.floor is None else f"{cost.floor:.1%}"
         lost = f"{100 * cost.lost:.2f} ({cost.at:g})"
-        typer.echo(f"{cost.beta:<11g}{cost.votes:>12,.0f}{cost.share:>8.1%}{least:>12}{lost:>21}{cost.kept:>13.3f}")
+        kept = "-" if isnan(cost.kept) else f"{cost.kept:.3f}"  # nothing was certified
+        typer.echo(f"{cost.beta:<11g}{cost.votes:>12,.0f}{cost.share:>8.1%}{least:>12}{lost:>21}{kept:>13}")
 
 
 def say_estimate(estimate: Any, format: Format) -> None:

@@ -143,6 +143,7 @@ _ARGUMENT = re.compile(
 #: What else reads otherwise in a shell.
 _PYTHON = {
     "pass token=": "set HF_TOKEN",
+    "validation=(images, labels)": "--validation DATA",
     "router='auto'": "--kind auto",
     "(unset HF_HUB_OFFLINE, local_files_only=False)": "(unset HF_HUB_OFFLINE)",
     "images they share (common)": "images they share (--common)",
@@ -157,6 +158,8 @@ def shell_words(remedy: str) -> str:
     ('name it: --image', 'or give --filename', 'check --input-shape')
     >>> shell_words("leave weights_key out, or give size=224")
     'leave --weights-key out, or give --size 224'
+    >>> shell_words("pass validation=(images, labels)")
+    'pass --validation DATA'
     """
     for python, shell in _PYTHON.items():
         remedy = remedy.replace(python, shell)

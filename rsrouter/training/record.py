@@ -198,7 +198,9 @@ class Training:
     def held_out(self) -> tuple[Tensor, Tensor]:
         """The validation images and labels; InputError where there are none."""
         if self.validation is None:
-            raise InputError("No validation images", expected="images to choose on", received="none", remedy="pass validation=")
+            raise InputError(
+                "No validation images", expected="images to choose on", received="none", remedy="pass validation=(images, labels)"
+            )
         return self.validation
 
     @property
