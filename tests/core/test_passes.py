@@ -144,6 +144,15 @@ def test_passes_are_the_formulas_one_by_one(tau: float | None, rounding: float, 
         assert possible[row, to] or not np.isfinite(logits).all()
 
 
+def test_a_pass_is_read_in_float64_rounded_down_and_a_lead_of_tau_wins() -> None:
+    gate = Stage("gate", 0.0, "threshold", 1.0, (0, 1, ABSTAIN, "next"), lipschitz=1.0, rounding=0.3)
+    # 1 - 2 * 0.3 over the square root of 2, less the room for rounding both
+    assert pass_entries(gate, [[0.0, 0.0]])[0, 0] <= 0.4 / math.sqrt(2.0) * (1.0 - 1e-12)
+    assert pass_targets(gate, [[2.0, 1.0], [np.nextafter(2.0, 0.0), 1.0]]).tolist() == [0, 3]
+    single = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
+    np.testing.assert_array_equal(pass_entries(gate, single), pass_entries(gate, single.astype(np.float64)))
+
+
 def test_logits_that_do_not_fit_a_stage_are_refused() -> None:
     voting = Stage("net", 0.5, leads_to=(0, 1, ABSTAIN))
     for read in (pass_entries, pass_targets, pass_possible):
