@@ -75,10 +75,17 @@ PRECISIONS = ("ieee", "tf32")
 #: The knobs of it, which only an accelerator's networks run by.
 _ACCELERATOR = ("float32.cuda.matmul", "float32.cudnn.conv", "float32.cudnn.rnn")
 
+#: The value of `KERNELS` that each knob has.
+_USUAL: dict[str, Any] = {knob: KERNELS[knob.split(".")[0]] for knob in _KNOBS}
+
 _lock = threading.Condition()
 #: Who wants what of a knob, by an object of theirs, with their thread; a value of None takes whatever another one needs.
 _pins: dict[str, dict[object, tuple[Any, int]]] = {knob: {} for knob in _KNOBS}
 _before: dict[str, Any] = {}
+
+
+#: All knobs at their usual values, or at what another thread needs.
+_PLAIN: dict[str, Any] = dict.fromkeys(_KNOBS)
 
 
 def kernels(precision: str = "ieee") -> dict[str, Any]:
@@ -91,8 +98,10 @@ def kernels(precision: str = "ieee") -> dict[str, Any]:
 
 
 def _wanted(knob: str) -> Any:
-    needed = [value for value, _ in _pins[knob].values() if value is not None]
-    return needed[0] if needed else KERNELS[knob.split(".")[0]]
+    for value, _ in _pins[knob].values():
+        if value is not None:
+            return value
+    return _USUAL[knob]
 
 
 def _wait_for_turn(knobs: Mapping[str, Any]) -> None:
@@ -116,19 +125,26 @@ def _pinned(knobs: Mapping[str, Any]) -> Iterator[None]:
     mine = object()
     with _lock:
         _wait_for_turn(knobs)
+        me = threading.get_ident()
         for knob, value in knobs.items():
+            if value is None and _pins[knob]:  # whoever was here first has set it
+                _pins[knob][mine] = None, me
+                continue
             read, write = _KNOBS[knob]
             old = _wanted(knob) if _pins[knob] else None
             if not _pins[knob]:
                 _before[knob] = read()
-            _pins[knob][mine] = value, threading.get_ident()
+            _pins[knob][mine] = value, me
             if _wanted(knob) != old and read() != _wanted(knob):
                 write(_wanted(knob))
     try:
         yield
     finally:
         with _lock:
-            for knob in knobs:
+            for knob, value in knobs.items():
+                if value is None and len(_pins[knob]) > 1:  # what the others want is what they wanted
+                    del _pins[knob][mine]
+                    continue
                 read, write = _KNOBS[knob]
                 held = _wanted(knob)
                 del _pins[knob][mine]
@@ -195,7 +211,7 @@ def fixed_kernels(precision: str | None = None, threads: int = 0) -> Iterator[No
     ...     (torch.ones(1, 2) @ torch.ones(2, 1)).dtype
     torch.float32
     """
-    with _own_thread(), _pinned({knob: precision if knob in _ACCELERATOR else None for knob in _KNOBS}):
+    with _own_thread(), _pinned(_PLAIN if precision is None else {**_PLAIN, **dict.fromkeys(_ACCELERATOR, precision)}):
         if threads in (0, before := torch.get_num_threads()):
             yield
             return

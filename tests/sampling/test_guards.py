@@ -214,6 +214,24 @@ def test_settings_that_change_while_votes_are_drawn_are_noticed() -> None:
         torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
+def test_settings_inside_settings_are_those_outside() -> None:
+    """Whoever comes later, under the same settings, reads and writes none of them, and leaves them as they are."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with fixed_kernels():
+            assert not torch.are_deterministic_algorithms_enabled()
+            with fixed_kernels():
+                assert not torch.are_deterministic_algorithms_enabled()
+                torch.backends.cudnn.enabled = not torch.backends.cudnn.enabled  # somebody else's, from here on
+            assert disturbed() == ["cudnn"]
+            torch.backends.cudnn.enabled = not torch.backends.cudnn.enabled
+            assert disturbed() == []
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_settings_are_put_back_by_the_last_thread_and_left_where_someone_else_sets_them() -> None:
     with default_dtype():
         with fixed_kernels():
