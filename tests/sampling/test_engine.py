@@ -235,7 +235,7 @@ def test_unknown_device_and_bad_execution():
     with pytest.raises(InputError, match="device cannot be used"):
         Engine([model(network())], SHAPE, seed=0, device="cuda:99")
     with pytest.raises(InputError, match="Unknown dtype"):
-        Execution(dtype="int8")
+        Execution(dtype="int4")
     with pytest.raises(InputError, match="execution batch"):
         Execution(batch=-1)
 
