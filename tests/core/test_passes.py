@@ -134,6 +134,7 @@ def test_passes_are_the_formulas_one_by_one(tau: float | None, rounding: float, 
     z[5] = 0.5 * np.arange(k)[::-1]
     entry, target, possible = pass_entries(stage, z), pass_targets(stage, z), pass_possible(stage, z)
     assert entry.shape == possible.shape == (40, len(stage.leads_to))
+    assert possible.dtype == bool
     for row, logits in enumerate(z.tolist()):
         wanted, to, may = by_hand(stage, logits)
         np.testing.assert_allclose(entry[row], wanted, rtol=1e-8, atol=1e-8)
