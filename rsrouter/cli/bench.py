@@ -58,12 +58,13 @@ def bench(
 
     Takes ten minutes on two otherwise idle cores.
 
-    Example: rsrouter bench --device cuda
-    Example: rsrouter bench --calls --architecture resnet50
+    Examples: rsrouter bench --device cuda
 
-    Example: rsrouter bench --peers
+    rsrouter bench --calls --architecture resnet50
 
-    Example: rsrouter bench --memory
+    rsrouter bench --peers
+
+    rsrouter bench --memory
     """
     from rsrouter import RoutedSmooth
     from rsrouter.bench import run_bench
