@@ -19,7 +19,13 @@ README = ROOT / "README.md"
 
 
 #: Studies by name: the folder of each in `model_cards`.
-STUDIES = {"Fashion-MNIST": "fashion-mnist-study", "CIFAR-10": "cifar10-study"}
+STUDIES = {
+    "Fashion-MNIST": "fashion-mnist-study",
+    "CIFAR-10": "cifar10-study",
+    "CIFAR-10, a denoiser and a classifier": "denoised-study",
+}
+#: How single experts are called in them.
+EXPERTS = ("sigma_", "denoised_")
 #: Columns of their table: a method of `table.json`; None: the single expert of the largest coverage.
 METHODS = {"deferral": "deferral", "Dual RS": "flat, min rule (Dual RS)", "best single expert": None}
 
@@ -33,7 +39,7 @@ def studies() -> str:
     for name, folder in STUDIES.items():
         study = json.loads((ROOT / "model_cards" / folder / "table.json").read_text(encoding="utf-8"))
         found = study["methods"]
-        best = max((m for m in found if m.startswith("sigma_")), key=lambda m: found[m]["coverage"])
+        best = max((m for m in found if m.startswith(EXPERTS)), key=lambda m: found[m]["coverage"])
         cells = [found[method or best] for method in METHODS.values()]
         figures = [f"{100 * c['coverage']:.1f}%, {100 * c['least_ratio']:.1f}%" for c in cells]
         lines.append(f"| [{name}](model_cards/{folder}/README.md) | {study['images']:,} | {' | '.join(figures)} |")

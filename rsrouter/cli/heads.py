@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.certify import ExpertName, Revision, in_panels, load_smoothed
+from rsrouter.cli.certify import Revision, in_panels, load_smoothed
 from rsrouter.cli.execution import Dtype, ExecutionBatch, ExecutionFile, choose_execution
 from rsrouter.cli.options import (
     DEFAULT_RADII,
@@ -70,7 +70,7 @@ def heads(
     trunk: Annotated[
         str | None, typer.Option("--trunk", help="The router or pool.json that has the trunk, with --expert.")
     ] = None,
-    expert: ExpertName = None,
+    expert: Annotated[str | None, typer.Option("--expert", help="The expert whose features the heads read.")] = None,
     revision: Revision = None,
     device: Device = "cpu",
     data: Annotated[
