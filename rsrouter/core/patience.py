@@ -298,8 +298,9 @@ def patience_of(
     Raises:
         PlanError: an argument that cannot be.
 
-    >>> [round(cost.share, 1) for cost in patience_of(0.5, 10_000, levels=(0.01, 0.5))]
-    [0.3, 0.1]
+    >>> patient, hasty = patience_of(0.5, 10_000, levels=(0.01, 0.5))
+    >>> round(patient.share, 1), round(hasty.share, 1)
+    (0.3, 0.1)
     """
     tree = Tree.of([Stage("vote", sigma, leads_to=(0, 1))])
     split = AlphaSplit.even(alpha, tree.paths)
