@@ -222,7 +222,7 @@ def test_a_table_is_resumed_with_its_own_ranges_only(tmp_path: Path) -> None:
 
 def test_a_float32_table_is_transferred(tmp_path: Path) -> None:
     whole, data = routed(), small.images(4)
-    before = certify_table(whole, data, tmp_path / "a.tsv", small.PLAN, threads=1)
+    before = certify_table(whole, data, tmp_path / "a.tsv", small.PLAN)
     after = transfer_table(whole, data, tmp_path / "a.tsv", tmp_path / "b.tsv", in_int8(whole), votes=500)
     assert require_sound(after).about.transfer.execution["dtype"] == "int8"
     assert (after.radius <= before.radius).all()
