@@ -34,19 +34,41 @@ class Step(StrEnum):
     check = "check"
 
 
+#: Options by the steps that take them, which the titles name.
 _PANELS = {
     "declare": ("head", "n", "n0", "alpha", "sides", "seed_from", "execution", "dtype", "execution_batch"),
     "declare, draw and check": ("trunk", "expert", "revision", "device"),
     "draw and check": (
-        *("data", "start", "count", "every", "rows"),
+        "data",
         *("split", "config", "image", "label", "classes", "size", "channels", "stream", "skip_unreadable"),
     ),
-    "certify": ("name", "radii", "format"),
+    "draw": ("start", "count", "every"),
+    "certify": ("radii",),
+    "certify and check": ("name",),
+    "check": ("rows",),
+    "Output": ("format",),
 }
+
+
+def _refuse_others(step: Step, context: typer.Context) -> None:
+    """Raises InputError where an option was given that only other steps take."""
+    for title, options in _PANELS.items():
+        steps = [s for s in Step if s.value in title]
+        sources = {option: context.get_parameter_source(option) for option in options}
+        given = [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if given and steps and step not in steps:
+            option = f"--{given[0].replace('_', '-')}"
+            raise InputError(
+                f"`rsrouter heads {step.value}` takes no {option}",
+                expected=f"{option} with {title} alone",
+                received=f"{option} with {step.value}",
+                remedy="leave it out; votes and alpha are fixed by `rsrouter heads declare`",
+            )
 
 
 @data_options
 def heads(
+    context: typer.Context,
     step: Annotated[Step, typer.Argument(metavar="STEP", help="declare, draw, certify or check.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where declaration, heads, features and tables lie.")],
     head: Annotated[
@@ -105,6 +127,7 @@ def heads(
     from rsrouter.jobs.features import DECLARATION
     from rsrouter.results.declared import Declaration
 
+    _refuse_others(step, context)
     if step is Step.declare:
         declared = _declare(folder, _trunk(trunk, expert, revision), head or [], locals())
         if format is Format.json:

@@ -460,3 +460,6 @@ def test_the_verb_from_declaration_to_check(tmp_path: Path) -> None:
         runner.invoke(app, ["heads", "certify", out], catch_exceptions=False)
     with pytest.raises(InputError, match="No trunk"):
         runner.invoke(app, ["heads", "draw", out, "--data", "demo"], catch_exceptions=False)
+    for words in (["certify", out, "--n", "500"], ["draw", out, "--alpha", "0.1"], ["check", out, "--count", "3"]):
+        with pytest.raises(InputError, match=f"takes no {words[2]}"):  # no option is passed over in silence
+            runner.invoke(app, ["heads", *words], catch_exceptions=False)
