@@ -4,7 +4,7 @@
     python examples/study_denoised.py classifier --work WORK --data DATA
     rsrouter wrap --denoiser WORK/denoiser --classifier WORK/classifier --sigma 0.25,0.5,1 --out WORK/pool.json
     python examples/study_denoised.py train --work WORK --data DATA
-    python examples/study_denoised.py certify --work WORK --data DATA --images 500 [--part 0/2]
+    python examples/study_denoised.py certify --work WORK --data DATA --first 500 --images 500 [--part 0/2]
     python examples/study_denoised.py table --work WORK --out model_cards/denoised-study
 
 DATA is CIFAR-10 as `train_cifar_experts.py` reads it, and its rows are split as there. The denoiser is a `UNet2DModel` of
@@ -27,13 +27,24 @@ from typing import Any
 
 import torch
 from noise_training import augment, save_expert
-from routing_study import BEST, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
+from routing_study import (
+    BEST,
+    REFERENCE,
+    Method,
+    certify_all,
+    command_line,
+    floor_folder,
+    merged,
+    methods,
+    train_all,
+    write_study,
+)
 from study_cifar10 import part_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_cifar_experts import MEAN, STD, read_cifar
 
-from rsrouter import ExpertPool
+from rsrouter import ExpertPool, RoutedSmooth
 from rsrouter.data import from_arrays
 from rsrouter.experts import Diffusion
 from rsrouter.experts.small_resnet import SmallResNet
@@ -69,7 +80,9 @@ RECIPE = DeferralRecipe(
     ),
     trunks=1,
 )
-METHODS = ("flat", "cascade", "deferral")
+#: What every radius must hold, on validation images, of the router of interest; 0 stands beside it.
+FLOOR = 0.85
+METHODS = ("flat", "cascade", "deferral", floor_folder(0.0))
 
 
 def denoise(unet: nn.Module, z: Tensor, t: Tensor, abar: Tensor) -> Tensor:
@@ -210,15 +223,29 @@ def train(args: argparse.Namespace) -> None:
     unseen, heads, validation = ((parts[name][0][:n], parts[name][1][:n]) for name, n in counts.items())
     pool = ExpertPool.load(args.work / "pool.json")
     execution = Execution(dtype=args.dtype)
-    train_all(pool, args.work, unseen, heads, validation, RECIPE, execution, args.only or METHODS, floor=0.0, label_copies=50)
+    chosen = args.only or METHODS
+    train_all(
+        pool, args.work, unseen, heads, validation, RECIPE, execution, chosen, floor=FLOOR, label_copies=50, more_floors=[0.0]
+    )
+
+
+def every(args: argparse.Namespace, pool: ExpertPool, execution: Execution, part: str = "all") -> dict[str, Method]:
+    """All methods by name; the last is the router of interest."""
+    found = methods(pool, args.work, execution, part, own=False)
+    chosen = found.pop(BEST, None)
+    if part != "best":
+        free = RoutedSmooth.from_pretrained(args.work / floor_folder(0.0)).router
+        found["deferral, no floor"] = (RoutedSmooth(pool, free, execution=execution), "tree")
+    return found if chosen is None else found | {BEST: chosen}
 
 
 def certify(args: argparse.Namespace) -> None:
     images, labels = read_cifar(args.data, "test")
     first, of = (int(v) for v in args.part.split("/"))
+    rows = slice(args.first, args.first + args.images)
     certify_all(
-        methods(ExpertPool.load(args.work / "pool.json"), args.work, Execution(dtype=args.dtype), args.methods, own=False),
-        from_arrays(images[: args.images].copy(), labels[: args.images], name="CIFAR-10 test set"),
+        every(args, ExpertPool.load(args.work / "pool.json"), Execution(dtype=args.dtype), args.methods),
+        from_arrays(images[rows].copy(), labels[rows], name=f"CIFAR-10 test set from row {args.first}"),
         args.work / "tables",
         seed=SEED,
         count=args.images,
@@ -230,7 +257,7 @@ def certify(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     pool = ExpertPool.load(args.work / "pool.json")
-    tables = merged(list(methods(pool, args.work, Execution(), own=False)), args.work / "tables", SHARDS)
+    tables = merged(list(every(args, pool, Execution())), args.work / "tables", SHARDS)
     references = (REFERENCE, "Multiscale-like cascade (.55)", "cascade, tuned")
     title = "CIFAR-10, one denoiser and one classifier"
     write_study(tables, pool.names, references, BEST, args.out, title, args.report)
@@ -243,6 +270,7 @@ def arguments(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--steps", type=int, default=0)
     if name == "certify":
         verb.add_argument("--images", type=int, default=500)
+        verb.add_argument("--first", type=int, default=500, help="first test row; other rows need a WORK of their own")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Study 1: how near one routed classifier comes to the best expert at every radius (Fashion-MNIST, bundled experts and router).
 
     python examples/study_fashion_mnist.py train --work WORK
+    python examples/train_demo_router.py --network RUNS/NAME [...] --sigmas ... --n 100000 --out WORK/deferral
     python examples/study_fashion_mnist.py certify --work WORK --data DIR --first 2000 --images 2000 [--part 0/2]
     python examples/study_fashion_mnist.py table --work WORK --out model_cards/fashion-mnist-study [--published TABLES]
 
 `train` trains the routers to compare with on the bundled images that no expert has seen: flat ones as in Dual RS and a cascade.
-The router of interest is the bundled one (`train_demo_router.py`). `certify` certifies every method on test images, with shared
+The router of interest is the one in WORK/deferral, whose networks and chain the study's README names; the bundled router, of the
+same kind but smaller and chosen for fewer votes, stands beside it. `certify` certifies every method on test images, with shared
 votes, resumable, in any number of processes (`--part`); DIR holds the four `*-ubyte.gz` files, without it the bundled 1,000 test
 images are taken. `table` writes tables, figure and report over the shards that are finished; TABLES is a folder of published
 tables of the whole test set (`idx label predict radius correct time`), whose envelope on the same images then stands beside.
@@ -30,8 +32,8 @@ from rsrouter.training.deferral import DeferralRecipe
 
 SEED = 20261122
 RECIPE = DeferralRecipe(tune_copies=400)
-#: The routers to compare with.
-OTHERS = ("flat", "own", "cascade")
+#: The routers to compare with: trained here, and the one that ships with the package.
+OTHERS, BUNDLED = ("flat", "own", "cascade"), "bundled router"
 
 
 def read_idx(folder: Path, split: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -50,9 +52,12 @@ def bundled(name: str) -> tuple[Tensor, Tensor]:
 
 
 def every(work: Path, execution: Execution, part: str = "all") -> dict[str, Method]:
-    """All methods by name; the last is the bundled router."""
-    found = {} if part == "best" else methods(load_pool(), work, execution, "others")
-    return found if part == "others" else found | {BEST: (load_router(execution), "tree")}
+    """All methods by name; the last is the router of interest."""
+    found = methods(load_pool(), work, execution, part)
+    chosen = found.pop(BEST, None)
+    if part != "best":
+        found[BUNDLED] = (load_router(execution), "tree")
+    return found if chosen is None else found | {BEST: chosen}
 
 
 def train(args: argparse.Namespace) -> None:

@@ -32,8 +32,8 @@ RADII = tuple(float(r) for r in np.arange(0.0, 2.01, 0.25))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", type=Path, required=True, help="a run of train_fashion_experts.py")
-    parser.add_argument("--sigmas", type=float, nargs="+", required=True, help="noise levels at which it may be asked")
+    parser.add_argument("--network", type=Path, nargs="+", required=True, help="runs of train_fashion_experts.py")
+    parser.add_argument("--sigmas", type=float, nargs="+", required=True, help="noise levels at which each may be asked")
     parser.add_argument("--like", default="sigma_0.5", help="the expert it started as")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--copies", type=int, default=500, help="votes per validation image and network")
@@ -42,10 +42,14 @@ def main() -> None:
     parser.add_argument("--floor", type=float, default=0.915, help="least ratio to the experts' envelope wanted")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    config = json.loads((args.network / "config.json").read_text())
-    network = build_architecture(config["architecture"], config["num_classes"], config["kwargs"])
-    network.load_state_dict(load_file(args.network / "model.safetensors"))
-    network.eval()
+    networks, notes = [], []
+    for folder in args.network:
+        config = json.loads((folder / "config.json").read_text())
+        network = build_architecture(config["architecture"], config["num_classes"], config["kwargs"])
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+        head = "own" if len(args.network) == 1 else folder.name
+        networks += [(Voter(args.like, sigma, head, whole=True), network.eval()) for sigma in args.sigmas]
+        notes.append(config["training"])
     images, labels = load_slice("validation").batch(range(args.images))
     x, y = load_slice("train").batch(range(2))  # no head is trained
     train_router(
@@ -56,11 +60,11 @@ def main() -> None:
         radii=RADII,
         validation=(images, torch.as_tensor(labels)),
         recipe=DeferralRecipe(heads=(), tune_copies=args.copies),
-        networks=[(Voter(args.like, sigma, "own", whole=True), network) for sigma in args.sigmas],
+        networks=networks,
         plan_n=args.n,
         floor=args.floor,
         out=args.out,
-        notes={"network": config["training"]},
+        notes={"network": notes[0] if len(notes) == 1 else notes},
         show=True,
     )
     print((args.out / "training.jsonl").read_text())

@@ -61,12 +61,12 @@ def test_from_two_networks_to_a_table(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["rsrouter", "wrap", *map(str, words), "--out", str(tmp_path / "pool.json")])
     main()
     run("train")
-    run("certify", "--images", 4)
+    run("certify", "--images", 4, "--first", 0)
     run("table", "--out", tmp_path / "card")
     summary = json.loads((tmp_path / "card" / "table.json").read_text())
     assert summary["images"] == 4
     assert {"flat, min rule (Dual RS)", "cascade, tuned", "deferral"} <= set(summary["methods"])
     before = (tmp_path / "card" / "table.md").read_text()
-    run("certify", "--images", 4)  # nothing left to do
+    run("certify", "--images", 4, "--first", 0)  # nothing left to do
     run("table", "--out", tmp_path / "card")
     assert (tmp_path / "card" / "table.md").read_text() == before
