@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,6 @@ def train_all(
     chosen_on: Labelled | None = None,
     floor: float = 0.915,
     label_copies: int = 100,
-    more_floors: Sequence[float] = (),
 ) -> None:
     """Trains every router into `work/NAME`, each once, resumable; every choice is made on `validation`.
 
@@ -93,7 +91,6 @@ def train_all(
         chosen_on: what the deferral router is chosen on; default: `validation`.
         floor: least ratio to the envelope wanted of the deferral router.
         label_copies: votes of each expert on each of the flat router's images.
-        more_floors: deferral routers besides, of the same heads, each with a floor of its own.
     """
     radii = tuple(RADII[COVERED])
 
@@ -123,7 +120,7 @@ def train_all(
     def cascade(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
         return RoutedSmooth(pool, tune_cascade(replace(chain, log=log), n=recipe.tune_copies), execution=execution)
 
-    def deferral(log: Callable[[dict[str, Any]], None], floor: float = floor) -> RoutedSmooth:
+    def deferral(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
         chosen = replace(chain, log=log, validation=chosen_on or validation, floor=floor)
         return RoutedSmooth(pool, train_deferral(chosen), execution=execution)
 
@@ -134,13 +131,6 @@ def train_all(
     make("own", own)
     make("cascade", cascade)
     make("deferral", deferral)
-    for other in more_floors:
-        make(floor_folder(other), partial(deferral, floor=other))
-
-
-def floor_folder(floor: float) -> str:
-    """Where `train_all` keeps a deferral router of `more_floors`."""
-    return f"deferral-{floor:g}"
 
 
 def methods(pool: ExpertPool, work: Path, execution: Execution, part: str = "all", own: bool = True) -> dict[str, Method]:

@@ -27,24 +27,13 @@ from typing import Any
 
 import torch
 from noise_training import augment, save_expert
-from routing_study import (
-    BEST,
-    REFERENCE,
-    Method,
-    certify_all,
-    command_line,
-    floor_folder,
-    merged,
-    methods,
-    train_all,
-    write_study,
-)
+from routing_study import BEST, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
 from study_cifar10 import part_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_cifar_experts import MEAN, STD, read_cifar
 
-from rsrouter import ExpertPool, RoutedSmooth
+from rsrouter import ExpertPool
 from rsrouter.data import from_arrays
 from rsrouter.experts import Diffusion
 from rsrouter.experts.small_resnet import SmallResNet
@@ -80,9 +69,9 @@ RECIPE = DeferralRecipe(
     ),
     trunks=1,
 )
-#: What every radius must hold, on validation images, of the router of interest; 0 stands beside it.
+#: What every radius must hold on validation images, relative to the experts' envelope.
 FLOOR = 0.85
-METHODS = ("flat", "cascade", "deferral", floor_folder(0.0))
+METHODS = ("flat", "cascade", "deferral")
 
 
 def denoise(unet: nn.Module, z: Tensor, t: Tensor, abar: Tensor) -> Tensor:
@@ -223,20 +212,7 @@ def train(args: argparse.Namespace) -> None:
     unseen, heads, validation = ((parts[name][0][:n], parts[name][1][:n]) for name, n in counts.items())
     pool = ExpertPool.load(args.work / "pool.json")
     execution = Execution(dtype=args.dtype)
-    chosen = args.only or METHODS
-    train_all(
-        pool, args.work, unseen, heads, validation, RECIPE, execution, chosen, floor=FLOOR, label_copies=50, more_floors=[0.0]
-    )
-
-
-def every(args: argparse.Namespace, pool: ExpertPool, execution: Execution, part: str = "all") -> dict[str, Method]:
-    """All methods by name; the last is the router of interest."""
-    found = methods(pool, args.work, execution, part, own=False)
-    chosen = found.pop(BEST, None)
-    if part != "best":
-        free = RoutedSmooth.from_pretrained(args.work / floor_folder(0.0)).router
-        found["deferral, no floor"] = (RoutedSmooth(pool, free, execution=execution), "tree")
-    return found if chosen is None else found | {BEST: chosen}
+    train_all(pool, args.work, unseen, heads, validation, RECIPE, execution, args.only or METHODS, floor=FLOOR, label_copies=50)
 
 
 def certify(args: argparse.Namespace) -> None:
@@ -244,7 +220,7 @@ def certify(args: argparse.Namespace) -> None:
     first, of = (int(v) for v in args.part.split("/"))
     rows = slice(args.first, args.first + args.images)
     certify_all(
-        every(args, ExpertPool.load(args.work / "pool.json"), Execution(dtype=args.dtype), args.methods),
+        methods(ExpertPool.load(args.work / "pool.json"), args.work, Execution(dtype=args.dtype), args.methods, own=False),
         from_arrays(images[rows].copy(), labels[rows], name=f"CIFAR-10 test set from row {args.first}"),
         args.work / "tables",
         seed=SEED,
@@ -257,7 +233,7 @@ def certify(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     pool = ExpertPool.load(args.work / "pool.json")
-    tables = merged(list(every(args, pool, Execution())), args.work / "tables", SHARDS)
+    tables = merged(list(methods(pool, args.work, Execution(), own=False)), args.work / "tables", SHARDS)
     references = (REFERENCE, "Multiscale-like cascade (.55)", "cascade, tuned")
     title = "CIFAR-10, one denoiser and one classifier"
     write_study(tables, pool.names, references, BEST, args.out, title, args.report)

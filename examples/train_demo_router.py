@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from rsrouter.demo import load_pool, load_slice
 from rsrouter.experts import build_architecture
 from rsrouter.router.chain import Voter
+from rsrouter.sampling import Execution
 from rsrouter.training import DeferralRecipe, train_router
 
 RADII = tuple(float(r) for r in np.arange(0.0, 2.01, 0.25))
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="validation images")
     parser.add_argument("--n", type=int, default=20_000, help="votes of the certification that is chosen for")
     parser.add_argument("--floor", type=float, default=0.915, help="least ratio to the experts' envelope wanted")
+    parser.add_argument("--dtype", default="float32", help="in which the networks run, here and where the router certifies")
     args = parser.parse_args()
     torch.set_num_threads(1)
     networks, notes = [], []
@@ -47,7 +49,7 @@ def main() -> None:
         config = json.loads((folder / "config.json").read_text())
         network = build_architecture(config["architecture"], config["num_classes"], config["kwargs"])
         network.load_state_dict(load_file(folder / "model.safetensors"))
-        head = "own" if len(args.network) == 1 else folder.name
+        head = "own" if len(args.network) == 1 else folder.name.replace(".", "_")
         networks += [(Voter(args.like, sigma, head, whole=True), network.eval()) for sigma in args.sigmas]
         notes.append(config["training"])
     images, labels = load_slice("validation").batch(range(args.images))
@@ -62,6 +64,7 @@ def main() -> None:
         recipe=DeferralRecipe(heads=(), tune_copies=args.copies),
         networks=networks,
         plan_n=args.n,
+        execution=Execution(dtype=args.dtype),
         floor=args.floor,
         out=args.out,
         notes={"network": notes[0] if len(notes) == 1 else notes},

@@ -7,7 +7,7 @@ noise level share every forward pass and vote; the union bound over the path's s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -88,6 +88,21 @@ def check_thresholds(thresholds: Sequence[float], voters: int | None = None, *, 
     return values
 
 
+def check_head_names(names: Iterable[str]) -> None:
+    """Raises InputError for a name that torch takes for no module: empty, with a dot, or one of `ModuleDict`'s own.
+
+    >>> check_head_names(["own", "level0_u0_1"])
+    """
+    taken = nn.ModuleDict()
+    if odd := sorted(n for n in names if not n or "." in n or hasattr(taken, n)):
+        raise InputError(
+            "A head cannot have this name",
+            expected="a name without a dot, and none that nn.ModuleDict has itself",
+            received=str(odd),
+            remedy="for example 'own', or 'head_0_5' instead of 'head_0.5'",
+        )
+
+
 def check_voters(voters: Sequence[Voter], pool: ExpertPool, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
     """Raises InputError for an unknown expert or head, an unusable sigma, or the same voter twice in a row."""
     unknown = sorted({name for v in voters for name in (v.expert, *v.others)} - set(pool.names))
@@ -141,6 +156,7 @@ def check_voters(voters: Sequence[Voter], pool: ExpertPool, heads: Mapping[str, 
             received=str(missing),
             remedy="pass every head by name",
         )
+    check_head_names(v.head for v in voters if v.head is not None)
     for voter in voters:
         if voter.sigma is not None:
             check_sigma(voter.sigma, f"the voter on {voter.expert!r}")

@@ -11,7 +11,7 @@ from rsrouter.core.errors import InputError
 from rsrouter.experts.describe import build_described, describe_module
 from rsrouter.experts.pool import ExpertPool
 from rsrouter.router.base import Routed, Router
-from rsrouter.router.chain import Voter, bind_chain, check_thresholds
+from rsrouter.router.chain import Voter, bind_chain, check_head_names, check_thresholds
 
 
 class DeferralRouter(Router):
@@ -49,6 +49,7 @@ class DeferralRouter(Router):
                 received=str(sorted(given)),
                 remedy="pass one module for every head that a voter names",
             )
+        check_head_names(given)
         self.heads = nn.ModuleDict({name: given[name] for name in sorted(given)})
 
     @property

@@ -131,6 +131,16 @@ def test_networks_of_ones_own_may_be_offered(pool):
         train_router(pool, "deferral", x, y, radii=RADII, recipe=recipe, networks=[(Voter("b"), good)])
 
 
+@pytest.mark.parametrize("name", ["catrs_0.5", "", "keys", "training"])
+def test_a_name_that_no_module_can_have_is_refused_before_anything_is_drawn(pool, name):
+    own = build_architecture("small_cnn", 2, KWARGS).eval()
+    voter = Voter("b", 0.5, name, whole=True)
+    with pytest.raises(InputError, match="cannot have this name"):
+        DeferralRouter([voter], [], {name: own})
+    with pytest.raises(InputError, match="cannot have this name"):
+        train_router(pool, "deferral", *pictures(20, 0), radii=RADII, recipe=DeferralRecipe(heads=()), networks=[(voter, own)])
+
+
 def test_one_network_at_two_noise_levels_and_twice_at_one(pool):
     own = build_architecture("small_cnn", 2, KWARGS).eval()
     voters = [
