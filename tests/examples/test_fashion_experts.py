@@ -185,8 +185,9 @@ def test_exported_folders_are_wrapped(tmp_path):
         assert pool[0].module(normal) == pytest.approx(module(normal), abs=0.05)  # float16 keeps three digits
 
 
-def test_the_bundled_jobs_are_read_and_wait_for_one_another():
-    jobs = trainer.read_jobs(SCRIPT.parent / "fashion_jobs.json")
+@pytest.mark.parametrize("file", ["fashion_jobs.json", "fashion_study_jobs.json"])
+def test_the_jobs_are_read_and_wait_for_one_another(file):
+    jobs = trainer.read_jobs(SCRIPT.parent / file)
     names = [job.name for job in jobs]
     assert all(job.recipe in sys.modules["fashion_recipes"].RECIPES for job in jobs)
     assert all(job.start is None or job.start in names[: names.index(job.name)] for job in jobs)
