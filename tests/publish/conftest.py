@@ -31,8 +31,9 @@ def real_load() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small_batches: None) -> None:
+def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "real_figure" not in request.fixturenames:
         monkeypatch.setattr("rsrouter.report.charts.curve_file", lambda *_: b"<svg xmlns='http://www.w3.org/2000/svg'/>")
     if "real_load" not in request.fixturenames:
         monkeypatch.setattr("rsrouter.publish.commit.load_anew", lambda *_, **__: None)
+        request.getfixturevalue("small_batches")  # of which a fresh process knows nothing
