@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +20,7 @@ from rsrouter.sampling.graphs import replayed
 from rsrouter.sampling.logits import outputs
 from rsrouter.sampling.noise import CHUNK, CounterNoise, flat, make_noise
 from rsrouter.sampling.philox import stream_words
+from rsrouter.sampling.threads import lane_pool
 
 BATCHES = (50, 100, 250, 500, 1000)
 #: Rows of the reference loop where they fit, as the papers run it.
@@ -108,17 +108,11 @@ class Drawing:
         part = replace(self, n=-(-self.n // lanes))
         engines = [part.engine(execution) for _ in range(lanes)]
 
-        def alone(draw: Callable[[], object], threads: int) -> None:
-            torch.set_num_threads(1)  # of this thread, and what threads to come start with
-            try:
-                draw()
-            finally:
-                torch.set_num_threads(threads)
+        pool = lane_pool(lanes, 1)
 
         def work() -> None:
-            with ThreadPoolExecutor(lanes) as workers:
-                for done in [workers.submit(alone, draw, torch.get_num_threads()) for draw in engines]:
-                    done.result()
+            for done in [pool.submit(draw) for draw in engines]:
+                done.result()
 
         return work
 

@@ -26,7 +26,7 @@ from rsrouter.sampling.execution import (
 )
 from rsrouter.sampling.graphs import replayed
 from rsrouter.sampling.int8 import Ranges, fingerprint, watched_ranges
-from rsrouter.sampling.lanes import lane_pool
+from rsrouter.sampling.threads import lane_pool
 
 #: What `dtypes="fastest"` chooses from.
 DTYPES = ("float32", "bfloat16")

@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import nn
@@ -23,29 +21,10 @@ from rsrouter.sampling.execution import Prepared
 from rsrouter.sampling.logits import Outputs, moved
 from rsrouter.sampling.noise import CHUNK, CounterNoise, NoiseStream
 from rsrouter.sampling.rounds import Round, Segment, draw
+from rsrouter.sampling.threads import lane_pool
 
 #: Pieces of a round for each lane: a lane that is slower takes fewer.
 PIECES = 4
-
-_starting = threading.Lock()
-
-
-@cache
-def lane_pool(lanes: int, threads: int) -> ThreadPoolExecutor:
-    """`lanes` threads whose torch uses `threads` threads each; the process keeps its own number."""
-    before, started = torch.get_num_threads(), threading.Barrier(lanes + 1)
-
-    def start() -> None:
-        torch.set_num_threads(threads)  # of this thread, and what threads to come start with
-        started.wait()
-
-    with _starting:
-        pool = ThreadPoolExecutor(lanes, "rsrouter lane", start)
-        for _ in range(lanes):
-            pool.submit(int)
-        started.wait()
-        torch.set_num_threads(before)
-    return pool
 
 
 def shares_weights(module: nn.Module, copied: nn.Module) -> bool:
@@ -153,4 +132,4 @@ class Lanes:
         return torch.stack([counts for counts, _ in parts]).sum(0), parts[0][1]
 
 
-__all__ = ["Lanes", "lane_pool", "shares_weights", "twin"]
+__all__ = ["Lanes", "shares_weights", "twin"]

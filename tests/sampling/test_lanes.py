@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from rsrouter.core import NetworkError
 from rsrouter.sampling import Engine, Execution
 from rsrouter.sampling.lanes import twin
+from rsrouter.sampling.threads import lane_pool
 from tests.sampling.test_engine import SHAPE, images, model, network, requests, votes
 
 
@@ -110,3 +112,30 @@ def test_a_network_that_only_runs_in_the_main_thread_has_one_lane(threads, monke
     running = engine(Breaks(network()), fold=False)
     assert votes(running, images(1), requests([0], 100))[0].sum() == 100
     assert running.runner("net").lanes is None
+
+
+@pytest.mark.parametrize("of_the_process", [2, 3])
+def test_a_lane_has_its_own_number_of_threads(of_the_process):
+    before = torch.get_num_threads()
+    torch.set_num_threads(of_the_process)
+    try:
+        pool = lane_pool.__wrapped__(2, 1)
+        seen = [pool.submit(lambda: (torch.rand(100_000).log(), torch.get_num_threads())[1]) for _ in range(8)]
+        assert {s.result() for s in seen} == {1}
+        assert torch.get_num_threads() == of_the_process
+        pool.shutdown()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_starts_lanes_of_its_own():
+    assert lane_pool(2, 1).submit(int).result() == 0
+    child = os.fork()
+    if child == 0:
+        worked = lane_pool(2, 1).submit(int)
+        try:
+            os._exit(worked.result(timeout=20))
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
