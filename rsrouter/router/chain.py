@@ -94,7 +94,7 @@ def check_head_names(names: Iterable[str]) -> None:
     >>> check_head_names(["own", "level0_u0_1"])
     """
     taken = nn.ModuleDict()
-    if odd := sorted(n for n in names if not n or "." in n or hasattr(taken, n)):
+    if odd := [n for n in names if not isinstance(n, str) or not n or "." in n or hasattr(taken, n)]:
         raise InputError(
             "A head cannot have this name",
             expected="a name without a dot, and none that nn.ModuleDict has itself",

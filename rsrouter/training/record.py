@@ -178,8 +178,8 @@ class Training:
             )
 
     def _check_networks(self) -> None:
-        modules = {str(voter.head): module for voter, module in self.networks}
-        if not all(v.whole and v.head is not None and modules[v.head] is module for v, module in self.networks):
+        modules = {voter.head: module for voter, module in self.networks if voter.head is not None}
+        if not all(v.whole and modules.get(v.head or "") is module for v, module in self.networks):
             raise InputError(
                 "The router's own networks cannot be told apart",
                 expected="voters with whole=True, whose head names their network, one module for each name",

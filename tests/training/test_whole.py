@@ -131,7 +131,7 @@ def test_networks_of_ones_own_may_be_offered(pool):
         train_router(pool, "deferral", x, y, radii=RADII, recipe=recipe, networks=[(Voter("b"), good)])
 
 
-@pytest.mark.parametrize("name", ["catrs_0.5", "", "keys", "training"])
+@pytest.mark.parametrize("name", ["catrs_0.5", "", "keys", "training", 5])
 def test_a_name_that_no_module_can_have_is_refused_before_anything_is_drawn(pool, name):
     own = build_architecture("small_cnn", 2, KWARGS).eval()
     voter = Voter("b", 0.5, name, whole=True)
