@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", type=Path, nargs="+", required=True, help="runs of train_fashion_experts.py")
     parser.add_argument("--sigmas", type=float, nargs="+", required=True, help="noise levels at which each may be asked")
+    parser.add_argument("--confidences", type=float, nargs="*", default=[], help="softmax that a vote for a class may need")
     parser.add_argument("--like", default="sigma_0.5", help="the expert it started as")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--copies", type=int, default=500, help="votes per validation image and network")
@@ -61,7 +62,7 @@ def main() -> None:
         torch.as_tensor(y),
         radii=RADII,
         validation=(images, torch.as_tensor(labels)),
-        recipe=DeferralRecipe(heads=(), tune_copies=args.copies),
+        recipe=DeferralRecipe(heads=(), tune_copies=args.copies, confidences=tuple(args.confidences)),
         networks=networks,
         plan_n=args.n,
         execution=Execution(dtype=args.dtype),

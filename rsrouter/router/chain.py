@@ -8,13 +8,15 @@ noise level share every forward pass and vote; the union bound over the path's s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import log
 
+import torch
 from torch import Tensor, nn
 
 from rsrouter.core.errors import InputError
-from rsrouter.core.tree import Stage, cascade_tree, expert_stage
+from rsrouter.core.tree import INVALID_TARGET, Stage, cascade_tree, expert_stage
 from rsrouter.experts.expert import Expert, check_sigma
 from rsrouter.experts.identity import unique_digest
 from rsrouter.experts.pool import ExpertPool
@@ -36,6 +38,8 @@ class Voter:
             the head's input.
         grid: how the experts' feature maps are pooled for the head (`Trunk`): 1 as for their own last layer, 2 to four cells.
         whole: the head is a whole network: it sees the noisy image itself, normalised as the expert's input is, and no features.
+        confidence: a noisy copy votes for a class only where the softmax gives it at least this probability (`reject_unsure`);
+            the other copies vote for asking the next voter. 0: every copy votes for a class.
     """
 
     expert: str
@@ -44,21 +48,39 @@ class Voter:
     others: tuple[str, ...] = ()
     grid: int = 1
     whole: bool = False
+    confidence: float = 0.0
+
+
+def reject_unsure(logits: Tensor, confidence: float) -> Tensor:
+    """Logits `(B, C)` with one more, `(B, C + 1)`: the largest exactly where no class has a softmax probability of at least
+    `confidence` (the reject option of Chow 1970). Float32; NaN stays NaN.
+
+    >>> reject_unsure(torch.tensor([[2.0, 0.0], [0.5, 0.0]]), 0.7).argmax(1).tolist()
+    [0, 2]
+    """
+    logits = logits.float()
+    return torch.cat([logits, logits.logsumexp(1, keepdim=True) + log(confidence)], 1)
 
 
 class _Votes(nn.Module):
-    """A network whose outputs are picked, possibly more than once, one per stage."""
+    """A network whose outputs are picked, possibly more than once, one per stage; each with the stage's `confidence`, if any."""
 
-    def __init__(self, inner: nn.Module, picks: Sequence[int], single: bool) -> None:
+    def __init__(self, inner: nn.Module, picks: Sequence[int], single: bool, confidences: Sequence[float]) -> None:
         super().__init__()
-        self.inner, self.picks, self.single = inner, tuple(picks), single
+        self.inner, self.picks, self.single, self.confidences = inner, tuple(picks), single, tuple(confidences)
 
     def extra_repr(self) -> str:
-        return f"picks={self.picks}, single={self.single}"
+        return f"picks={self.picks}, single={self.single}, confidences={self.confidences}"
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         out = self.inner(x)
-        return tuple(out if self.single else out[k] for k in self.picks)
+        picked = [out if self.single else out[k] for k in self.picks]
+        return tuple(reject_unsure(o, c) if c else o for o, c in zip(picked, self.confidences, strict=True))
+
+
+def least_confidence(module: nn.Module, place: int) -> float:
+    """The `confidence` of the stage at `place` among those on a network that `bind_chain` made; 0 where there is none."""
+    return module.confidences[place] if isinstance(module, _Votes) else 0.0
 
 
 def check_thresholds(thresholds: Sequence[float], voters: int | None = None, *, lead: bool = False) -> tuple[float, ...]:
@@ -104,7 +126,7 @@ def check_head_names(names: Iterable[str]) -> None:
 
 
 def check_voters(voters: Sequence[Voter], pool: ExpertPool, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
-    """Raises InputError for an unknown expert or head, an unusable sigma, or the same voter twice in a row."""
+    """Raises InputError for an unknown expert or head, an unusable sigma or confidence, or the same voter twice in a row."""
     unknown = sorted({name for v in voters for name in (v.expert, *v.others)} - set(pool.names))
     if not voters or unknown:
         raise InputError(
@@ -140,6 +162,13 @@ def check_voters(voters: Sequence[Voter], pool: ExpertPool, heads: Mapping[str, 
             expected="whole=True with a head, without others or grid",
             received=str([v for v in voters if v.whole]),
             remedy="name the network as head, and leave out others and grid",
+        )
+    if odd := [v.confidence for v in voters if not (isinstance(v.confidence, int | float) and 0.0 <= v.confidence < 1.0)]:
+        raise InputError(
+            "A voter's confidence is out of range",
+            expected="a probability in [0, 1)",
+            received=str(odd),
+            remedy="0.4 is a reasonable start; 0 counts every vote; choose on validation images",
         )
     if any(a == b for a, b in pairwise(voters)):
         raise InputError(
@@ -179,10 +208,19 @@ def bind_chain(
     for voter, tau in zip(voters, thresholds, strict=False):
         if pool[voter.expert].lipschitz is None:
             check_thresholds([tau])
-    if odd := [v.expert for v in voters if pool[v.expert].lipschitz is not None and (v.sigma or v.head or v.others)]:
+    if len(thresholds) < len(voters) and voters[-1].confidence:
+        raise InputError(
+            "The last voter has nobody to ask",
+            expected="confidence 0 for a voter that always answers",
+            received=f"{voters[-1].confidence:g} for the voter on {voters[-1].expert!r}",
+            remedy="leave it out, or add a voter behind it",
+        )
+    if odd := [
+        v.expert for v in voters if pool[v.expert].lipschitz is not None and (v.sigma or v.head or v.others or v.confidence)
+    ]:
         raise InputError(
             "A deterministic expert cannot vote",
-            expected="a voter without sigma, head and others",
+            expected="a voter without sigma, head, others and confidence",
             received=f"some of them for {', '.join(odd)}",
             remedy="it is one forward pass without noise; leave them out",
         )
@@ -195,17 +233,22 @@ def bind_chain(
     models = []
     for (name, sigma, others, grid, own), positions in groups.items():
         expert = pool[name]
+        confidences = [float(voters[p].confidence) for p in positions]
         cells = "" if grid == 1 else f"/{grid}x{grid}"
         network = "+".join((name, *others)) + cells if own is None else f"{own} from {name}"
-        network += "" if own is None and sigma == expert.sigma else f"@{sigma:g}"
+        network += "" if own is None and sigma == expert.sigma and not any(confidences) else f"@{sigma:g}"
         titles = [network if k == 0 else f"{network}:{k + 1}" for k in range(len(positions))]
         for title, position in zip(titles, positions, strict=True):
             stages[position] = expert_stage(title, sigma, pool.num_classes, network=network, expert=name, **constants_of(expert))
         wanted = [voters[p].head for p in positions]
         if own is not None:
-            models.append(_own_network(expert, heads[own], network, sigma, titles))
+            models.append(_own_network(expert, heads[own], network, sigma, titles, confidences))
             continue
-        models.append(_network(expert, [pool[o] for o in others], network, sigma, grid, titles, wanted, heads))
+        models.append(_network(expert, [pool[o] for o in others], network, sigma, grid, titles, wanted, heads, confidences))
+    for p, voter in enumerate(voters):
+        if voter.confidence:
+            onward = stages[p + 1].name if p + 1 < len(voters) else INVALID_TARGET
+            stages[p] = replace(stages[p], leads_to=(*range(pool.num_classes), onward, INVALID_TARGET))
     return Routed(cascade_tree([stages[p] for p in range(len(voters))], thresholds), tuple(models))
 
 
@@ -218,25 +261,39 @@ def _network(
     titles: Sequence[str],
     wanted: Sequence[str | None],
     heads: Mapping[str, nn.Module] | nn.ModuleDict,
+    confidences: Sequence[float],
 ) -> VoteModel:
     """One forward pass that casts the votes of every stage on the same experts at one noise level."""
-    if list(wanted) == [None] and sigma == expert.sigma:
+    if list(wanted) == [None] and sigma == expert.sigma and not any(confidences):
         return vote_model(expert)
     used = list(dict.fromkeys(h for h in wanted if h is not None))
     if not used:
-        module: nn.Module = _Votes(expert.network(), [0] * len(wanted), single=True)
+        module: nn.Module = _Votes(expert.network(), [0] * len(wanted), True, confidences)
     else:
         picks = [0 if h is None else 1 + used.index(h) for h in wanted]
-        module = _Votes(HeadedTrunk(expert, [heads[h] for h in used], others=others, grid=grid), picks, single=False)
+        module = _Votes(HeadedTrunk(expert, [heads[h] for h in used], others=others, grid=grid), picks, False, confidences)
     told = {"heads": [unique_digest(heads[h]) for h in used], "picks": [-1 if h is None else used.index(h) for h in wanted]}
-    digest = vote_digest([expert, *others], sigma, grid=grid, **told)
-    return VoteModel(network, module, sigma, tuple(titles), (expert.num_classes,) * len(titles), digest)
+    digest = vote_digest([expert, *others], sigma, grid=grid, **told, **_told(confidences))
+    return VoteModel(network, module, sigma, tuple(titles), _widths(expert, confidences), digest)
 
 
-def _own_network(expert: Expert, head: nn.Module, network: str, sigma: float, titles: Sequence[str]) -> VoteModel:
+def _own_network(
+    expert: Expert, head: nn.Module, network: str, sigma: float, titles: Sequence[str], confidences: Sequence[float]
+) -> VoteModel:
     """A whole network that votes on images normalised as the expert's."""
     module: nn.Module = expert.normalised(head)
-    if len(titles) > 1:
-        module = _Votes(module, [0] * len(titles), single=True)
+    if len(titles) > 1 or any(confidences):
+        module = _Votes(module, [0] * len(titles), True, confidences)
     told = {"whole": unique_digest(head), "mean": expert.mean, "std": expert.std, "picks": len(titles)}
-    return VoteModel(network, module, sigma, tuple(titles), (expert.num_classes,) * len(titles), vote_digest([], sigma, **told))
+    digest = vote_digest([], sigma, **told, **_told(confidences))
+    return VoteModel(network, module, sigma, tuple(titles), _widths(expert, confidences), digest)
+
+
+def _told(confidences: Sequence[float]) -> dict[str, list[float]]:
+    """What a digest is told of them."""
+    return {"confidences": list(confidences)} if any(confidences) else {}
+
+
+def _widths(expert: Expert, confidences: Sequence[float]) -> tuple[int, ...]:
+    """Logits of each stage: the classes, and one for an unsure vote where there are such."""
+    return tuple(expert.num_classes + bool(c) for c in confidences)

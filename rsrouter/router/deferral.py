@@ -67,6 +67,7 @@ class DeferralRouter(Router):
                 {"expert": v.expert, "sigma": v.sigma, "head": v.head, "others": list(v.others)}
                 | ({} if v.grid == 1 else {"grid": v.grid})
                 | ({"whole": True} if v.whole else {})
+                | ({"confidence": v.confidence} if v.confidence else {})
                 for v in self.voters
             ],
             "heads": {name: describe_module(head) for name, head in self.heads.items()},
@@ -76,7 +77,12 @@ class DeferralRouter(Router):
     def from_config(cls, config: dict[str, Any]) -> DeferralRouter:
         """The router `to_config` described, heads freshly initialised."""
         voters = [
-            Voter(v["expert"], v["sigma"], v["head"], tuple(v["others"]), v.get("grid", 1), v.get("whole", False))
+            Voter(
+                *(v["expert"], v["sigma"], v["head"], tuple(v["others"])),
+                grid=v.get("grid", 1),
+                whole=v.get("whole", False),
+                confidence=v.get("confidence", 0.0),
+            )
             for v in config["voters"]
         ]
         return cls(voters, config["thresholds"], {name: build_described(d) for name, d in config["heads"].items()})

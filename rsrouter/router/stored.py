@@ -45,6 +45,7 @@ class StoredVoter(Stored):
     others: Annotated[tuple[Name, ...], Field(max_length=100)] = ()
     grid: Annotated[int, Field(ge=1, le=1_000)] = 1
     whole: bool = False
+    confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class StoredDeferral(Stored):

@@ -10,6 +10,7 @@ from rsrouter.core.types import ABSTAIN
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.parts import composed
 from rsrouter.router.base import Routed
+from rsrouter.router.chain import least_confidence
 
 
 def decides(routed: Routed, experts: Collection[str]) -> list[str]:
@@ -27,10 +28,11 @@ def decides(routed: Routed, experts: Collection[str]) -> list[str]:
     """
     stages = [routed.tree.stages[name] for name in reversed(routed.tree.order)]
     titles = stage_titles(stages, experts)
-    return [_sentence(stage, titles) for stage in stages]
+    sure = {name: least_confidence(m.module, k) for m in routed.models for k, name in enumerate(m.stages)}
+    return [_sentence(stage, titles, sure[stage.name]) for stage in stages]
 
 
-def _sentence(stage: Stage, titles: Mapping[str, str]) -> str:
+def _sentence(stage: Stage, titles: Mapping[str, str], confidence: float = 0.0) -> str:
     onward = [titles[t] for t in dict.fromkeys(t for t in stage.leads_to if isinstance(t, str))]
     other = f"asks {', '.join(onward)}" if onward else "certifies nothing"
     who = titles[stage.name]
@@ -43,7 +45,8 @@ def _sentence(stage: Stage, titles: Mapping[str, str]) -> str:
     if stage.tau is not None and not stage.votes:
         return f"{who}: answers where one logit leads by at least {stage.tau:g}, else {other}"
     if stage.tau is not None:
-        return f"{who}: answers where one class has at least {100 * stage.tau:g}% of the votes, else {other}"
+        sure = f" (a vote counts for a class of softmax {confidence:g} or more)" if confidence else ""
+        return f"{who}: answers where one class has at least {100 * stage.tau:g}% of the votes{sure}, else {other}"
     if onward and ABSTAIN in stage.leads_to[:-1]:
         onward.append("nobody (nothing is certified)")
     most = "the outcome with most votes" if stage.votes else "the largest logit"

@@ -40,7 +40,7 @@ from rsrouter.training.features import with_features, without_features
 from rsrouter.training.heads import HeadGoal, HeadRecipe, as_stored, train_head
 from rsrouter.training.labels import target_radii
 from rsrouter.training.record import LABEL, SELECTION_VOTES, TRAIN, TUNE, Training, named_recipe
-from rsrouter.training.whole import WholeRecipe, train_whole, whole_votes
+from rsrouter.training.whole import WholeRecipe, train_whole, votes_at, whole_votes
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class DeferralRecipe:
         stages: the longest chain.
         trunks: experts that a head reads: 2, that of the largest sigma and its neighbour, or 1, the former alone, for half the
             votes' cost.
+        confidences: heads and the router's own networks are also offered so that a vote counts for a class only from this softmax
+            probability on (`Voter.confidence`): unsure votes ask the next voter. .3 to .5 keep more of radius 0.
         whole: networks of the router's own to train beside the heads, one of each at every noise level; an expert's size each,
             and minutes of training for one of 160,000 weights. Their labels must differ.
     """
@@ -74,6 +76,7 @@ class DeferralRecipe:
     grid: int = 1
     stages: int = 3
     trunks: int = 2
+    confidences: tuple[float, ...] = ()
     whole: tuple[WholeRecipe, ...] = ()
 
     def __post_init__(self) -> None:
@@ -84,6 +87,13 @@ class DeferralRecipe:
                 expected="different objectives, cross_entropy, tilt, consistency, tau or start",
                 received=str(labels),
                 remedy="drop one of them",
+            )
+        if odd := [c for c in self.confidences if not 0.0 < c < 1.0]:
+            raise InputError(
+                "A recipe's confidences are out of range",
+                expected="probabilities in (0, 1)",
+                received=str(odd),
+                remedy="(0.3, 0.4, 0.5) is a reasonable choice; 0 is always among them",
             )
         if self.trunks not in (1, 2):
             raise InputError(
@@ -164,7 +174,7 @@ def _own_networks(training: Training, recipe: DeferralRecipe, goal: Goal) -> Ite
                 training.say({"no_network": error.message})
                 continue
             drawn: dict[str, Any] = {"seed": training.seed, "purpose": LABEL, "store": training.store}
-            votes = whole_votes(behind, behind.module, behind.sigma, training.images, BEHIND_VOTES, **drawn)
+            votes = whole_votes(behind, behind.module, behind.sigma, training.images, BEHIND_VOTES, **drawn)[0]
             found = target_radii(
                 np.pad(votes, ((0, 0), (0, 1)))[:, None],
                 training.labels.numpy(),
@@ -201,13 +211,17 @@ def deferral_passes(training: Training) -> int:
     return validation * recipe.tune_copies * asked + each * sum(readers.values()) + levels * own
 
 
-def _head_votes(features: Tensor, heads: dict[str, nn.Module], classes: int) -> dict[str, NDArray[np.int64]]:
-    """`(N, classes)` votes of every head on cached features."""
-    votes = {name: np.zeros((len(features), classes), dtype=np.int64) for name in heads}
+def _head_votes(
+    features: Tensor, heads: dict[str, nn.Module], classes: int, confidences: Sequence[float]
+) -> dict[str, NDArray[np.int64]]:
+    """`(M, N, classes)` votes of every head on cached features, counted at each of the M confidences."""
+    votes = {name: np.zeros((len(confidences), len(features), classes), dtype=np.int64) for name in heads}
     with torch.inference_mode():
         for i, copies in enumerate(features):
             for name, head in heads.items():
-                votes[name][i] = np.bincount(head(copies.float()).argmax(1).numpy(), minlength=classes)
+                logits = head(copies.float())
+                for k, confidence in enumerate(confidences):
+                    votes[name][k, i] = np.bincount(votes_at(logits, confidence).numpy(), minlength=classes + 1)[:classes]
     return votes
 
 
@@ -239,6 +253,18 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
     simulated = simulate_pool(pool, training.expert_votes(xv, recipe.tune_copies, TUNE), plan_n=plan_n, rng=rng)
     goal = goal_of(simulated, target, grid, alpha, **training.wishes)
     candidates, heads = {e.name: Voter(e.name) for e in pool}, dict[str, nn.Module]()
+    levels = dict.fromkeys((0.0, *recipe.confidences))
+
+    def offer(name: str, voter: Voter, sigma: float, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """One more candidate, at each confidence, by its counts `(M, N, C)`; what it certifies alone where every vote counts."""
+        for confidence, counted in zip(levels, counts, strict=True):
+            title = f"{name}~{confidence:g}" if confidence else name
+            unsure = [recipe.tune_copies - counted.sum(1)] if confidence else []
+            votes = np.column_stack([counted, *unsure])
+            candidates[title] = replace(voter, confidence=confidence)
+            simulated[title] = SimulatedVotes.draw(votes, sigma, plan_n, SELECTION_VOTES, rng, pool.num_classes)
+        return accuracy(*expert_radius(simulated[name], alpha), target, grid)
+
     for sigma in dict.fromkeys(float(v.sigma or 0.0) for v, _ in wanted):
         members = [(v, how) for v, how in wanted if v.sigma == sigma]
         readers, cells = [pool[name] for name in (members[0][0].expert, *members[0][0].others)], members[0][0].grid
@@ -257,12 +283,12 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
                 store=training.store,
                 parents=parents,
             )
-            trained[name], candidates[name] = as_stored(head), voter
+            trained[name] = as_stored(head)
         del features
         held_out = training.features(readers, sigma, xv, recipe.tune_copies, TUNE, cells)
-        for name, counted in _head_votes(held_out, trained, pool.num_classes).items():
-            simulated[name] = SimulatedVotes.draw(counted, sigma, plan_n, SELECTION_VOTES, rng)
-            reached = accuracy(*expert_radius(simulated[name], alpha), target, grid)
+        named = {str(voter.head): voter for voter, _ in members}
+        for name, counts in _head_votes(held_out, trained, pool.num_classes, list(levels)).items():
+            reached = offer(name, named[name], sigma, counts)
             training.say({"head": name, "sigma": sigma, "validation": reached.tolist()})
         heads.update(trained)
     for voter, module in (*training.networks, *_own_networks(training, recipe, goal)):
@@ -271,16 +297,20 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
         name = f"{own}@{sigma:g}"
         if own not in heads:
             heads[own] = as_stored(copy.deepcopy(module).eval().requires_grad_(False))
-        counted = whole_votes(
-            expert, heads[own], sigma, xv, recipe.tune_copies, seed=training.seed, purpose=TUNE, store=training.store
+        counts = whole_votes(
+            *(expert, heads[own], sigma, xv, recipe.tune_copies),
+            seed=training.seed,
+            purpose=TUNE,
+            store=training.store,
+            confidences=tuple(levels),
         )
-        candidates[name], simulated[name] = voter, SimulatedVotes.draw(counted, sigma, plan_n, SELECTION_VOTES, rng)
-        reached = accuracy(*expert_radius(simulated[name], alpha), target, grid)
+        reached = offer(name, voter, sigma, counts)
         training.say({"network": own, "sigma": sigma, "validation": reached.tolist()})
         if training.votes is not None:
             training.votes(len(xv) * recipe.tune_copies)
     frontier = Frontier(goal)
-    chain, _ = search_chain(simulated, target, goal, alpha, max_stages=recipe.stages, frontier=frontier)
+    last = [name for name, voter in candidates.items() if not voter.confidence]
+    chain, _ = search_chain(simulated, target, goal, alpha, max_stages=recipe.stages, last=last, frontier=frontier)
     training.say(chosen_line(goal, simulated, target, alpha, chain, frontier))
     thresholds = [tau for _, tau in chain if tau is not None]
     voters = [candidates[name] for name, _ in chain]

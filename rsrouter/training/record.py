@@ -188,6 +188,13 @@ class Training:
             )
         for voter, _ in self.networks:
             check_voters([voter], self.pool, modules)
+            if voter.confidence:
+                raise InputError(
+                    "A network is offered at the recipe's confidences",
+                    expected="voters without confidence",
+                    received=str(voter),
+                    remedy=f"recipe=DeferralRecipe(confidences=({voter.confidence:g},))",
+                )
 
     @property
     def kind(self) -> str:

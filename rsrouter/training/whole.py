@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from rsrouter.core.errors import InputError
 from rsrouter.experts.expert import Expert
+from rsrouter.router.chain import reject_unsure
 from rsrouter.sampling.noise import stream_key
 from rsrouter.training.flat_network import trainable
 from rsrouter.training.heads import HeadGoal
@@ -201,8 +202,9 @@ def whole_votes(
     seed: int,
     purpose: str,
     store: ResumeStore | None = None,
+    confidences: Sequence[float] = (0.0,),
 ) -> NDArray[np.int64]:
-    """`(N, C)` votes of a network on `copies` noisy copies of each image, the noise keyed by purpose and seed.
+    """`(M, N, C)` votes of a network on `copies` noisy copies of each image, the noise keyed by purpose and seed.
 
     Args:
         expert: whose normalisation its images get.
@@ -212,10 +214,11 @@ def whole_votes(
         copies: votes per image.
         seed, purpose: key the noise.
         store: the votes are kept there, and read back.
+        confidences: the M ways to count the same copies: only where the softmax gives a class this probability (`reject_unsure`).
     """
     store, content = store or ResumeStore(), images.contiguous().numpy().tobytes()
     weights = [t.contiguous().numpy().tobytes() for t in module.state_dict().values()]
-    name = unit_key("whole votes", expert.digest, *weights, sigma, content, copies, seed, purpose)
+    name = unit_key("whole votes", expert.digest, *weights, sigma, content, copies, seed, purpose, *confidences)
     found = store.get(name)
     if found is not None:
         kept: NDArray[np.int64] = found.numpy()
@@ -223,11 +226,18 @@ def whole_votes(
     seen = expert.normalised(module)
     key = stream_key(purpose, seed, "whole", repr(float(sigma)), images.shape[0], images[:1].numpy().tobytes())
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-    votes = torch.zeros(len(images), expert.num_classes, dtype=torch.int64)
+    votes = torch.zeros(len(confidences), len(images), expert.num_classes + 1, dtype=torch.int64)
     for _ in range(copies):
         for rows in torch.split(torch.arange(len(images)), 500):
             x = images[rows]
-            answers = seen(x + sigma * torch.randn(x.shape, generator=generator)).argmax(1)
-            votes[rows, answers] += 1
+            logits = seen(x + sigma * torch.randn(x.shape, generator=generator))
+            for counted, confidence in zip(votes, confidences, strict=True):
+                counted[rows, votes_at(logits, confidence)] += 1
+    votes = votes[:, :, :-1].contiguous()
     store.put(name, votes, small=True)
     return votes.numpy()
+
+
+def votes_at(logits: Tensor, confidence: float) -> Tensor:
+    """What each row of `(B, C)` votes for; C where no class is as probable as `confidence`."""
+    return (reject_unsure(logits, confidence) if confidence else logits).argmax(1)

@@ -280,6 +280,33 @@ def shared_network() -> Design:
     return Design({v.name: v for v in votes}, "e", RoutedSmooth(ExpertPool([e, e2]), router, execution=EXECUTION))
 
 
+class Unsure(nn.Module):
+    """Class 0 left of `low`, class 1 right of `high`; in between both are alike."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.register_buffer("ends", torch.tensor([low, high]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x.flatten(1)[:, :1]
+        return torch.cat([4.0 * (seen < self.ends[0]), 4.0 * (seen > self.ends[1])], 1)
+
+
+def unsure() -> Design:
+    """A threshold stage whose votes count where the softmax is above .8: it defers at `CHANGE`, mostly to unsure votes, to an
+    expert that changes there."""
+    tau, sigma = 0.65, 0.8
+    low = X + CHANGE + sigma * norm.ppf(tau)
+    votes = [
+        Vote("a@0.8", sigma, [low, low + 1.0], [0, 2, 1], [0, 1, "b", -1, "b"], tau),
+        half("b", 0.5, CHANGE, [0, 1, -1]),
+    ]
+    a = Expert(Unsure(low, low + 1.0), sigma=sigma, num_classes=2, input_shape=(1, 1, 1), name="a")
+    router = DeferralRouter([Voter("a", confidence=0.8), Voter("b")], [tau])
+    smooth = RoutedSmooth(ExpertPool([a, expert(votes[1])]), router, execution=EXECUTION)
+    return Design({v.name: v for v in votes}, "a@0.8", smooth)
+
+
 def nested() -> Design:
     """Plurality over plurality over plurality, all changing at `CHANGE`; a sibling that never answers the class."""
     votes = [
@@ -320,6 +347,7 @@ DESIGNS: dict[str, Callable[[], Design]] = {
     "cascade": cascade,
     "wrong class": wrong_class,
     "shared network": shared_network,
+    "unsure": unsure,
     "nested": nested,
     "ladder of 4": lambda: ladder(4),
     "folded tie": folded_tie,

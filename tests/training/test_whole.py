@@ -74,7 +74,7 @@ def test_it_learns_and_the_expert_stays(pool):
     module = train_whole(
         pool["b"], x, y, torch.zeros(64), recipe=QUICK, goal=goal, seed=0, log=lambda line: None, store=ResumeStore()
     )
-    votes = whole_votes(pool["b"], module, 0.5, new, 20, seed=0, purpose="tune")
+    votes = whole_votes(pool["b"], module, 0.5, new, 20, seed=0, purpose="tune")[0]
     assert (votes.argmax(1) == truth.numpy()).mean() > 0.9
     pool["b"].check_unchanged()
     assert pool["b"].digest == before

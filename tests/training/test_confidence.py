@@ -1,0 +1,165 @@
+"""Votes that count for a class only where the network is sure enough of it (`Voter.confidence`)."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rsrouter import Expert, ExpertPool, FixedPlan, InputError, RoutedSmooth, Terms, build_architecture, train_router
+from rsrouter.router import CascadeRouter, DeferralRouter, Voter
+from rsrouter.router.chain import bind_chain, reject_unsure
+from rsrouter.router.words import decides
+from rsrouter.sampling.logits import votes_of
+from rsrouter.training import DeferralRecipe
+from rsrouter.training.whole import whole_votes
+from tests.helpers.designs import CHANGE, unsure
+
+KWARGS = {"channels": (4, 4), "hidden": 8, "size": 8}
+TERMS = Terms(FixedPlan(50, 2000), alpha=0.01)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    torch.manual_seed(0)
+    given = {"input_shape": (1, 8, 8), "num_classes": 2, "mean": (0.5,), "std": (0.3,)}
+    networks = [build_architecture("small_cnn", 2, KWARGS).eval() for _ in range(2)]
+    return ExpertPool([Expert(n, sigma=s, name=name, **given) for n, s, name in zip(networks, (0.25, 0.5), "ab", strict=True)])
+
+
+def test_a_vote_names_a_class_exactly_where_its_softmax_reaches_the_confidence():
+    logits = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0)) * 2
+    for confidence in (0.25, 0.5, 0.9):
+        top, named = logits.double().softmax(1).max(1)
+        clear = (top - confidence).abs() > 1e-6
+        expected = torch.where(top >= confidence, named, 5)
+        assert torch.equal(votes_of(reject_unsure(logits, confidence))[clear], expected[clear])
+        assert 0 < (expected == 5).sum() < 2000 or confidence == 0.25
+
+
+def test_logits_that_are_no_vote_stay_no_vote():
+    inf, nan = float("inf"), float("nan")
+    odd = torch.tensor([[nan, 1.0], [inf, 1.0], [-inf, -inf], [5.0, -inf], [inf, inf]])
+    assert votes_of(reject_unsure(odd, 0.6)).tolist() == [3, 3, 3, 0, 3]
+    assert votes_of(reject_unsure(odd.bfloat16(), 0.6)).tolist() == [3, 3, 3, 0, 3]
+
+
+def test_certificates_hold_at_the_boundary_and_come_near_it():
+    design = unsure()
+    certified = design.certify(Terms(FixedPlan(100, 20_000), alpha=0.01), 40)
+    assert design.true_radius(0) == pytest.approx(CHANGE, abs=1e-6)
+    assert design.violations(certified) <= 3
+    assert np.median([c.radius for c in certified if c.predict == 0]) > 0.9 * CHANGE
+    (stage, *_), counts = design.smooth.routed.tree.stages.values(), certified[0].counts
+    assert counts[stage.name][2] > 1000  # there are unsure votes, and they are neither a class's nor invalid
+    assert counts[stage.name][3] == 0
+
+
+def test_unsure_votes_lead_where_deferral_leads(pool):
+    routed = bind_chain(pool, [Voter("b", confidence=0.6), Voter("a")], (0.6,))
+    first, last = routed.tree.stages["b@0.5"], routed.tree.stages["a"]
+    assert first.leads_to == (0, 1, "a", -1, "a")
+    assert last.leads_to == (0, 1, -1)
+    to_core = bind_chain(pool, [Voter("b", confidence=0.6)], (0.6,))
+    assert to_core.tree.stages["b@0.5"].leads_to == (0, 1, -1, -1, -1)
+    assert decides(routed, pool.names)[0].endswith(
+        "answers where one class has at least 60% of the votes (a vote counts for a class of softmax 0.6 or more), else asks a"
+    )
+
+
+def test_two_confidences_on_one_network_share_its_passes(pool):
+    voters = [Voter("b", confidence=0.7), Voter("a"), Voter("b", confidence=0.6), Voter("b")]
+    routed = bind_chain(pool, voters, (0.6, 0.6, 0.6))
+    (shared,) = [m for m in routed.models if len(m.stages) == 3]
+    assert shared.widths == (3, 3, 2)
+    image = torch.rand(4, 1, 8, 8)
+    strict, loose, plain = shared.module(image)
+    assert torch.equal(strict[:, :2], plain)
+    assert torch.equal(loose[:, 2] > strict[:, 2], torch.zeros(4, dtype=torch.bool))
+
+
+def test_a_confidence_is_part_of_what_a_classifier_is(pool):
+    digests = {
+        bind_chain(pool, [Voter("b", confidence=c), Voter("a")], (0.6,)).digest for c in (0.0, 0.4, np.nextafter(0.4, 1.0))
+    }
+    assert len(digests) == 3
+    assert bind_chain(pool, [Voter("b"), Voter("a")], (0.6,)).digest in digests
+    assert CascadeRouter((0.6,), ["b", "a"]).bind(pool).digest in digests
+
+
+def test_it_is_saved_and_loaded(pool, tmp_path):
+    router = DeferralRouter([Voter("b", 0.4, confidence=0.55), Voter("a")], [0.6])
+    RoutedSmooth(pool, router).save_pretrained(tmp_path / "r")
+    config = json.loads((tmp_path / "r" / "config.json").read_text())["router"]
+    assert config["voters"][0]["confidence"] == 0.55
+    assert config["voters"][1]["confidence"] == 0.0
+    loaded = DeferralRouter.from_config(config)
+    assert loaded.digest == router.digest
+    assert loaded.voters == router.voters
+
+
+def test_predict_and_certify_ask_the_same_classifier(pool):
+    sure = RoutedSmooth(pool, DeferralRouter([Voter("b", confidence=0.999), Voter("a")], [0.6]))
+    alone = RoutedSmooth(pool, CascadeRouter([], ["a"]))
+    x = torch.rand(6, 1, 8, 8)
+    held = sure.certify(x, TERMS)
+    assert [c.predict for c in held] == [c.predict for c in alone.certify(x, TERMS)]
+    assert all(c.counts["b@0.5"][2] > 1900 for c in held)  # nobody is that sure, so all of it is asked of the next voter
+    answers = sure.predict(x, n=500)
+    assert all(a in (-1, c.predict) for a, c in zip(answers, held, strict=True))
+
+
+@pytest.mark.parametrize("confidence", [1.0, -0.1, float("nan"), "0.5", None])
+def test_a_confidence_that_cannot_be(pool, confidence):
+    with pytest.raises(InputError, match="confidence is out of range"):
+        bind_chain(pool, [Voter("b", confidence=confidence), Voter("a")], (0.6,))
+
+
+def test_the_last_voter_has_nobody_to_ask(pool):
+    with pytest.raises(InputError, match="has nobody to ask"):
+        bind_chain(pool, [Voter("b"), Voter("a", confidence=0.5)], (0.6,))
+
+
+def test_a_deterministic_expert_has_no_votes(pool):
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    silent = Expert(linear, lipschitz=2.0, num_classes=2, input_shape=(1, 8, 8), name="silent")
+    with pytest.raises(InputError, match="cannot vote"):
+        bind_chain(ExpertPool([silent, *pool]), [Voter("silent", confidence=0.5), Voter("a")], (0.6,))
+
+
+def pictures(n, seed):
+    """Ten classes by brightness; labels 0 and 1 only."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 2
+    return torch.rand((n, 1, 8, 8), generator=generator) * 0.2 + 0.7 * y[:, None, None, None], y
+
+
+def test_training_offers_each_confidence_and_chooses_on_validation_images(pool):
+    x, y = pictures(60, 0)
+    own = build_architecture("small_cnn", 2, KWARGS).eval()
+    recipe = DeferralRecipe(heads=(), tune_copies=40, confidences=(0.51, 0.6))
+    lines = []
+    given = {"radii": (0.0, 0.25), "plan_n": 1000, "log": lines.append}
+    routed = train_router(pool, "deferral", x, y, recipe=recipe, networks=[(Voter("b", 0.5, "own", whole=True), own)], **given)
+    names = {stage[0] for line in lines if "frontier" in line for point in line["frontier"] for stage in point["chain"]}
+    assert names <= {"a", "b", "own@0.5", "own@0.5~0.51", "own@0.5~0.6"}
+    last = routed.router.voters[-1] if isinstance(routed.router, DeferralRouter) else Voter("a")
+    assert last.confidence == 0.0
+    with pytest.raises(InputError, match="confidences are out of range"):
+        DeferralRecipe(confidences=(0.0,))
+    voter = Voter("b", 0.5, "own", whole=True, confidence=0.5)
+    with pytest.raises(InputError, match="offered at the recipe's confidences"):
+        train_router(pool, "deferral", x, y, recipe=recipe, networks=[(voter, own)], **given)
+
+
+def test_counts_at_several_confidences_are_of_the_same_copies(pool):
+    x, _ = pictures(10, 1)
+    given = {"seed": 0, "purpose": "tune"}
+    plain = whole_votes(pool["b"], pool["b"].module, 0.5, x, 30, **given)
+    several = whole_votes(pool["b"], pool["b"].module, 0.5, x, 30, confidences=(0.0, 0.55, 0.9), **given)
+    assert np.array_equal(several[0], plain[0])
+    assert np.all(several[1] <= several[0])
+    assert np.all(several[2] <= several[1])
+    assert several[2].sum() < several[0].sum() == 300
