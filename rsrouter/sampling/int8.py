@@ -3,16 +3,17 @@
 Inputs of a layer become whole numbers of seven bits, on a range that was measured beforehand and is part of the record, and its
 weights whole numbers of eight, with a scale for each output channel. Products and sums of whole numbers are exact, whatever their
 order, so a row's bits do not depend on its batch. Seven bits, because processors without VNNI add pairs of products in 16 bits:
-2 * 127 * 127 fits, 2 * 255 * 127 does not (`vpmaddubsw`). oneDNN's kernels multiply; what is done before them are single
-operations of float32, each rounded as IEEE 754 says. `quantise` compares the kernels with exact arithmetic, and rows in batches
-of several sizes, and refuses a processor on which they differ.
+2 * 127 * 127 fits, 2 * 255 * 127 does not (`vpmaddubsw`). oneDNN's kernels multiply; what is done before them, and after those of
+linear layers, are single operations of float32, each rounded as IEEE 754 says: with AMX those kernels round scale and shift
+otherwise in a few rows than in many. `quantise` compares the kernels with exact arithmetic, and rows in batches of several sizes,
+and refuses a processor on which they differ.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -20,11 +21,15 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rsrouter.core.errors import InputError, NetworkError
 
 #: The largest input, and the largest weight.
 LEVELS = 127
+
+#: Packed weights by the tensor of whole ones, which the lanes of a network share.
+_PACKED: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
 
 _AGAIN = "measure them: rsrouter calibrate ROUTER --dtype int8 --data DATA --out execution.json"
 
@@ -152,6 +157,7 @@ class Int8Layer(nn.Module):
 
     levels: Tensor
     scales: Tensor
+    ones: Tensor
     zeros: Tensor
     shift: Tensor | None
 
@@ -164,7 +170,9 @@ class Int8Layer(nn.Module):
         self.per_step = float(torch.tensor(1.0 / self.step, dtype=torch.float32))
         self.zero = round(-low / self.step)
         self.register_buffer("levels", torch.round(weight.double() / scales.view(shape)).clamp(-LEVELS, LEVELS).to(torch.int8))
-        self.register_buffer("scales", scales.float())
+        # of a convolution the weights' scales, of a linear layer those of its sums
+        self.register_buffer("scales", (scales if isinstance(layer, nn.Conv2d) else scales * self.step).float())
+        self.register_buffer("ones", torch.ones(len(weight)))
         self.register_buffer("zeros", torch.zeros(len(weight), dtype=torch.int32))
         self.register_buffer("shift", None if layer.bias is None else layer.bias.detach().clone())
         self.convolution: dict[str, Any] | None = None
@@ -177,17 +185,27 @@ class Int8Layer(nn.Module):
         levels = torch.mul(x, self.per_step).round_().clamp_(-self.zero, LEVELS - self.zero).add_(self.zero)
         return levels.to(torch.uint8)
 
+    def packed(self, where: Sequence[Any]) -> Tensor:
+        """The weights as oneDNN's kernels read them, packed once: that takes longer than a batch."""
+        if self.levels not in _PACKED:
+            _PACKED[self.levels] = (
+                torch.ops.onednn.qlinear_prepack(self.levels, None)
+                if self.convolution is None
+                else torch.ops.onednn.qconv_prepack(self.levels, self.scales, self.step, self.zero, *where, None)
+            )
+        made: Tensor = _PACKED[self.levels]
+        return made
+
     def multiply(self, levels: Tensor) -> Tensor:
-        """What oneDNN makes of whole inputs."""
+        """What oneDNN makes of whole inputs; of a linear layer their sums alone, which are then scaled and shifted."""
         tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
         if self.convolution is None:
-            weights = torch.ops.onednn.qlinear_prepack(self.levels, None)
-            made: Tensor = torch.ops.onednn.qlinear_pointwise(
-                levels, self.step, self.zero, weights, self.scales, self.zeros, self.shift, *tail
-            )
-            return made
+            weights = self.packed(())
+            made: Tensor = torch.ops.onednn.qlinear_pointwise(levels, 1.0, self.zero, weights, self.ones, self.zeros, None, *tail)
+            made.mul_(self.scales)
+            return made if self.shift is None else made.add_(self.shift)
         where = (*(self.convolution[k] for k in ("stride", "padding", "dilation")), self.convolution["groups"])
-        weights = torch.ops.onednn.qconv_prepack(self.levels, self.scales, self.step, self.zero, *where, None)
+        weights = self.packed(where)
         made = torch.ops.onednn.qconv2d_pointwise(
             levels, self.step, self.zero, weights, self.scales, self.zeros, self.shift, *where, *tail
         )
@@ -199,7 +217,7 @@ class Int8Layer(nn.Module):
         plain = self.convolution is None
         y = functional.linear(x, weight) if self.convolution is None else functional.conv2d(x, weight, None, **self.convolution)
         shape = (1, -1) if plain else (1, -1, 1, 1)
-        y = y * (self.scales.double() * self.step).view(shape)
+        y = y * (self.scales.double() * (1.0 if plain else self.step)).view(shape)
         return y if self.shift is None else y + self.shift.double().view(shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,7 +240,7 @@ class Int8Layer(nn.Module):
         levels = self.whole(x if self.convolution is not None else x.reshape(-1, x.shape[-1]))
         levels[0] = LEVELS  # the largest sums there are
         found = self.multiply(levels)
-        for rows in {1, len(levels) // 2, len(levels) - 1} - {0}:
+        for rows in sorted({*(2**k for k in range(len(levels).bit_length())), len(levels) // 2, len(levels) - 1} - {0}):
             if not torch.equal(found[:rows], self.multiply(levels[:rows].clone())):
                 raise NetworkError(
                     f"The integer kernels of this processor give layer {name!r} other bits in batches of another size",

@@ -78,6 +78,19 @@ def test_the_largest_sums_do_not_saturate() -> None:
     assert layer(torch.ones(2, 64, 3, 3)).flatten().tolist() == pytest.approx([576.0] * 8, rel=1e-6)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(392, 100), (100, 10), (37, 11), (8, 1)])
+def test_a_row_of_a_linear_layer_is_the_same_in_every_batch(shape: tuple[int, int]) -> None:
+    """With AMX, oneDNN takes other kernels for a few rows, which round scale and shift otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    layer = Int8Layer(nn.Linear(*shape), -0.5, 1.0)
+    levels = layer.whole(torch.rand(80, shape[0], generator=generator))
+    whole = layer.multiply(levels)
+    assert all(torch.equal(whole[:rows], layer.multiply(levels[:rows].clone())) for rows in range(1, 80))
+    sums = (levels.double() - layer.zero) @ layer.levels.double().T
+    assert torch.equal(whole, sums.float() * layer.scales + layer.shift)
+
+
 @pytest.mark.parametrize(("wrong", "said"), [("saturates", "do not multiply exactly"), ("batch", "batches of another size")])
 def test_kernels_that_are_not_exact_are_refused(monkeypatch: pytest.MonkeyPatch, wrong: str, said: str) -> None:
     right = Int8Layer.multiply
