@@ -12,7 +12,11 @@ from torch import Tensor
 
 from rsrouter.core.tree import Tree
 from rsrouter.process import usual_settings
+from rsrouter.router.chain import least_confidence
 from rsrouter.sampling.engine import VoteModel
+
+#: Of the softmax that stands for votes which need a confidence.
+_SHARPNESS = 8.0
 
 
 def soft_answer(tree: Tree, shares: dict[str, Tensor], c: Tensor) -> Tensor:
@@ -58,8 +62,11 @@ def vote_shares(models: Sequence[VoteModel], x: Tensor, samples: int, generator:
         noise = torch.randn((samples, *x.shape), generator=generator, device=x.device)
         noisy = (x[None] + model.sigma * noise).flatten(0, 1)
         output: Any = model.module(noisy)
-        for stage, logits in zip(model.stages, output if isinstance(output, tuple | list) else (output,), strict=True):
-            shares[stage] = logits.softmax(1).view(samples, len(x), -1).mean(0)
+        heads = output if isinstance(output, tuple | list) else (output,)
+        for place, (stage, logits) in enumerate(zip(model.stages, heads, strict=True)):
+            # where votes need a confidence, the softmax gives their rejection the same share everywhere: nearer to votes, then
+            sharp = _SHARPNESS if least_confidence(model.module, place) else 1.0
+            shares[stage] = (sharp * logits).softmax(1).view(samples, len(x), -1).mean(0)
     return shares
 
 

@@ -27,12 +27,13 @@ class Certificate:
         radius: certified L2 radius, 0.0 when abstaining.
         expert: name of the expert on the selected path; None for a single smoothed classifier without one.
         n_drawn: votes drawn for this image over all stages, selection included.
-        counts: estimation votes of every sampled stage: one entry per class (or expert), then the count of
-            invalid votes (NaN or Inf logits) last.
+        counts: estimation votes of every sampled stage: one entry per class (or expert), where a voter has a confidence one for
+            votes that are not sure enough, then the count of invalid votes (NaN or Inf logits) last.
         bound_by: name of the stage whose votes limit the radius.
         selection: selection votes, the same layout as `counts`; they fix `predict` and enter no bound.
-        r_router: radius within which the routing decisions stay on the selected path (inf without routing).
-        r_expert: radius of the answering stage alone; `min(r_router, r_expert)` is Dual RS's min rule.
+        r_router: radius within which the routing decisions surely stay on the selected path (inf without routing). In a chain it
+            is 0 behind the first stage, which may give the same answer itself: that has no upper bound.
+        r_expert: radius of the answering stage alone; of a flat router `min(r_router, r_expert)` is Dual RS's min rule.
         earlier: cumulative votes at looks before the last, only where one of them gave a bound that the last look
             does not reach: `"stage@votes"` to the same layout as `counts`. With it the radius is a function of
             the stored votes (`rsrouter.core.recompute`).

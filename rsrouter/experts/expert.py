@@ -321,6 +321,14 @@ class Expert:
         """`module` behind what stands around the expert's own: size, normalisation, order of the classes."""
         return around(module, self.mean, self.std, self.resize, self.order)
 
+    @property
+    def surroundings(self) -> dict[str, Any]:
+        """What `normalised` puts around a module, JSON-ready; size and order of the classes only where there are any."""
+        told: dict[str, Any] = {"mean": self.mean, "std": self.std}
+        if self.resize is not None:
+            told["resize"] = self.resize.model_dump(mode="json")
+        return told if self.order is None else told | {"order": self.order}
+
     def network(self) -> nn.Module:
         """Pixels in [0,1] to logits: the module (shared, not copied) with what stands around it."""
         return self.normalised(self.module)
@@ -360,12 +368,7 @@ class Expert:
         else:
             record, opaque = module_record(self.module)
         told: dict[str, Any] = {"network": record, "num_classes": self.num_classes, "input_shape": self.input_shape}
-        if self.mean is not None:
-            told |= {"mean": self.mean, "std": self.std}
-        if self.resize is not None:
-            told["resize"] = self.resize.model_dump(mode="json")
-        if self.order is not None:
-            told["order"] = self.order
+        told |= {key: value for key, value in self.surroundings.items() if value is not None}
         if opaque:
             self._token = self._token or uuid.uuid4().hex
             told["token"] = self._token

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import log
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Voter:
         grid: how the experts' feature maps are pooled for the head (`Trunk`): 1 as for their own last layer, 2 to four cells.
         whole: the head is a whole network: it sees the noisy image itself, normalised as the expert's input is, and no features.
         confidence: a noisy copy votes for a class only where the softmax gives it at least this probability (`reject_unsure`);
-            the other copies vote for asking the next voter. 0: every copy votes for a class.
+            the other copies vote for asking the next voter (behind the last one, nobody). 0: every copy votes for a class.
     """
 
     expert: str
@@ -49,6 +50,10 @@ class Voter:
     grid: int = 1
     whole: bool = False
     confidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.confidence, Real):  # numpy's numbers too
+            object.__setattr__(self, "confidence", float(self.confidence))
 
 
 def reject_unsure(logits: Tensor, confidence: float) -> Tensor:
@@ -75,7 +80,9 @@ class _Votes(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         out = self.inner(x)
         picked = [out if self.single else out[k] for k in self.picks]
-        return tuple(reject_unsure(o, c) if c else o for o, c in zip(picked, self.confidences, strict=True))
+        # what are no logits goes on as it is: the engine says what it wanted
+        fits = [isinstance(o, Tensor) and o.dim() == 2 and o.shape[1] > 1 for o in picked]
+        return tuple(reject_unsure(o, c) if c and fit else o for o, c, fit in zip(picked, self.confidences, fits, strict=True))
 
 
 def least_confidence(module: nn.Module, place: int) -> float:
@@ -163,11 +170,11 @@ def check_voters(voters: Sequence[Voter], pool: ExpertPool, heads: Mapping[str, 
             received=str([v for v in voters if v.whole]),
             remedy="name the network as head, and leave out others and grid",
         )
-    if odd := [v.confidence for v in voters if not (isinstance(v.confidence, int | float) and 0.0 <= v.confidence < 1.0)]:
+    if odd := [v.confidence for v in voters if not (isinstance(v.confidence, float) and 0.0 <= v.confidence < 1.0)]:
         raise InputError(
             "A voter's confidence is out of range",
-            expected="a probability in [0, 1)",
-            received=str(odd),
+            expected="a number from 0 up to, but not including, 1",
+            received=repr(odd),
             remedy="0.4 is a reasonable start; 0 counts every vote; choose on validation images",
         )
     if any(a == b for a, b in pairwise(voters)):
@@ -213,7 +220,7 @@ def bind_chain(
             "The last voter has nobody to ask",
             expected="confidence 0 for a voter that always answers",
             received=f"{voters[-1].confidence:g} for the voter on {voters[-1].expert!r}",
-            remedy="leave it out, or add a voter behind it",
+            remedy="give it confidence 0, add a voter behind it, or, over a pool with a core, give it a threshold too",
         )
     if odd := [
         v.expert for v in voters if pool[v.expert].lipschitz is not None and (v.sigma or v.head or v.others or v.confidence)
@@ -284,7 +291,7 @@ def _own_network(
     module: nn.Module = expert.normalised(head)
     if len(titles) > 1 or any(confidences):
         module = _Votes(module, [0] * len(titles), True, confidences)
-    told = {"whole": unique_digest(head), "mean": expert.mean, "std": expert.std, "picks": len(titles)}
+    told = {"whole": unique_digest(head), "picks": len(titles), **expert.surroundings}
     digest = vote_digest([], sigma, **told, **_told(confidences))
     return VoteModel(network, module, sigma, tuple(titles), _widths(expert, confidences), digest)
 

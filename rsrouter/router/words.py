@@ -45,7 +45,7 @@ def _sentence(stage: Stage, titles: Mapping[str, str], confidence: float = 0.0) 
     if stage.tau is not None and not stage.votes:
         return f"{who}: answers where one logit leads by at least {stage.tau:g}, else {other}"
     if stage.tau is not None:
-        sure = f" (a vote counts for a class of softmax {confidence:g} or more)" if confidence else ""
+        sure = f" (counting those whose softmax is at least {confidence:g})" if confidence else ""
         return f"{who}: answers where one class has at least {100 * stage.tau:g}% of the votes{sure}, else {other}"
     if onward and ABSTAIN in stage.leads_to[:-1]:
         onward.append("nobody (nothing is certified)")

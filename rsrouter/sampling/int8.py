@@ -3,19 +3,20 @@
 Inputs of a layer become whole numbers of seven bits, on a range that was measured beforehand and is part of the record, and its
 weights whole numbers of eight, with a scale for each output channel. Products and sums of whole numbers are exact, whatever their
 order, so a row's bits do not depend on its batch. Seven bits, because processors without VNNI add pairs of products in 16 bits:
-2 * 127 * 127 fits, 2 * 255 * 127 does not (`vpmaddubsw`). oneDNN's kernels multiply; what is done before them, and after those of
-linear layers, are single operations of float32, each rounded as IEEE 754 says: with AMX those kernels round scale and shift
-otherwise in a few rows than in many. `quantise` compares the kernels with exact arithmetic, and rows in batches of several sizes,
-and refuses a processor on which they differ.
+2 * 127 * 127 fits, 2 * 255 * 127 does not (`vpmaddubsw`). oneDNN's kernels make the sums, of so few products at a time that
+float32 holds them; all else is single operations of float32, each rounded as IEEE 754 says. (Kernels may round a scale and a
+shift differently for a few rows than for many: those of AMX do.) `quantise` compares the kernels with exact arithmetic, and rows
+in batches of several sizes, and refuses a processor on which they differ.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -27,9 +28,11 @@ from rsrouter.core.errors import InputError, NetworkError
 
 #: The largest input, and the largest weight.
 LEVELS = 127
+#: Products that are summed at once: float32 holds every whole number up to 2^24.
+MOST_SUMMANDS = 2**24 // LEVELS**2
 
-#: Packed weights by the tensor of whole ones, which the lanes of a network share.
-_PACKED: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
+#: Packed weights of a layer's parts by its `levels`, which the lanes of a network share.
+_PACKED: MutableMapping[Tensor, list[Tensor]] = WeakIdKeyDictionary()
 
 _AGAIN = "measure them: rsrouter calibrate ROUTER --dtype int8 --data DATA --out execution.json"
 
@@ -115,6 +118,7 @@ def quantisable(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
     """Whether a layer is a Conv2d with zero padding, or a Linear, and its call the class's forward and nothing else."""
     if type(layer) is nn.Conv2d:
         fits = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        fits &= (1 if layer.groups == 1 else layer.weight.shape[1]) * math.prod(layer.kernel_size) <= MOST_SUMMANDS
     else:
         fits = type(layer) is nn.Linear
     if not fits or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
@@ -128,18 +132,23 @@ def layers_of(module: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     return {name: layer for name, layer in module.named_modules() if quantisable(layer)}
 
 
+def _input_of(work: Callable[[nn.Module, Tensor], None], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook of `work` on a layer's input, however it is passed."""
+    work(layer, args[0] if args else next(iter(kwargs.values())))
+
+
 @contextmanager
 def watched_ranges(module: nn.Module, found: dict[str, tuple[float, float]]) -> Iterator[None]:
     """Widens `found` by the inputs of the module's layers, while it runs in there; 0 is in every range."""
     handles = []
 
-    def widen(name: str, args: tuple[Any, ...]) -> None:
+    def widen(name: str, layer: nn.Module, x: Tensor) -> None:
         low, high = found.get(name, (0.0, 0.0))
-        lowest, highest = (float(v) for v in args[0].detach().float().aminmax())
+        lowest, highest = (float(v) for v in x.detach().float().aminmax())
         found[name] = (min(low, lowest), max(high, highest))
 
     for name, layer in layers_of(module).items():
-        handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: widen(name, args)))
+        handles.append(layer.register_forward_pre_hook(partial(_input_of, partial(widen, name)), with_kwargs=True))
     try:
         yield
     finally:
@@ -170,57 +179,65 @@ class Int8Layer(nn.Module):
         self.per_step = float(torch.tensor(1.0 / self.step, dtype=torch.float32))
         self.zero = round(-low / self.step)
         self.register_buffer("levels", torch.round(weight.double() / scales.view(shape)).clamp(-LEVELS, LEVELS).to(torch.int8))
-        # of a convolution the weights' scales, of a linear layer those of its sums
-        self.register_buffer("scales", (scales if isinstance(layer, nn.Conv2d) else scales * self.step).float())
+        self.register_buffer("scales", (scales * self.step).float().view(shape[: weight.dim() - 1]))
         self.register_buffer("ones", torch.ones(len(weight)))
         self.register_buffer("zeros", torch.zeros(len(weight), dtype=torch.int32))
-        self.register_buffer("shift", None if layer.bias is None else layer.bias.detach().clone())
+        bias = layer.bias
+        self.register_buffer("shift", None if bias is None else bias.detach().clone().view(shape[: weight.dim() - 1]))
         self.convolution: dict[str, Any] | None = None
         if isinstance(layer, nn.Conv2d):
             keys = ("stride", "padding", "dilation")
             self.convolution = {**{k: list(getattr(layer, k)) for k in keys}, "groups": layer.groups}
+        inputs, most = weight.shape[1], MOST_SUMMANDS // weight[0, 0].numel()
+        self.parts = [slice(k, min(k + most, inputs)) for k in range(0, inputs, most)]
 
     def whole(self, x: Tensor) -> Tensor:
         """The inputs as whole numbers from 0 to `LEVELS`, uint8."""
         levels = torch.mul(x, self.per_step).round_().clamp_(-self.zero, LEVELS - self.zero).add_(self.zero)
         return levels.to(torch.uint8)
 
-    def packed(self, where: Sequence[Any]) -> Tensor:
-        """The weights as oneDNN's kernels read them, packed once: that takes longer than a batch."""
+    def _packed(self) -> list[Tensor]:
+        """The weights of each part as oneDNN's kernels read them, packed once: that takes longer than a batch."""
         if self.levels not in _PACKED:
-            _PACKED[self.levels] = (
-                torch.ops.onednn.qlinear_prepack(self.levels, None)
+            weights = [self.levels[:, part].contiguous() for part in self.parts]
+            _PACKED[self.levels] = [
+                torch.ops.onednn.qlinear_prepack(w, None)
                 if self.convolution is None
-                else torch.ops.onednn.qconv_prepack(self.levels, self.scales, self.step, self.zero, *where, None)
-            )
-        made: Tensor = _PACKED[self.levels]
+                else torch.ops.onednn.qconv_prepack(w, self.ones, 1.0, self.zero, *self.convolution.values(), None)
+                for w in weights
+            ]
+        return _PACKED[self.levels]
+
+    def _sums(self, levels: Tensor, packed: Tensor) -> Tensor:
+        """Sums of whole numbers, exact in float32."""
+        given = (levels, 1.0, self.zero, packed, self.ones, self.zeros, None)
+        tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+        made: Tensor = (
+            torch.ops.onednn.qlinear_pointwise(*given, *tail)
+            if self.convolution is None
+            else torch.ops.onednn.qconv2d_pointwise(*given, *self.convolution.values(), *tail)
+        )
         return made
 
     def multiply(self, levels: Tensor) -> Tensor:
-        """What oneDNN makes of whole inputs; of a linear layer their sums alone, which are then scaled and shifted."""
-        tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
-        if self.convolution is None:
-            weights = self.packed(())
-            made: Tensor = torch.ops.onednn.qlinear_pointwise(levels, 1.0, self.zero, weights, self.ones, self.zeros, None, *tail)
-            made.mul_(self.scales)
-            return made if self.shift is None else made.add_(self.shift)
-        where = (*(self.convolution[k] for k in ("stride", "padding", "dilation")), self.convolution["groups"])
-        weights = self.packed(where)
-        made = torch.ops.onednn.qconv2d_pointwise(
-            levels, self.step, self.zero, weights, self.scales, self.zeros, self.shift, *where, *tail
-        )
-        return made
+        """The layer's output for whole inputs: oneDNN's sums of each part, added in their order, scaled and shifted."""
+        total: Tensor | None = None
+        for part, packed in zip(self.parts, self._packed(), strict=True):
+            made = self._sums(levels if len(self.parts) == 1 else levels[:, part].contiguous(), packed)
+            total = made if total is None else total.add_(made)
+        assert total is not None
+        total.mul_(self.scales)
+        return total if self.shift is None else total.add_(self.shift)
 
     def exact(self, levels: Tensor) -> Tensor:
         """The same in float64, where whole numbers of this size are exact."""
         x, weight = levels.double() - self.zero, self.levels.double()
-        plain = self.convolution is None
         y = functional.linear(x, weight) if self.convolution is None else functional.conv2d(x, weight, None, **self.convolution)
-        shape = (1, -1) if plain else (1, -1, 1, 1)
-        y = y * (self.scales.double() * (1.0 if plain else self.step)).view(shape)
-        return y if self.shift is None else y + self.shift.double().view(shape)
+        y = y * self.scales.double()
+        return y if self.shift is None else y + self.shift.double()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # the name that torch's layers give it
         rows = x if self.convolution is not None else x.reshape(-1, x.shape[-1])
         y = self.multiply(self.whole(rows))
         # a sum is finite only where every summand is
@@ -291,12 +308,12 @@ def quantise(module: nn.Module, ranges: Mapping[str, tuple[float, float]], x: Te
                 parent._modules[key] = made[child]
     called: set[nn.Module] = set()
 
-    def check(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def check(layer: nn.Module, x: Tensor) -> None:
         if layer not in called:
             called.add(layer)
-            layer.check(args[0], names[layer])  # type: ignore[operator]
+            layer.check(x, names[layer])  # type: ignore[operator]
 
-    handles = [layer.register_forward_pre_hook(check) for layer in names]
+    handles = [layer.register_forward_pre_hook(partial(_input_of, check), with_kwargs=True) for layer in names]
     try:
         module(x)
     except AttributeError as error:

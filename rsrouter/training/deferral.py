@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,9 @@ class DeferralRecipe:
         stages: the longest chain.
         trunks: experts that a head reads: 2, that of the largest sigma and its neighbour, or 1, the former alone, for half the
             votes' cost.
-        confidences: heads and the router's own networks are also offered so that a vote counts for a class only from this softmax
-            probability on (`Voter.confidence`): unsure votes ask the next voter. .3 to .5 keep more of radius 0.
+        confidences: heads and the router's own networks are also offered in this way: a vote counts for a class only where its
+            softmax probability reaches this, and asks the next voter elsewhere (`Voter.confidence`). .3 to .5 keep more of
+            radius 0. The log names such a candidate after it: `own@0.6~0.4`.
         whole: networks of the router's own to train beside the heads, one of each at every noise level; an expert's size each,
             and minutes of training for one of 160,000 weights. Their labels must differ.
     """
@@ -88,13 +90,15 @@ class DeferralRecipe:
                 received=str(labels),
                 remedy="drop one of them",
             )
-        if odd := [c for c in self.confidences if not 0.0 < c < 1.0]:
+        given = list(self.confidences) if isinstance(self.confidences, Iterable) else [None]
+        if not all(isinstance(c, Real) and 0.0 < c < 1.0 for c in given):
             raise InputError(
                 "A recipe's confidences are out of range",
-                expected="probabilities in (0, 1)",
-                received=str(odd),
+                expected="several numbers above 0 and below 1",
+                received=repr(self.confidences),
                 remedy="(0.3, 0.4, 0.5) is a reasonable choice; 0 is always among them",
             )
+        object.__setattr__(self, "confidences", tuple(float(c) for c in given))
         if self.trunks not in (1, 2):
             raise InputError(
                 "A head reads one expert or two", expected="trunks 1 or 2", received=repr(self.trunks), remedy="leave it out"

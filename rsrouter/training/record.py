@@ -190,8 +190,8 @@ class Training:
             check_voters([voter], self.pool, modules)
             if voter.confidence:
                 raise InputError(
-                    "A network is offered at the recipe's confidences",
-                    expected="voters without confidence",
+                    "A network that is offered has a confidence of its own",
+                    expected="voters of confidence 0: the recipe says which others are tried",
                     received=str(voter),
                     remedy=f"recipe=DeferralRecipe(confidences=({voter.confidence:g},))",
                 )

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from rsrouter import Expert, ExpertPool, FixedPlan, InputError, RoutedSmooth, Terms, build_architecture, train_router
+from rsrouter import (
+    Expert,
+    ExpertPool,
+    FixedPlan,
+    InputError,
+    NetworkError,
+    RoutedSmooth,
+    Terms,
+    build_architecture,
+    train_router,
+)
+from rsrouter.audit.attack import attack
+from rsrouter.experts.preprocessing import Resize
 from rsrouter.router import CascadeRouter, DeferralRouter, Voter
 from rsrouter.router.chain import bind_chain, reject_unsure
 from rsrouter.router.words import decides
@@ -65,7 +77,7 @@ def test_unsure_votes_lead_where_deferral_leads(pool):
     to_core = bind_chain(pool, [Voter("b", confidence=0.6)], (0.6,))
     assert to_core.tree.stages["b@0.5"].leads_to == (0, 1, -1, -1, -1)
     assert decides(routed, pool.names)[0].endswith(
-        "answers where one class has at least 60% of the votes (a vote counts for a class of softmax 0.6 or more), else asks a"
+        "answers where one class has at least 60% of the votes (counting those whose softmax is at least 0.6), else asks a"
     )
 
 
@@ -150,7 +162,7 @@ def test_training_offers_each_confidence_and_chooses_on_validation_images(pool):
     with pytest.raises(InputError, match="confidences are out of range"):
         DeferralRecipe(confidences=(0.0,))
     voter = Voter("b", 0.5, "own", whole=True, confidence=0.5)
-    with pytest.raises(InputError, match="offered at the recipe's confidences"):
+    with pytest.raises(InputError, match="has a confidence of its own"):
         train_router(pool, "deferral", x, y, recipe=recipe, networks=[(voter, own)], **given)
 
 
@@ -163,3 +175,71 @@ def test_counts_at_several_confidences_are_of_the_same_copies(pool):
     assert np.all(several[1] <= several[0])
     assert np.all(several[2] <= several[1])
     assert several[2].sum() < several[0].sum() == 300
+
+
+def test_a_network_of_its_own_is_identified_with_what_stands_around_it():
+    """The expert whose input it reads gives it the order of the classes and the size too, and a memo goes by digest."""
+    torch.manual_seed(1)
+    own = build_architecture("small_cnn", 2, KWARGS).eval()
+
+    def routed(**around):
+        given = {"input_shape": (1, 8, 8), "num_classes": 2, "mean": (0.5,), "std": (0.3,), **around}
+        experts = [
+            Expert(build_architecture("small_cnn", 2, KWARGS).eval(), sigma=0.5, name="a", **given),
+            Expert(build_architecture("small_cnn", 2, KWARGS).eval(), sigma=0.25, name="z", input_shape=(1, 8, 8), num_classes=2),
+        ]
+        return bind_chain(ExpertPool(experts), [Voter("a", 0.4, "own", whole=True)], (), {"own": own})
+
+    plain, turned = routed(), routed(order=(1, 0))
+    resized = routed(resize=Resize(size=(12, 12), crop=(8, 8)))
+    assert len({r.digest for r in (plain, turned, resized)}) == 3
+    assert len({r.default_seed() for r in (plain, turned, resized)}) == 3
+    assert routed().digest == plain.digest
+
+
+class Planes(torch.nn.Module):
+    """Class 1 where one pixel is brighter than `at`."""
+
+    def __init__(self, pixel, at):
+        super().__init__()
+        self.pixel = pixel
+        self.register_buffer("at", torch.tensor(at))
+
+    def forward(self, x):
+        z = 40.0 * (x.flatten(1)[:, self.pixel : self.pixel + 1] - self.at)
+        return torch.cat([-z, z], 1)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.9])
+def test_the_audits_attack_finds_its_way_past_unsure_votes(confidence):
+    """A radius of .55 is claimed; along the first pixel the answer changes at about .48, after both stages have turned."""
+    given = {"num_classes": 2, "input_shape": (1, 2, 2), "sigma": 0.25}
+    pool = ExpertPool([Expert(Planes(0, 0.85), name="first", **given), Expert(Planes(1, 0.75), name="behind", **given)])
+    router = RoutedSmooth(pool, DeferralRouter([Voter("first", confidence=confidence), Voter("behind")], [0.7]))
+    x, c = torch.full((8, 1, 2, 2), 0.5), torch.zeros(8, dtype=torch.long)
+    points = attack(router.routed.tree, router.routed.models, x, c, torch.full((8,), 0.55))
+    assert (router.predict(points, n=2000) == 1).sum() >= 2
+
+
+@pytest.mark.parametrize("given", [0.4, None, "0.4", ("0.4",), (1.0,), (0.4, float("nan"))])
+def test_confidences_that_cannot_be_tried(given):
+    with pytest.raises(InputError, match="confidences are out of range"):
+        DeferralRecipe(confidences=given)
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    assert DeferralRecipe(confidences=np.array([0.25, 0.5])).confidences == (0.25, 0.5)
+    assert type(Voter("a", confidence=np.float32(0.5)).confidence) is float
+    assert json.dumps(DeferralRouter([Voter("b", confidence=np.float32(0.5)), "a"], [0.6]).to_config())
+
+
+def test_an_expert_that_returns_no_logits_is_named_as_before():
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            return {"logits": x.flatten(1)[:, :2]}
+
+    given = {"num_classes": 2, "input_shape": (1, 2, 2)}
+    pool = ExpertPool([Expert(Odd(), sigma=0.5, name="odd", **given), Expert(Planes(0, 0.5), sigma=0.25, name="z", **given)])
+    routed = RoutedSmooth(pool, DeferralRouter([Voter("odd", confidence=0.6), Voter("z")], [0.6]))
+    with pytest.raises(NetworkError, match="wrong shape"):
+        routed.certify(torch.rand(1, 1, 2, 2), TERMS)
