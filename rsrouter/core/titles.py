@@ -33,21 +33,25 @@ def stage_titles(stages: Iterable[NamedStage], experts: Collection[str]) -> dict
 
     >>> from rsrouter.core.tree import expert_stage
     >>> asked = [expert_stage("own from a@0.65", 0.65, 10, expert="a"), expert_stage("a+b", 0.5, 10, expert="a"),
-    ...          expert_stage("a", 0.5, 10, expert="a")]
+    ...          expert_stage("a itself@0.3", 0.3, 10, expert="a"), expert_stage("a", 0.5, 10, expert="a")]
     >>> for title in stage_titles(asked, ["a", "b"]).values():
     ...     print(title)
     a network of its own at noise 0.65
     head on a and b at noise 0.5
+    a at noise 0.3
     a
     """
     known, titles = list(stages), {}
     own = [s.name for s in known if _owner(s, experts)]
-    heads = [s.name for s in known if s.name not in own and not is_expert(s) and not _routes(s)]
+    bare = [s.name for s in known if _bare(s.network) == f"{s.expert} itself"]
+    heads = [s.name for s in known if s.name not in (*own, *bare) and not is_expert(s) and not _routes(s)]
     for stage in known:
         at = f" at noise {stage.sigma:.3g}"
         if stage.name in own:
             number = f" {own.index(stage.name) + 1}" if len(own) > 1 else ""
             titles[stage.name] = f"network{number} of its own{at}" if number else f"a network of its own{at}"
+        elif stage.name in bare:
+            titles[stage.name] = f"{stage.expert}{at}"
         elif stage.name in heads:
             number = f" {heads.index(stage.name) + 1}" if len(heads) > 1 else ""
             titles[stage.name] = f"head{number} on {' and '.join(_read(stage, experts))}{at}"

@@ -243,7 +243,10 @@ def bind_chain(
         confidences = [float(voters[p].confidence) for p in positions]
         cells = "" if grid == 1 else f"/{grid}x{grid}"
         network = "+".join((name, *others)) + cells if own is None else f"{own} from {name}"
-        network += "" if own is None and sigma == expert.sigma and not any(confidences) else f"@{sigma:g}"
+        if own is None and all(voters[p].head is None for p in positions):
+            network += "" if sigma == expert.sigma and not any(confidences) else f" itself@{sigma:g}"
+        else:
+            network += "" if own is None and sigma == expert.sigma else f"@{sigma:g}"
         titles = [network if k == 0 else f"{network}:{k + 1}" for k in range(len(positions))]
         for title, position in zip(titles, positions, strict=True):
             stages[position] = expert_stage(title, sigma, pool.num_classes, network=network, expert=name, **constants_of(expert))

@@ -298,13 +298,13 @@ def unsure() -> Design:
     tau, sigma = 0.65, 0.8
     low = X + CHANGE + sigma * norm.ppf(tau)
     votes = [
-        Vote("a@0.8", sigma, [low, low + 1.0], [0, 2, 1], [0, 1, "b", -1, "b"], tau),
+        Vote("a itself@0.8", sigma, [low, low + 1.0], [0, 2, 1], [0, 1, "b", -1, "b"], tau),
         half("b", 0.5, CHANGE, [0, 1, -1]),
     ]
     a = Expert(Unsure(low, low + 1.0), sigma=sigma, num_classes=2, input_shape=(1, 1, 1), name="a")
     router = DeferralRouter([Voter("a", confidence=0.8), Voter("b")], [tau])
     smooth = RoutedSmooth(ExpertPool([a, expert(votes[1])]), router, execution=EXECUTION)
-    return Design({v.name: v for v in votes}, "a@0.8", smooth)
+    return Design({v.name: v for v in votes}, "a itself@0.8", smooth)
 
 
 def nested() -> Design:

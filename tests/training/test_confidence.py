@@ -71,11 +71,11 @@ def test_certificates_hold_at_the_boundary_and_come_near_it():
 
 def test_unsure_votes_lead_where_deferral_leads(pool):
     routed = bind_chain(pool, [Voter("b", confidence=0.6), Voter("a")], (0.6,))
-    first, last = routed.tree.stages["b@0.5"], routed.tree.stages["a"]
+    first, last = routed.tree.stages["b itself@0.5"], routed.tree.stages["a"]
     assert first.leads_to == (0, 1, "a", -1, "a")
     assert last.leads_to == (0, 1, -1)
     to_core = bind_chain(pool, [Voter("b", confidence=0.6)], (0.6,))
-    assert to_core.tree.stages["b@0.5"].leads_to == (0, 1, -1, -1, -1)
+    assert to_core.tree.stages["b itself@0.5"].leads_to == (0, 1, -1, -1, -1)
     assert decides(routed, pool.names)[0].endswith(
         "answers where one class has at least 60% of the votes (counting those whose softmax is at least 0.6), else asks a"
     )
@@ -118,7 +118,7 @@ def test_predict_and_certify_ask_the_same_classifier(pool):
     x = torch.rand(6, 1, 8, 8)
     held = sure.certify(x, TERMS)
     assert [c.predict for c in held] == [c.predict for c in alone.certify(x, TERMS)]
-    assert all(c.counts["b@0.5"][2] > 1900 for c in held)  # nobody is that sure, so all of it is asked of the next voter
+    assert all(c.counts["b itself@0.5"][2] > 1900 for c in held)  # nobody is that sure, so all of it is asked of the next voter
     answers = sure.predict(x, n=500)
     assert all(a in (-1, c.predict) for a, c in zip(answers, held, strict=True))
 
