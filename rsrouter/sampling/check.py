@@ -80,7 +80,8 @@ def _rows(shape: tuple[int, ...], batch: int, generator: torch.Generator) -> tup
 
 def _closer(x: Tensor, logits: Tensor) -> Tensor:
     """`x` with every other row moved to where its vote and that of another row are about equally likely, by the secant of their
-    margins: what goes wrong only in close rows is to be seen as well."""
+    margins: what goes wrong only in close rows is to be seen as well. They stop short of a tie by several small shares: of a
+    linear network the secant finds exact ties, which rounding alone decides."""
     votes = votes_of(logits)
     order = votes.argsort(stable=True)
     # in the order of their votes, half a batch further mostly is another class
@@ -90,8 +91,10 @@ def _closer(x: Tensor, logits: Tensor) -> Tensor:
     a, b = (v.clamp_max(logits.shape[1] - 1)[:, None] for v in (votes, votes[other]))
     here = (finite.gather(1, a) - finite.gather(1, b)).clamp_min(0.0)
     there = (finite[other].gather(1, b) - finite[other].gather(1, a)).clamp_min(0.0)
-    share = torch.where(here + there > 0, here / (here + there), 0.5).to(x.dtype).view(-1, 1, 1, 1)
-    moves = (torch.arange(len(x), device=x.device) % 2 == 0).view(-1, 1, 1, 1)
+    place = torch.arange(len(x), device=x.device)
+    short = 10.0 ** (place // 2 % 3 - 4.0)[:, None]
+    share = torch.where(here + there > 0, (1.0 - short) * here / (here + there), 0.5).to(x.dtype).view(-1, 1, 1, 1)
+    moves = (place % 2 == 0).view(-1, 1, 1, 1)
     return torch.where(moves, (1 - share) * x + share * x[other], x)
 
 
