@@ -255,7 +255,7 @@ class Int8Layer(nn.Module):
             NetworkError: what differs.
         """
         levels = self.whole(x if self.convolution is not None else x.reshape(-1, x.shape[-1]))
-        levels[0] = LEVELS  # the largest sums there are
+        levels[0] = LEVELS  # every input at its largest: where kernels saturate, it shows
         found = self.multiply(levels)
         for rows in sorted({*(2**k for k in range(len(levels).bit_length())), len(levels) // 2, len(levels) - 1} - {0}):
             if not torch.equal(found[:rows], self.multiply(levels[:rows].clone())):
