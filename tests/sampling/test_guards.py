@@ -428,6 +428,17 @@ def test_every_head_counts() -> None:
     assert found.flips > 0
 
 
+def test_close_rows_do_not_make_a_usual_gap_small() -> None:
+    """A check moves up to half of its rows to where two classes tie; rounding of large logits is no other function there."""
+    generator = torch.Generator().manual_seed(0)
+    first = 60.0 + torch.randn(40, 10, generator=generator, dtype=torch.float64)
+    close = first[::2].topk(2, 1)
+    first[::2] = first[::2].scatter(1, close.indices[:, :1], close.values[:, 1:] + 1e-3)
+    rounding = 60.0 * 1e-6 * (2 * torch.rand(40, 10, generator=generator) - 1)
+    assert moved((first,), (first + rounding,)).is_rounding("float32")
+    assert not moved((first,), (first + 100 * rounding,)).is_rounding("float32")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_of_few_bits_is_rounding(dtype: str) -> None:
     x = torch.randn((64, 10), generator=torch.Generator().manual_seed(0)).double()
