@@ -18,15 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, RoutedSmooth, Smooth
 from rsrouter.core.bounds import AlphaSplit
 from rsrouter.core.terms import Terms
+from rsrouter.experts import build_architecture
 from rsrouter.jobs import certify_table
 from rsrouter.report import write_report
 from rsrouter.report.curves import average_certified_radius, certified_correct
 from rsrouter.results import Table, merge_tables, read_table
+from rsrouter.router.chain import Voter
 from rsrouter.sampling import Execution, VoteMemo
 from rsrouter.training import DeferralRecipe, ResumeStore, Training, label_votes, train_deferral, train_router, tune_cascade
 from rsrouter.training.flat import RECIPES
@@ -131,6 +134,66 @@ def train_all(
     make("own", own)
     make("cascade", cascade)
     make("deferral", deferral)
+
+
+def choose_chain(
+    pool: ExpertPool,
+    networks: Sequence[Path],
+    like: str,
+    sigmas: Sequence[float],
+    validation: Labelled,
+    out: Path,
+    *,
+    copies: int,
+    confidences: Sequence[float] = (),
+    **settings: Any,
+) -> None:
+    """A deferral router over networks that are trained already: chooses on `validation` who is asked, at which noise level, in
+    which order and from which share of votes on; saved in `out`, and what was tried printed.
+
+    Args:
+        pool: the experts.
+        networks: runs of a trainer (`model.safetensors`, `config.json`), asked before the experts or among them.
+        like: the expert whose preprocessing they share.
+        sigmas: noise levels at which each may be asked.
+        validation: images that nothing was trained on, and their labels.
+        out: folder of the router.
+        copies: votes per validation image and network.
+        confidences: softmax that a vote for a class may need.
+        settings: further fields of `Training`.
+    """
+    voters, notes = [], []
+    for folder in networks:
+        config = json.loads((folder / "config.json").read_text())
+        network = build_architecture(config["architecture"], config["num_classes"], config["kwargs"])
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+        head = "own" if len(networks) == 1 else folder.name.replace(".", "_")
+        voters += [(Voter(like, sigma, head, whole=True), network.eval()) for sigma in sigmas]
+        notes.append(config["training"])
+    train_router(
+        pool,
+        "deferral",
+        *(part[:2] for part in validation),  # no head is trained
+        validation=validation,
+        recipe=DeferralRecipe(heads=(), tune_copies=copies, confidences=tuple(confidences)),
+        networks=voters,
+        out=out,
+        notes={"network": notes[0] if len(notes) == 1 else notes},
+        show=True,
+        **{"radii": tuple(RADII[COVERED]), **settings},
+    )
+    print((out / "training.jsonl").read_text())
+
+
+def chain_arguments(parser: argparse.ArgumentParser, like: str) -> None:
+    """What a command line says of `choose_chain`."""
+    parser.add_argument("--network", type=Path, nargs="+", required=True, help="runs of the trainer")
+    parser.add_argument("--sigmas", type=float, nargs="+", required=True, help="noise levels at which each may be asked")
+    parser.add_argument("--confidences", type=float, nargs="*", default=[], help="softmax that a vote for a class may need")
+    parser.add_argument("--like", default=like, help="the expert it started as")
+    parser.add_argument("--copies", type=int, default=500, help="votes per validation image and network")
+    parser.add_argument("--images", type=int, default=1000, help="validation images")
+    parser.add_argument("--floor", type=float, default=0.915, help="least ratio to the experts' envelope wanted")
 
 
 def methods(pool: ExpertPool, work: Path, execution: Execution, part: str = "all", own: bool = True) -> dict[str, Method]:
@@ -416,7 +479,7 @@ def command_line(
     verbs: Mapping[str, Callable[[argparse.Namespace], None]],
     arguments: Callable[[str, argparse.ArgumentParser], None],
 ) -> None:
-    """Runs one of a study's verbs (`train`, `certify`, `table`).
+    """Runs one of a study's verbs (`train`, `choose`, `certify`, `table`).
 
     Args:
         text: what `--help` says.

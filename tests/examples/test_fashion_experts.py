@@ -34,8 +34,9 @@ def load():
     return module
 
 
-trainer = load()
-in_ball, MEAN, STD = (getattr(sys.modules["fashion_recipes"], name) for name in ("in_ball", "MEAN", "STD"))
+script = load()
+trainer, TASK = sys.modules["expert_training"], script.TASK
+in_ball, MEAN, STD = sys.modules["noise_recipes"].in_ball, TASK.mean, TASK.std
 
 
 def pictures(n, seed=0):
@@ -68,7 +69,7 @@ def test_each_recipe_learns(recipe, options, tmp_path):
         trainer.dump(tmp_path / "soft_teacher_320.pt", nn.functional.one_hot(y, 10).float() * 0.9 + 0.01)
         options = options | {"teacher": "teacher"}
     s = trainer.Settings("job", recipe, 0.25, epochs=6, kwargs=SMALL, batch=32, average=0.9, estimate=32, every=6, **options)
-    run = trainer.Run(s, tmp_path)
+    run = trainer.Run(TASK, s, tmp_path)
     run.train(x, y, unlike, truth)
     assert (tmp_path / "job" / "finished").exists()
     radii = trainer.estimated_radii(run.network(weights_of="job"), unlike, truth, 0.25, 64)
@@ -79,9 +80,9 @@ def test_goes_on_exactly_where_it_stopped(tmp_path):
     x, y = pictures(128)
     settings = trainer.Settings("job", "smoothmix", 0.5, epochs=2, kwargs=SMALL, batch=32, steps=1, estimate=8, every=1)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    trainer.Run(settings, whole).train(x, y, x, y)
+    trainer.Run(TASK, settings, whole).train(x, y, x, y)
     for _ in range(3):  # three steps at a time: the second stop lies inside an epoch, after one was finished
-        trainer.Run(settings, parts).train(x, y, x, y, stop_after=3)
+        trainer.Run(TASK, settings, parts).train(x, y, x, y, stop_after=3)
     one, other = (torch.load(f / "job" / "state.pt", weights_only=True) for f in (whole, parts))
     assert one["done"] == other["done"] == 8
     for part in ("module", "average"):
@@ -127,14 +128,14 @@ def test_a_killed_queue_goes_on(tmp_path, monkeypatch):
     train = trainer.Run.train
     monkeypatch.setattr(trainer.Run, "train", two_steps)  # the lock of the killed process is gone
     with pytest.raises(Stopped):
-        trainer.main(words)
+        script.main(words)
     assert f"goes on at step {reached} of" in (out / "job" / "log.txt").read_text()
     assert steps_done() == reached + 2
 
 
 def test_attack_stays_in_the_ball_and_raises_the_loss():
     torch.manual_seed(0)
-    net = trainer.Network(SmallCNN(**SMALL))
+    net = trainer.Network(SmallCNN(**SMALL), MEAN, STD)
     x, y = pictures(8)
     net.eval()
     loss = lambda z: nn.functional.cross_entropy(net(z), y, reduction="sum")  # noqa: E731
@@ -153,7 +154,7 @@ def test_estimated_radii_of_a_linear_classifier():
     """For two linear logits the smoothed classifier's radius is the distance to the plane, whatever sigma."""
     torch.manual_seed(1234)  # not the noise's seed: the two would be one stream of bits
     linear = nn.Linear(784, 2, bias=False)
-    net = trainer.Network(nn.Sequential(nn.Flatten(), linear))
+    net = trainer.Network(nn.Sequential(nn.Flatten(), linear), MEAN, STD)
     weight = (linear.weight[0] - linear.weight[1]).detach()
     direction = (weight / weight.norm()).view(1, 1, 28, 28)
     base = torch.full((1, 1, 28, 28), MEAN[0])
@@ -171,14 +172,14 @@ def test_exported_folders_are_wrapped(tmp_path):
     x, y = pictures(64)
     for name, sigma in (("a", 0.25), ("b", 0.5)):
         s = trainer.Settings(name, "gaussian", sigma, epochs=1, kwargs=SMALL, batch=32, estimate=4, every=1)
-        trainer.Run(s, tmp_path / "runs").train(x, y, x, y)
-    trainer.main(["export", "--out", str(tmp_path / "runs"), "--to", str(tmp_path / "experts"), "--half", "a", "b"])
+        trainer.Run(TASK, s, tmp_path / "runs").train(x, y, x, y)
+    script.main(["export", "--out", str(tmp_path / "runs"), "--to", str(tmp_path / "experts"), "--half", "a", "b"])
     half = load_file(tmp_path / "experts" / "a" / "model.safetensors")
     assert half["fc.weight"].dtype == torch.float16
     pool = ExpertPool([load_expert(tmp_path / "experts" / name) for name in ("a", "b")])
     assert pool.names == ("a", "b")
     assert [expert.sigma for expert in pool] == [0.25, 0.5]
-    run = trainer.Run(trainer.Settings("a", "gaussian", 0.25), tmp_path / "runs")
+    run = trainer.Run(TASK, trainer.Settings("a", "gaussian", 0.25), tmp_path / "runs")
     module = run.network(weights_of="a").module.eval()
     with torch.inference_mode():
         normal = (x - MEAN[0]) / STD[0]
@@ -189,7 +190,7 @@ def test_exported_folders_are_wrapped(tmp_path):
 def test_the_jobs_are_read_and_wait_for_one_another(file):
     jobs = trainer.read_jobs(SCRIPT.parent / file)
     names = [job.name for job in jobs]
-    assert all(job.recipe in sys.modules["fashion_recipes"].RECIPES for job in jobs)
+    assert all(job.recipe in sys.modules["noise_recipes"].RECIPES for job in jobs)
     assert all(job.start is None or job.start in names[: names.index(job.name)] for job in jobs)
 
 
@@ -199,7 +200,7 @@ def test_slices_are_cut(tmp_path):
         (tmp_path / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + images.tobytes(), 1))
         labels = np.resize(np.arange(10, dtype=np.uint8), count)
         (tmp_path / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes(), 1))
-    trainer.main(["slices", "--data", str(tmp_path), "--to", str(tmp_path / "images")])
+    script.main(["slices", "--data", str(tmp_path), "--to", str(tmp_path / "images")])
     cut = np.load(tmp_path / "images" / "validation.npz")
     assert cut["images"].shape == (1000, 1, 28, 28)
     assert (cut["index"][0], cut["labels"][3]) == (58_000, 3)

@@ -14,9 +14,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from rsrouter import AdaptivePlan, load_expert, read_table
+from rsrouter import AdaptivePlan, RoutedSmooth, load_expert, read_table
 from rsrouter.demo import load_pool, load_router, load_slice
+from rsrouter.experts.registry import build_architecture
 from rsrouter.training.deferral import DeferralRecipe
 from rsrouter.training.flat import RECIPES
 from rsrouter.training.heads import HeadRecipe
@@ -59,6 +61,15 @@ def study(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small
     torch.set_num_threads(threads)
 
 
+def a_run(folder: Path) -> Path:
+    """What a trainer leaves: an untrained network."""
+    folder.mkdir()
+    config = {"architecture": "small_cnn", "num_classes": 10, "kwargs": {"channels": [2, 2], "hidden": 4}}
+    save_file(build_architecture("small_cnn", 10, config["kwargs"]).state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"training": {"recipe": "none"}}))
+    return folder
+
+
 @pytest.mark.parametrize("study", ["study_fashion_mnist", "study_cifar10"], indirect=True)
 def test_a_routing_study_trains_certifies_and_reports(study, tmp_path, monkeypatch, capsys):
     own = ["--experts", "unused"] if study.__name__ == "study_cifar10" else []
@@ -67,13 +78,19 @@ def test_a_routing_study_trains_certifies_and_reports(study, tmp_path, monkeypat
 
     def run(*words: str) -> str:
         monkeypatch.setattr(sys, "argv", [study.__name__, *words, "--work", str(tmp_path / "work"), *own])
-        study.command_line(study.__doc__, {"train": study.train, "certify": study.certify, "table": study.table}, study.arguments)
+        verbs = {name: getattr(study, name) for name in ("train", "choose", "certify", "table") if hasattr(study, name)}
+        study.command_line(study.__doc__, verbs, study.arguments)
         return capsys.readouterr().out
 
     run("train", *data)
     trained = {p.parent.name for p in (tmp_path / "work").glob("*/config.json")}
-    assert trained == {"cascade", "flat", "own", *(["deferral"] if own else [])}
-    if not own:  # the router of interest comes from a script of its own
+    assert trained == {"cascade", "flat", "own"}
+    if own:
+        network = a_run(tmp_path / "network")
+        chosen = run("choose", *data, "--network", str(network), "--sigmas", "0.5", "0.6", "--copies", "20", "--images", "6")
+        assert '"network": {"recipe": "none"}' in chosen
+        assert RoutedSmooth.from_pretrained(tmp_path / "work" / "deferral").router.kind == "deferral"
+    else:  # the router of interest comes from a script of its own
         load_router().save_pretrained(tmp_path / "work" / "deferral")
     few = ("certify", *data, "--images", str(images))
     run(*few, "--part", "0/2", *(["--methods", "others"] if own else []))
@@ -126,6 +143,23 @@ def test_what_an_adaptive_plan_saves(tmp_path, monkeypatch, capsys):
     replay.main()
     patient, hasty = (line.split() for line in capsys.readouterr().out.splitlines()[2:])
     assert float(patient[3].rstrip("%")) > float(hasty[3].rstrip("%"))  # fewer votes
+
+
+def test_a_network_of_the_cifar_router_is_trained(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    trainer, script = importlib.import_module("expert_training"), importlib.import_module("train_cifar_networks")
+    rng = np.random.default_rng(0)
+    counts = {"experts": 96, "validation": 1040}
+    some = {name: (rng.integers(0, 256, (n, 3, 32, 32)).astype(np.uint8), rng.integers(0, 10, n)) for name, n in counts.items()}
+    monkeypatch.setattr(script, "read_cifar", lambda data, name: some[name])
+    (job,) = trainer.read_jobs(FOLDER / "cifar_study_jobs.json")
+    little = {"in_channels": 3, "width": 4, "blocks": [[4, 2]]}
+    first = replace(job, name="experts", start=None, kwargs=little, epochs=1, batch=32, estimate=4, every=1)
+    for settings in (first, replace(first, name="own", start="experts")):
+        trainer.Run(script.TASK, settings, tmp_path).train(*script.read("none"))
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert config["training"]["start"] == "experts"
+    assert load_expert(tmp_path / "own").sigma == 0.6
 
 
 def test_a_cifar_expert_is_trained_and_wrapped(tmp_path, monkeypatch):

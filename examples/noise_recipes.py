@@ -1,18 +1,16 @@
-"""Recipes of `train_fashion_experts.py`: what a run is told, what a loss reads, and the six losses."""
+"""Recipes of `expert_training.py`: what a run is told, what a loss reads, and the six losses."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-MEAN, STD = (0.286,), (0.353,)
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,17 @@ class Batch:
 class Network(nn.Module):
     """Normalisation (after the noise, as the package does) and a network; bfloat16 where `autocast`."""
 
-    def __init__(self, module: nn.Module, autocast: bool = False) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, module: nn.Module, mean: Sequence[float], std: Sequence[float], autocast: bool = False) -> None:
         super().__init__()
         self.module, self.autocast = module.to(memory_format=torch.channels_last), autocast  # type: ignore[call-overload]
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, noisy: Tensor) -> Tensor:
-        x = ((noisy - MEAN[0]) / STD[0]).to(memory_format=torch.channels_last)
+        x = ((noisy - self.mean) / self.std).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             out: Tensor = self.module(x)
         return out.float()
