@@ -189,7 +189,8 @@ def train(
         str | None,
         typer.Option(
             "--recipe",
-            help="Flat: utility, coverage, dual-rs, dual-rs-head; others: deferral, deferral-grid, deferral-whole, quick.",
+            help="Flat: utility, coverage, dual-rs, dual-rs-weak, dual-rs-head; others: deferral, deferral-confidence, "
+            "deferral-grid, deferral-whole, quick.",
         ),
     ] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help="Of a flat router: what `rsrouter label` wrote.")] = None,

@@ -107,12 +107,14 @@ class DeferralRecipe:
 
 #: Votes on each training image for the radius of the expert behind a network of its own.
 BEHIND_VOTES = 24
-#: By name: `deferral` (some ten minutes for 6,000 and 1,000 small images on one core), `deferral-grid` (heads see where in the
+#: By name: `deferral` (some ten minutes for 6,000 and 1,000 small images on one core), `deferral-confidence` (heads are also
+#: offered so that only votes of some confidence count for a class; the search is longer), `deferral-grid` (heads see where in the
 #: image something is; for tens of thousands of images), `deferral-whole` (at each noise level also a network of its own; for tens
 #: of thousands of images) and `quick` (about a minute for 6,000 and 400).
 DEFERRAL_RECIPES: dict[str, DeferralRecipe] = {
     "deferral": DeferralRecipe(),
     "deferral-grid": DeferralRecipe(grid=2, heads=tuple(replace(h, hidden=56, steps=3000) for h in DeferralRecipe().heads)),
+    "deferral-confidence": DeferralRecipe(confidences=(0.3, 0.4, 0.5)),
     "deferral-whole": DeferralRecipe(whole=(WholeRecipe(),)),
     "quick": DeferralRecipe(
         copies=8,

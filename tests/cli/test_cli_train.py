@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.main import get_command
 
 from rsrouter import CascadeRouter, ExpertPool, FlatRouter, RoutedSmooth
-from rsrouter.cli import main
+from rsrouter.cli import app, main
 from rsrouter.core.budget import largest_radius
 from rsrouter.demo import load_pool, load_slice
 from rsrouter.experts import build_architecture
 from rsrouter.training import chains, train
+from rsrouter.training.deferral import DEFERRAL_RECIPES
+from rsrouter.training.flat import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +138,8 @@ def test_what_is_wanted_is_read(call: Any, files: Path, tmp_path: Path, monkeypa
     ):
         status, _, err = call(*words, *wrong, "--out", tmp_path / "other")
         assert status == 2, wrong
+
+
+def test_help_names_every_recipe():
+    (said,) = (option.help for option in get_command(app).commands["train"].params if option.name == "recipe")
+    assert set(re.findall(r"[\w-]+", said)) == {"Flat", "others", *RECIPES, *DEFERRAL_RECIPES}
