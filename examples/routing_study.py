@@ -53,6 +53,8 @@ RESAMPLES = 1000
 
 #: The paper's method on a head of ours, the paper's method with a network of its own (as published), and ours.
 REFERENCE, PUBLISHED, BEST = "flat, min rule (Dual RS)", "flat with its own network, min rule (Dual RS)", "deferral"
+#: As published, between the experts of the least and of the largest sigma alone.
+TWO = "flat with its own network, two experts, min rule (Dual RS)"
 #: How the deferral router's heads are trained, each of them at every noise level.
 HEADS = (
     HeadRecipe(steps=3000, cross_entropy=0.03),
@@ -130,8 +132,13 @@ def train_all(
     def own(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
         return train_router(pool, "flat", *unseen, radii=radii, recipe=OWN_RECIPE, store=store)
 
+    def own_two(log: Callable[[dict[str, Any]], None]) -> RoutedSmooth:
+        return train_router(outer(pool), "flat", *unseen, radii=radii, recipe=OWN_RECIPE, store=store)
+
     make("flat", flat)
     make("own", own)
+    if "own-two" in only:
+        make("own-two", own_two)
     make("cascade", cascade)
     make("deferral", deferral)
 
@@ -196,6 +203,11 @@ def chain_arguments(parser: argparse.ArgumentParser, like: str) -> None:
     parser.add_argument("--floor", type=float, default=0.915, help="least ratio to the experts' envelope wanted")
 
 
+def outer(pool: ExpertPool) -> ExpertPool:
+    """The experts of the least and of the largest sigma."""
+    return ExpertPool([pool[0], pool[-1]])
+
+
 def methods(pool: ExpertPool, work: Path, execution: Execution, part: str = "all", own: bool = True) -> dict[str, Method]:
     """By name, in the order of the table: experts first, then what routes; `part` is `all`, `best` or `others`, `own` whether a
     flat router with a network of its own is among them."""
@@ -209,6 +221,9 @@ def methods(pool: ExpertPool, work: Path, execution: Execution, part: str = "all
     found[REFERENCE] = (routed("flat"), "min")
     if own:
         found[PUBLISHED] = (routed("own"), "min")
+    if (work / "own-two" / "config.json").exists():
+        router = RoutedSmooth.from_pretrained(work / "own-two").router
+        found[TWO] = (RoutedSmooth(outer(pool), router, execution=execution), "min")
     found["flat, agreement (tree)"] = (routed("flat"), "tree")
     plain = CascadeRouter([0.55] * (len(pool) - 1))
     found["Multiscale-like cascade (.55)"] = (RoutedSmooth(pool, plain, execution=execution), "tree")

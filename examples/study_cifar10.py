@@ -45,7 +45,7 @@ SEED = 20261130
 SIGMAS = (0.25, 0.5, 1.0)
 RECIPE = DeferralRecipe(tune_copies=400)
 #: The routers to compare with.
-OTHERS = ("flat", "own", "cascade")
+OTHERS = ("flat", "own", "own-two", "cascade")
 
 
 def load_pool(folder: Path) -> ExpertPool:
