@@ -1,8 +1,8 @@
 """Training experts by the methods that lead at some radius, resumable at any moment: what the trainers of both data sets share.
 
 Recipes (sources beside their functions in `noise_recipes.py`): `gaussian`, `consistency`, `smoothadv`, `smoothmix`, `macer`,
-`cat-rs`. A run may start from the weights of another (`start`) and may learn from another's smoothed predictions (`teacher`;
-CAT-RS does). Killed at any time, a run goes on from its last state (saved each minute) when it is started again. Forward passes
+`cat-rs`, `utility`. A run may start from the weights of another (`start`) and may learn from another's smoothed predictions
+(`teacher`). Killed at any time, a run goes on from its last state (saved each minute) when it is started again. Forward passes
 are bfloat16 where the processor has it; what is measured is always float32.
 """
 
@@ -151,7 +151,8 @@ class Run:
         stored = self.out / f"soft_{folder.name}_{len(x)}.pt"
         if not stored.exists():
             sigma = json.loads((folder / "config.json").read_text())["sigma"]
-            dump(stored, smoothed_probabilities(self.network(weights_of=self.s.teacher), x, sigma))
+            teacher = self.network(has_bfloat16(), self.s.teacher)
+            dump(stored, smoothed_probabilities(teacher, x, sigma, self.s.draws))
         soft: Tensor = torch.load(stored, weights_only=True)
         return soft
 

@@ -1,4 +1,4 @@
-"""Recipes of `expert_training.py`: what a run is told, what a loss reads, and the six losses."""
+"""Recipes of `expert_training.py`: what a run is told, what a loss reads, and the seven losses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rsrouter.training.heads import HeadGoal
+from rsrouter.training.whole import ChainUtility, WholeRecipe
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -19,7 +22,9 @@ class Settings:
 
     `copies` noisy copies an image; `steps` of an attack of `step` each, kept within `radius`; `weight` of the recipe's own
     loss; `entropy` of the consistency loss; `ramp` epochs over which `radius` and `weight` grow; `radii` whose mean
-    certified accuracy chooses the best state; `estimate` votes an image for that, every `every` epochs.
+    certified accuracy chooses the best state; `estimate` votes an image for that, every `every` epochs. `draws` noisy copies an
+    image for the teacher's smoothed predictions. Of `utility`: the share of votes `tau` from which the network answers, the
+    teacher (trained at `teacher_sigma`) behind it, and the `envelope` whose radii 0(.25)2 count inversely.
     """
 
     name: str
@@ -47,6 +52,10 @@ class Settings:
     every: int = 4
     estimate: int = 256
     radii: tuple[float, ...] = ()
+    draws: int = 64
+    tau: float = 0.55
+    teacher_sigma: float = 0.25
+    envelope: tuple[float, ...] = ()
 
 
 @dataclass
@@ -209,6 +218,19 @@ def cat_rs(net: Network, b: Batch, s: Settings) -> Tensor:
     return (low + s.weight * high * (kept == m)).mean()
 
 
+def utility(net: Network, b: Batch, s: Settings) -> Tensor:
+    """The package's smooth count of the radii that this network and the expert behind it certify together (`ChainUtility`), at
+    the mean probabilities of the copies; `weight` of the cross-entropy beside it.
+    """
+    assert b.soft is not None
+    logits = net(b.copies(s) + b.noise(s))
+    p = F.softmax(4.0 * logits, 1).view(s.copies, -1, logits.shape[1]).mean(0)
+    radii = tuple(0.25 * i for i in range(len(s.envelope)))
+    count = ChainUtility(HeadGoal(s.sigma, radii, tuple(s.envelope)), WholeRecipe(tau=s.tau))
+    behind = s.teacher_sigma * torch.special.ndtri(b.soft.gather(1, b.y[:, None])[:, 0].clamp(5e-5, 1 - 5e-5))
+    return s.weight * F.cross_entropy(logits, b.y.repeat(s.copies)) - count(p, b.y, behind).mean()
+
+
 RECIPES: dict[str, Callable[[Network, Batch, Settings], Tensor]] = {
     "gaussian": gaussian,
     "consistency": consistency,
@@ -216,4 +238,5 @@ RECIPES: dict[str, Callable[[Network, Batch, Settings], Tensor]] = {
     "smoothmix": smoothmix,
     "macer": macer,
     "cat-rs": cat_rs,
+    "utility": utility,
 }

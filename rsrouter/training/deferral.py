@@ -25,6 +25,7 @@ from rsrouter.router.chain import Voter
 from rsrouter.router.deferral import DeferralRouter
 from rsrouter.router.flat import FlatRouter
 from rsrouter.router.trunk import has_grid
+from rsrouter.sampling.execution import Execution
 from rsrouter.training.chains import (
     Frontier,
     Goal,
@@ -180,6 +181,7 @@ def _own_networks(training: Training, recipe: DeferralRecipe, goal: Goal) -> Ite
                 training.say({"no_network": error.message})
                 continue
             drawn: dict[str, Any] = {"seed": training.seed, "purpose": LABEL, "store": training.store}
+            drawn["dtype"] = (training.execution or Execution()).dtype
             votes = whole_votes(behind, behind.module, behind.sigma, training.images, BEHIND_VOTES, **drawn)[0]
             found = target_radii(
                 np.pad(votes, ((0, 0), (0, 1)))[:, None],
@@ -309,6 +311,7 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
             purpose=TUNE,
             store=training.store,
             confidences=tuple(levels),
+            dtype=(training.execution or Execution()).dtype,
         )
         reached = offer(name, voter, sigma, counts)
         training.say({"network": own, "sigma": sigma, "validation": reached.tolist()})

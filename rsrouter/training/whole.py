@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from rsrouter.core.errors import InputError
 from rsrouter.experts.expert import Expert
 from rsrouter.router.chain import reject_unsure
+from rsrouter.sampling.execution import Execution, prepare
 from rsrouter.sampling.noise import stream_key
 from rsrouter.training.flat_network import trainable
 from rsrouter.training.heads import HeadGoal
@@ -203,6 +204,7 @@ def whole_votes(
     purpose: str,
     store: ResumeStore | None = None,
     confidences: Sequence[float] = (0.0,),
+    dtype: str = "float32",
 ) -> NDArray[np.int64]:
     """`(M, N, C)` votes of a network on `copies` noisy copies of each image, the noise keyed by purpose and seed.
 
@@ -214,23 +216,27 @@ def whole_votes(
         copies: votes per image.
         seed, purpose: key the noise.
         store: the votes are kept there, and read back.
+        dtype: `bfloat16`: the network runs in it, as a certification in it does; anything else: float32.
         confidences: the M ways to count the same copies: only where the softmax gives a class this probability (`reject_unsure`).
     """
     store, content = store or ResumeStore(), images.contiguous().numpy().tobytes()
     weights = [t.contiguous().numpy().tobytes() for t in module.state_dict().values()]
-    name = unit_key("whole votes", expert.digest, *weights, sigma, content, copies, seed, purpose, *confidences)
+    half = dtype == "bfloat16"
+    name = unit_key("whole votes", expert.digest, *weights, sigma, content, copies, seed, purpose, *confidences, half)
     found = store.get(name)
     if found is not None:
         kept: NDArray[np.int64] = found.numpy()
         return kept
-    seen = expert.normalised(module)
+    seen: Callable[[Tensor], Tensor] = expert.normalised(module)
+    if half:
+        seen = prepare(expert.normalised(module), Execution(dtype=dtype), torch.device("cpu"), images.shape[1:])
     key = stream_key(purpose, seed, "whole", repr(float(sigma)), images.shape[0], images[:1].numpy().tobytes())
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
     votes = torch.zeros(len(confidences), len(images), expert.num_classes + 1, dtype=torch.int64)
     for _ in range(copies):
         for rows in torch.split(torch.arange(len(images)), 500):
             x = images[rows]
-            logits = seen(x + sigma * torch.randn(x.shape, generator=generator))
+            logits = seen(x + sigma * torch.randn(x.shape, generator=generator)).float()
             for counted, confidence in zip(votes, confidences, strict=True):
                 counted[rows, votes_at(logits, confidence)] += 1
     votes = votes[:, :, :-1].contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -243,3 +244,18 @@ def test_an_expert_that_returns_no_logits_is_named_as_before():
     routed = RoutedSmooth(pool, DeferralRouter([Voter("odd", confidence=0.6), Voter("z")], [0.6]))
     with pytest.raises(NetworkError, match="wrong shape"):
         routed.certify(torch.rand(1, 1, 2, 2), TERMS)
+
+
+def test_votes_of_own_networks_are_drawn_in_the_dtype_that_certifies(pool):
+    x, _ = pictures(8, 3)
+    given = {"seed": 0, "purpose": "tune"}
+    seen: set[torch.dtype] = set()
+    module = copy.deepcopy(pool["b"].module)
+    module.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype))
+    plain, other = (whole_votes(pool["b"], module, 0.5, x, 60, dtype=dtype, **given) for dtype in ("float32", "int8"))
+    assert (plain == other).all()
+    assert seen == {torch.float32}
+    half = whole_votes(pool["b"], module, 0.5, x, 60, dtype="bfloat16", **given)
+    assert torch.bfloat16 in seen
+    assert (half.sum(2) == 60).all()
+    assert abs(half - plain).sum() <= 60 * 8 * 2 // 10  # a tenth of the votes
