@@ -153,6 +153,7 @@ def choose_chain(
     *,
     copies: int,
     confidences: Sequence[float] = (),
+    heads: tuple[DeferralRecipe, Labelled] | None = None,
     **settings: Any,
 ) -> None:
     """A deferral router over networks that are trained already: chooses on `validation` who is asked, at which noise level, in
@@ -167,6 +168,7 @@ def choose_chain(
         out: folder of the router.
         copies: votes per validation image and network.
         confidences: softmax that a vote for a class may need.
+        heads: heads to train beside them: the recipe, and images and labels that they are trained on.
         settings: further fields of `Training`.
     """
     voters, notes = [], []
@@ -177,12 +179,13 @@ def choose_chain(
         head = "own" if len(networks) == 1 else folder.name.replace(".", "_")
         voters += [(Voter(like, sigma, head, whole=True), network.eval()) for sigma in sigmas]
         notes.append(config["training"])
+    recipe, images = heads or (DeferralRecipe(heads=()), (validation[0][:2], validation[1][:2]))
     train_router(
         pool,
         "deferral",
-        *(part[:2] for part in validation),  # no head is trained
+        *images,
         validation=validation,
-        recipe=DeferralRecipe(heads=(), tune_copies=copies, confidences=tuple(confidences)),
+        recipe=replace(recipe, tune_copies=copies, confidences=tuple(confidences)),
         networks=voters,
         out=out,
         notes={"network": notes[0] if len(notes) == 1 else notes},

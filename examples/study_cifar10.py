@@ -40,10 +40,17 @@ from rsrouter import ExpertPool, load_expert
 from rsrouter.data import from_arrays
 from rsrouter.sampling import Execution
 from rsrouter.training.deferral import DeferralRecipe
+from rsrouter.training.heads import HeadRecipe
 
 SEED = 20261130
 SIGMAS = (0.25, 0.5, 1.0)
-RECIPE = DeferralRecipe(tune_copies=400)
+#: The cascade's; and how the heads are trained that `choose --heads` offers beside the networks.
+RECIPE = DeferralRecipe(
+    copies=4,
+    tune_copies=400,
+    levels=(1.07, 1.25),
+    heads=tuple(HeadRecipe(steps=3000, cross_entropy=w) for w in (0.002, 0.005, 0.03)),
+)
 #: The routers to compare with.
 OTHERS = ("flat", "own", "own-two", "cascade")
 
@@ -71,6 +78,7 @@ def choose(args: argparse.Namespace) -> None:
         args.sigmas,
         part_of(args.data, "validation", args.images),
         args.work / BEST,
+        heads=(RECIPE, part_of(args.data, "experts", 42_000)) if args.heads else None,
         copies=args.copies,
         confidences=args.confidences,
         plan_n=N,
@@ -106,6 +114,7 @@ def arguments(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--data", required=True)
     if name == "choose":
         chain_arguments(verb, "sigma_0.5")
+        verb.add_argument("--heads", action="store_true", help="train heads on the experts' features, too")
     if name == "certify":
         verb.add_argument("--first", type=int, default=0, help="the first row of the test set")
         verb.add_argument("--images", type=int, default=1000)

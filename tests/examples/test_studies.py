@@ -87,7 +87,9 @@ def test_a_routing_study_trains_certifies_and_reports(study, tmp_path, monkeypat
     assert trained == {"cascade", "flat", "own", *(["own-two"] if own else [])}
     if own:
         network = a_run(tmp_path / "network")
-        chosen = run("choose", *data, "--network", str(network), "--sigmas", "0.5", "0.6", "--copies", "20", "--images", "6")
+        chosen = run(
+            "choose", *data, "--network", str(network), "--sigmas", "0.5", "0.6", "--copies", "20", "--images", "6", "--heads"
+        )
         assert '"network": {"recipe": "none"}' in chosen
         assert RoutedSmooth.from_pretrained(tmp_path / "work" / "deferral").router.kind == "deferral"
     else:  # the router of interest comes from a script of its own
@@ -152,7 +154,7 @@ def test_a_network_of_the_cifar_router_is_trained(tmp_path, monkeypatch):
     counts = {"experts": 96, "validation": 1040}
     some = {name: (rng.integers(0, 256, (n, 3, 32, 32)).astype(np.uint8), rng.integers(0, 10, n)) for name, n in counts.items()}
     monkeypatch.setattr(script, "read_cifar", lambda data, name: some[name])
-    (job,) = trainer.read_jobs(FOLDER / "cifar_study_jobs.json")
+    job = trainer.read_jobs(FOLDER / "cifar_study_jobs.json")[0]
     little = {"in_channels": 3, "width": 4, "blocks": [[4, 2]]}
     first = replace(job, name="experts", start=None, kwargs=little, epochs=1, batch=32, estimate=4, every=1)
     for settings in (first, replace(first, name="own", start="experts")):
