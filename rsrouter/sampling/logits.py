@@ -181,7 +181,7 @@ def moved(first: Outputs, second: Outputs, dtype: str = "float32") -> Moved:
     >>> moved((first,), (first * (1 + 1e-7),)).is_rounding("float32")
     True
     >>> print(moved((first,), (first + torch.tensor([0.5, 0.0, 0.0]),)))
-    gaps between logits that move by 0.69 (relative), 50% of the votes for another class
+    gaps between logits that move by 0.57 (relative), 50% of the votes for another class
     """
     parts = [Moved(0.0, 0.0, 0.0, False, True), *(_moved(a, b, dtype) for a, b in zip(first, second, strict=True))]
     return Moved(
