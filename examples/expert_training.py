@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from rsrouter.experts.registry import build_architecture
 from rsrouter.files import write_atomically
+from rsrouter.training.whole import update_average
 
 GRID = np.arange(0, 2.01, 0.25)
 #: the radii that count for a noise level unless a job says otherwise: those that no lower noise level reaches as well
@@ -143,18 +144,20 @@ class Run:
         module.load_state_dict(load_file(folder / "model.safetensors"))
         return Network(module, self.task.mean, self.task.std, autocast)
 
-    def soft_labels(self, x: Tensor) -> Tensor | None:
-        """The teacher's smoothed probabilities of the training images, kept in its folder."""
+    def soft_labels(self, x: Tensor) -> tuple[Tensor | None, float]:
+        """The teacher's smoothed probabilities `(N, C)` of the training images, kept beside the runs, and its sigma; None
+        without a teacher.
+        """
         if self.s.teacher is None:
-            return None
+            return None, 0.0
         folder = Path(self.s.teacher) if "/" in self.s.teacher else self.out / self.s.teacher
-        stored = self.out / f"soft_{folder.name}_{len(x)}.pt"
+        sigma = json.loads((folder / "config.json").read_text())["sigma"]
+        stored = self.out / f"soft_{folder.name}_{len(x)}_{self.s.draws}.pt"
         if not stored.exists():
-            sigma = json.loads((folder / "config.json").read_text())["sigma"]
             teacher = self.network(has_bfloat16(), self.s.teacher)
             dump(stored, smoothed_probabilities(teacher, x, sigma, self.s.draws))
         soft: Tensor = torch.load(stored, weights_only=True)
-        return soft
+        return soft, sigma
 
     def keep(self, weights: dict[str, Tensor], note: dict[str, Any]) -> None:
         """Writes the expert: what `export` copies."""
@@ -185,7 +188,7 @@ class Run:
             optimiser.load_state_dict(state["optimiser"])
             generator.set_state(state["generator"])
             average, done, best, seconds, losses = (state[k] for k in ("average", "done", "best", "seconds", "losses"))
-        soft_all = self.soft_labels(x_all)
+        soft_all, soft_sigma = self.soft_labels(x_all)
         radii = s.radii or RADII.get(s.sigma, tuple(GRID[3.6 * s.sigma > GRID]))
         self.log(
             f"{'goes on at' if done else 'starts at'} step {done} of {s.epochs * steps}: {' '.join(sys.argv)}; {s}; "
@@ -212,19 +215,14 @@ class Run:
                 group["lr"] = s.lr * max(rate, 1e-3)
             x = augment(x_all[rows], generator, s.shift, s.flip)
             ramp = min(1.0, (done + 1) / (s.ramp * steps)) if s.ramp else 1.0
-            batch = Batch(x, y_all[rows], None if soft_all is None else soft_all[rows], ramp, generator)
+            batch = Batch(x, y_all[rows], None if soft_all is None else soft_all[rows], ramp, generator, soft_sigma)
             loss = RECIPES[s.recipe](net, batch, s)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 5.0)
             optimiser.step()
             done, losses = done + 1, losses + float(loss.detach())
-            share = 1 - min(s.average, (1 + done) / (10 + done))
-            for key, value in module.state_dict().items():
-                if value.dtype.is_floating_point:
-                    average[key].lerp_(value, share)
-                else:
-                    average[key].copy_(value)
+            update_average(average, module, s.average, done)
             if done % steps == 0:
                 epoch = done // steps
                 seconds, cpu = seconds + time.process_time() - cpu, time.process_time()

@@ -23,8 +23,11 @@ class Settings:
     `copies` noisy copies an image; `steps` of an attack of `step` each, kept within `radius`; `weight` of the recipe's own
     loss; `entropy` of the consistency loss; `ramp` epochs over which `radius` and `weight` grow; `radii` whose mean
     certified accuracy chooses the best state; `estimate` votes an image for that, every `every` epochs. `draws` noisy copies an
-    image for the teacher's smoothed predictions. Of `utility`: the share of votes `tau` from which the network answers, the
-    teacher (trained at `teacher_sigma`) behind it, and the `envelope` whose radii 0(.25)2 count inversely.
+    image for the teacher's smoothed predictions. Of `utility`: the share of votes `tau` from which the network answers, with the
+    teacher behind it, and the certified accuracy at radius 0(.25)2, `envelope`, that radii count inversely to.
+
+    Raises:
+        ValueError: `utility` without a teacher or an envelope.
     """
 
     name: str
@@ -54,19 +57,24 @@ class Settings:
     radii: tuple[float, ...] = ()
     draws: int = 64
     tau: float = 0.55
-    teacher_sigma: float = 0.25
     envelope: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.recipe == "utility" and not (self.teacher and self.envelope):
+            raise ValueError(f"{self.name}: the recipe 'utility' needs a teacher, the expert behind, and an envelope")
 
 
 @dataclass
 class Batch:
-    """What a recipe's loss reads: clean images `x`, labels `y`, the teacher's probabilities `soft`, how far `ramp` got."""
+    """What a recipe's loss reads: clean images `x`, labels `y`, the teacher's probabilities `soft` at `soft_sigma`, how far `ramp`
+    got."""
 
     x: Tensor
     y: Tensor
     soft: Tensor | None
     ramp: float
     generator: torch.Generator
+    soft_sigma: float = 0.0
 
     def noise(self, s: Settings, copies: int | None = None) -> Tensor:
         """Gaussian noise `(copies * B, C, H, W)` at the run's sigma."""
@@ -222,13 +230,13 @@ def utility(net: Network, b: Batch, s: Settings) -> Tensor:
     """The package's smooth count of the radii that this network and the expert behind it certify together (`ChainUtility`), at
     the mean probabilities of the copies; `weight` of the cross-entropy beside it.
     """
-    assert b.soft is not None
-    logits = net(b.copies(s) + b.noise(s))
-    p = F.softmax(4.0 * logits, 1).view(s.copies, -1, logits.shape[1]).mean(0)
+    assert b.soft is not None  # Settings asks for a teacher
+    logits, how = net(b.copies(s) + b.noise(s)), WholeRecipe(tau=s.tau)
     radii = tuple(0.25 * i for i in range(len(s.envelope)))
-    count = ChainUtility(HeadGoal(s.sigma, radii, tuple(s.envelope)), WholeRecipe(tau=s.tau))
-    behind = s.teacher_sigma * torch.special.ndtri(b.soft.gather(1, b.y[:, None])[:, 0].clamp(5e-5, 1 - 5e-5))
-    return s.weight * F.cross_entropy(logits, b.y.repeat(s.copies)) - count(p, b.y, behind).mean()
+    count = ChainUtility(HeadGoal(s.sigma, radii, tuple(s.envelope)), how)
+    behind = b.soft_sigma * torch.special.ndtri(b.soft.gather(1, b.y[:, None])[:, 0].clamp(5e-5, 1 - 5e-5))
+    reached = count(mean_probabilities(how.sharpness * logits, s.copies), b.y, behind)
+    return s.weight * F.cross_entropy(logits, b.y.repeat(s.copies)) - reached.mean()
 
 
 RECIPES: dict[str, Callable[[Network, Batch, Settings], Tensor]] = {

@@ -167,7 +167,7 @@ def choose_chain(
         validation: images that nothing was trained on, and their labels.
         out: folder of the router.
         copies: votes per validation image and network.
-        confidences: softmax that a vote for a class may need.
+        confidences: softmax probability that a vote for a class needs (`DeferralRecipe.confidences`).
         heads: heads to train beside them: the recipe, and images and labels that they are trained on.
         settings: further fields of `Training`.
     """
@@ -197,9 +197,17 @@ def choose_chain(
 
 def chain_arguments(parser: argparse.ArgumentParser, like: str) -> None:
     """What a command line says of `choose_chain`."""
-    parser.add_argument("--network", type=Path, nargs="+", required=True, help="runs of the trainer")
+    parser.add_argument(
+        "--network", type=Path, nargs="+", required=True, help="folders that the trainer wrote, one for each network"
+    )
     parser.add_argument("--sigmas", type=float, nargs="+", required=True, help="noise levels at which each may be asked")
-    parser.add_argument("--confidences", type=float, nargs="*", default=[], help="softmax that a vote for a class may need")
+    parser.add_argument(
+        "--confidences",
+        type=float,
+        nargs="*",
+        default=[],
+        help="softmax probability that a vote for a class needs; 0 is tried as well",
+    )
     parser.add_argument("--like", default=like, help="the expert it started as")
     parser.add_argument("--copies", type=int, default=500, help="votes per validation image and network")
     parser.add_argument("--images", type=int, default=1000, help="validation images")

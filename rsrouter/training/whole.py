@@ -115,6 +115,23 @@ class ChainUtility:
         return reached
 
 
+def update_average(average: dict[str, Tensor], module: nn.Module, decay: float, done: int) -> None:
+    """Moves a moving average of a module's weights on by one step; the decay grows to `decay` over the first steps.
+
+    Args:
+        average: by name of the module's state, changed in place; whole numbers (counters) are copied.
+        module: after the step.
+        decay: of the average, below 1.
+        done: steps so far, this one included.
+    """
+    share = 1.0 - min(decay, (1 + done) / (10 + done))
+    for key, value in module.state_dict().items():
+        if value.dtype.is_floating_point:
+            average[key].lerp_(value, share)
+        else:
+            average[key].copy_(value)
+
+
 def train_whole(
     expert: Expert,
     images: Tensor,
@@ -170,12 +187,7 @@ def train_whole(
         optimiser.step()
         schedule.step()
         done, total = done + 1, total + float(loss.detach())
-        share = 1.0 - min(recipe.average, (1 + done) / (10 + done))
-        for key, value in module.state_dict().items():
-            if value.dtype.is_floating_point:
-                average[key].lerp_(value, share)
-            else:
-                average[key].copy_(value)
+        update_average(average, module, recipe.average, done)
         if done % 100 == 0 or done == recipe.steps:
             lines.append({"step": done, "loss": total / (done % 100 or 100)})
             total = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -58,15 +59,17 @@ def pictures(n, seed=0):
         ("smoothmix", {"steps": 2}),
         ("macer", {"copies": 4}),
         ("cat-rs", {"copies": 2, "steps": 1}),
+        ("utility", {"copies": 4, "weight": 0.1, "envelope": (0.9, 0.8), "teacher": "teacher"}),
     ],
 )
 def test_each_recipe_learns(recipe, options, tmp_path):
     x, y = pictures(320)
     unlike, truth = pictures(40, seed=9)
-    if recipe == "cat-rs":
+    if recipe in ("cat-rs", "utility"):
         folder = tmp_path / "teacher"
         folder.mkdir()
-        trainer.dump(tmp_path / "soft_teacher_320.pt", nn.functional.one_hot(y, 10).float() * 0.9 + 0.01)
+        (folder / "config.json").write_text('{"sigma": 0.25}')
+        trainer.dump(tmp_path / "soft_teacher_320_64.pt", nn.functional.one_hot(y, 10).float() * 0.9 + 0.01)
         options = options | {"teacher": "teacher"}
     s = trainer.Settings("job", recipe, 0.25, epochs=6, kwargs=SMALL, batch=32, average=0.9, estimate=32, every=6, **options)
     run = trainer.Run(TASK, s, tmp_path)
@@ -74,6 +77,25 @@ def test_each_recipe_learns(recipe, options, tmp_path):
     assert (tmp_path / "job" / "finished").exists()
     radii = trainer.estimated_radii(run.network(weights_of="job"), unlike, truth, 0.25, 64)
     assert np.mean(radii >= 0.25) > 0.9  # chance is 0.1 at radius 0
+
+
+@pytest.mark.parametrize("left", [{"teacher": "teacher"}, {"envelope": (0.9, 0.8)}])
+def test_utility_asks_for_what_it_needs(left):
+    with pytest.raises(ValueError, match="needs a teacher, the expert behind, and an envelope"):
+        trainer.Settings("job", "utility", 0.25, **left)
+
+
+def test_a_teacher_is_asked_at_its_own_noise_and_once(tmp_path):
+    x, y = pictures(64)
+    first = trainer.Settings("teacher", "gaussian", 0.5, epochs=1, kwargs=SMALL, batch=32, estimate=4, every=1)
+    trainer.Run(TASK, first, tmp_path).train(x, y, x, y)
+    settings = trainer.Settings("job", "utility", 0.25, teacher="teacher", envelope=(0.9,), kwargs=SMALL, draws=3)
+    soft, sigma = trainer.Run(TASK, settings, tmp_path).soft_labels(x)
+    assert sigma == 0.5
+    assert soft.sum(1) == pytest.approx(torch.ones(64), abs=1e-5)
+    more, _ = trainer.Run(TASK, dataclasses.replace(settings, draws=5), tmp_path).soft_labels(x)
+    assert not torch.equal(soft, more)  # kept for each number of draws
+    assert torch.equal(soft, trainer.Run(TASK, settings, tmp_path).soft_labels(x)[0])
 
 
 def test_goes_on_exactly_where_it_stopped(tmp_path):
