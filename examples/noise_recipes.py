@@ -66,8 +66,8 @@ class Settings:
 
 @dataclass
 class Batch:
-    """What a recipe's loss reads: clean images `x`, labels `y`, the teacher's probabilities `soft` at `soft_sigma`, how far `ramp`
-    got."""
+    """What a recipe's loss reads: clean images `x`, labels `y`, the teacher's probabilities `soft` at `soft_sigma`, how far
+    `ramp` got."""
 
     x: Tensor
     y: Tensor
