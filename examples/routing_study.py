@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from rsrouter.jobs import certify_table
 from rsrouter.report import write_report
 from rsrouter.report.curves import average_certified_radius, certified_correct
 from rsrouter.results import Table, merge_tables, read_table
+from rsrouter.results.table import ARRAYS, align
 from rsrouter.router.chain import Voter
 from rsrouter.sampling import Execution, VoteMemo
 from rsrouter.training import DeferralRecipe, ResumeStore, Training, label_votes, train_deferral, train_router, tune_cascade
@@ -219,16 +221,21 @@ def outer(pool: ExpertPool) -> ExpertPool:
     return ExpertPool([pool[0], pool[-1]])
 
 
-def methods(pool: ExpertPool, work: Path, execution: Execution, part: str = "all", own: bool = True) -> dict[str, Method]:
+def methods(
+    pool: ExpertPool, work: Path, execution: Execution, part: str = "all", own: bool = True, card: Path | None = None
+) -> dict[str, Method]:
     """By name, in the order of the table: experts first, then what routes; `part` is `all`, `best` or `others`, `own` whether a
-    flat router with a network of its own is among them."""
-    if part == "best":
-        return {BEST: (RoutedSmooth(pool, RoutedSmooth.from_pretrained(work / "deferral").router, execution=execution), "tree")}
-    found: dict[str, Method] = {e.name: (Smooth(e, execution=execution), "tree") for e in pool}
+    flat router with a network of its own is among them. Routers that are not in `work` are taken from `card`."""
 
     def routed(name: str) -> RoutedSmooth:
-        return RoutedSmooth(pool, RoutedSmooth.from_pretrained(work / name).router, execution=execution)
+        folder = work / name
+        if card is not None and not folder.exists():
+            folder = card / ("router" if name == "deferral" else f"compared/{name}")
+        return RoutedSmooth(pool, RoutedSmooth.from_pretrained(folder).router, execution=execution)
 
+    if part == "best":
+        return {BEST: (routed("deferral"), "tree")}
+    found: dict[str, Method] = {e.name: (Smooth(e, execution=execution), "tree") for e in pool}
     found[REFERENCE] = (routed("flat"), "min")
     if own:
         found[PUBLISHED] = (routed("own"), "min")
@@ -260,6 +267,7 @@ def certify_all(
     n: int = N,
     data: dict[str, Any] | None = None,
     shards: int | None = None,
+    kept: Path | None = None,
 ) -> None:
     """Certifies the first `count` images with every method, into `out/NAME.I.tsv` for each shard I of this part.
 
@@ -273,12 +281,16 @@ def certify_all(
         n: most votes a stage.
         data: for the metadata.
         shards: of the whole study; None: `SHARDS`.
+        kept: folder of tables of earlier runs (`keep_tables`): what a method has there is not certified again.
     """
     shards = shards or SHARDS
     out.mkdir(parents=True, exist_ok=True)
+    done = {name: {int(i) for table in kept_tables(name, kept) for i in table.idx} for name in methods}
     for shard in range(part[0], shards, part[1]):
         memo, start = VoteMemo(), time.time()
         for name, (smoothed, rule) in methods.items():
+            if done[name].issuperset(range(shard, count, shards)):
+                continue
             smoothed.memo = memo
             sides = "two" if isinstance(smoothed, RoutedSmooth) else "one"
             reach = plan(n).reach(smoothed.tree, AlphaSplit.even(ALPHA, smoothed.tree.paths), sides)
@@ -295,20 +307,59 @@ def certify_all(
             print(f"shard {shard} {name}: {time.time() - start:.0f} s, votes drawn {memo.drawn:,} of {memo.asked:,}", flush=True)
 
 
-def merged(methods: Sequence[str], out: Path, shards: int | None = None) -> dict[str, Table]:
-    """One table per method, over the shards that every method has finished."""
+def merged(methods: Sequence[str], out: Path, shards: int | None = None, kept: Path | None = None) -> dict[str, Table]:
+    """One table per method, over the images that every method has certified: in the finished shards in `out`, and in the tables
+    of earlier runs in `kept`."""
     shards = shards or SHARDS
-    ready = [i for i in range(shards) if all((out / f"{file_name(name)}.{i}.tsv").exists() for name in methods)]
-    sizes = {i: {len(read_table(out / f"{file_name(name)}.{i}.tsv")) for name in methods} for i in ready}
-    ready = [i for i in ready if len(sizes[i]) == 1]
     tables = {}
     for name in methods:
+        paths = [path for i in range(shards) if (path := out / f"{file_name(name)}.{i}.tsv").exists()]
+        finished = [path for path in paths if len(found := read_table(path)) == found.expected]
         target = out / f"{file_name(name)}.tsv"
         for old in (target, target.with_suffix(".json")):
             old.unlink(missing_ok=True)
-        merge_tables([out / f"{file_name(name)}.{i}.tsv" for i in ready], target, partial=len(ready) < shards)
-        tables[name] = read_table(target, name=name)
+        if finished:
+            merge_tables(finished, target, partial=len(finished) < shards)
+        here = [read_table(target, name=name)] if finished else []
+        tables[name] = joined([*kept_tables(name, kept), *here], name)
+    return dict(zip(tables, align(list(tables.values()), common=True), strict=True))
+
+
+def study_tables(names: Sequence[str], args: argparse.Namespace, shards: int | None = None) -> dict[str, Table]:
+    """`merged` for the verb `table`, with the card's earlier runs; with `--keep` this run joins them."""
+    if args.keep and args.card is None:
+        raise SystemExit("--keep needs --card, the folder to keep the tables in")
+    tables = merged(names, args.work / "tables", shards, kept=args.card and args.card / "tables")
+    if args.keep:
+        keep_tables(names, args.work / "tables", args.card / "tables")
     return tables
+
+
+def kept_tables(method: str, folder: Path | None) -> list[Table]:
+    """A method's tables of earlier runs, in the order of the runs."""
+    paths = [] if folder is None else sorted(folder.glob(f"{file_name(method)}.run*.tsv"))
+    return [read_table(path, name=method) for path in paths]
+
+
+def keep_tables(methods: Sequence[str], work: Path, folder: Path) -> None:
+    """Keeps what `merged` made of this run's shards in `folder`, as the next run. Runs stay tables of their own: processors round
+    differently, so their rows are certificates of networks that differ in rounding, and the package does not merge them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = 1 + max((int(path.stem.rpartition("run")[2]) for path in folder.glob("*.run*.tsv")), default=0)
+    for path in (work / f"{file_name(name)}.tsv" for name in methods):
+        for part in (path, path.with_suffix(".json")):
+            if part.exists():
+                shutil.copy(part, folder / f"{path.stem}.run{run}{part.suffix}")
+
+
+def joined(tables: Sequence[Table], name: str) -> Table:
+    """The rows of several runs of one method in one table, described as the first; of an image that two hold, the earlier."""
+    if not tables:
+        raise SystemExit(f"{name}: no shard is finished; run certify first")
+    first = tables[0]
+    arrays = {column: np.concatenate([getattr(table, column) for table in tables]) for column in ARRAYS}
+    rows = np.unique(arrays["idx"], return_index=True)[1]
+    return replace(first, name=name, **{column: array[rows] for column, array in arrays.items()})
 
 
 def summarise(
@@ -520,7 +571,10 @@ def command_line(
         if name == "table":
             verb.add_argument("--out", type=Path, required=True)
             verb.add_argument("--report", type=Path, default=None)
-        else:
+            verb.add_argument("--keep", action="store_true", help="keep this run's tables in CARD/tables")
+        if name in ("certify", "table"):
+            verb.add_argument("--card", type=Path, default=None, help="the study's card: routers, and tables of earlier runs")
+        if name != "table":
             verb.add_argument("--dtype", default="float32")
             verb.add_argument("--threads", type=int, default=1)
         if name == "train":

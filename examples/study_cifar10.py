@@ -28,8 +28,8 @@ from routing_study import (
     chain_arguments,
     choose_chain,
     command_line,
-    merged,
     methods,
+    study_tables,
     train_all,
     write_study,
 )
@@ -92,19 +92,21 @@ def certify(args: argparse.Namespace) -> None:
     rows = slice(args.first, args.first + args.images)
     part = tuple(int(v) for v in args.part.split("/"))
     certify_all(
-        methods(load_pool(args.experts), args.work, Execution(dtype=args.dtype), args.methods),
+        methods(load_pool(args.experts), args.work, Execution(dtype=args.dtype), args.methods, card=args.card),
         from_arrays(np.ascontiguousarray(images[rows]), labels[rows], name=f"CIFAR-10 test set from row {args.first}"),
         args.work / "tables",
         seed=SEED,
         count=args.images,
         part=(part[0], part[1]),
         n=args.n,
+        kept=args.card and args.card / "tables",
     )
 
 
 def table(args: argparse.Namespace) -> None:
     pool = load_pool(args.experts)
-    tables = merged(list(methods(pool, args.work, Execution())), args.work / "tables")
+    names = list(methods(pool, args.work, Execution(), card=args.card))
+    tables = study_tables(names, args)
     write_study(tables, pool.names, (REFERENCE, PUBLISHED), BEST, args.out, "CIFAR-10", args.report)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from noise_training import augment, save_expert
-from routing_study import BEST, REFERENCE, certify_all, command_line, merged, methods, train_all, write_study
+from routing_study import BEST, REFERENCE, certify_all, command_line, methods, study_tables, train_all, write_study
 from study_cifar10 import part_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -220,8 +220,9 @@ def certify(args: argparse.Namespace) -> None:
     images, labels = read_cifar(args.data, "test")
     first, of = (int(v) for v in args.part.split("/"))
     rows = slice(args.first, args.first + args.images)
+    pool, execution = ExpertPool.load(args.work / "pool.json"), Execution(dtype=args.dtype)
     certify_all(
-        methods(ExpertPool.load(args.work / "pool.json"), args.work, Execution(dtype=args.dtype), args.methods, own=False),
+        methods(pool, args.work, execution, args.methods, own=False, card=args.card),
         from_arrays(images[rows].copy(), labels[rows], name=f"CIFAR-10 test set from row {args.first}"),
         args.work / "tables",
         seed=SEED,
@@ -229,12 +230,13 @@ def certify(args: argparse.Namespace) -> None:
         part=(first, of),
         n=min(args.n, N),
         shards=SHARDS,
+        kept=args.card and args.card / "tables",
     )
 
 
 def table(args: argparse.Namespace) -> None:
     pool = ExpertPool.load(args.work / "pool.json")
-    tables = merged(list(methods(pool, args.work, Execution(), own=False)), args.work / "tables", SHARDS)
+    tables = study_tables(list(methods(pool, args.work, Execution(), own=False, card=args.card)), args, SHARDS)
     references = (REFERENCE, "Multiscale-like cascade (.55)", "cascade, tuned")
     title = "CIFAR-10, one denoiser and one classifier"
     write_study(tables, pool.names, references, BEST, args.out, title, args.report)

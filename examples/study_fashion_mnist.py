@@ -21,7 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from routing_study import BEST, PUBLISHED, REFERENCE, Method, certify_all, command_line, merged, methods, train_all, write_study
+from routing_study import (
+    BEST,
+    PUBLISHED,
+    REFERENCE,
+    Method,
+    certify_all,
+    command_line,
+    methods,
+    study_tables,
+    train_all,
+    write_study,
+)
 from torch import Tensor
 
 from rsrouter.data import from_arrays
@@ -51,9 +62,9 @@ def bundled(name: str) -> tuple[Tensor, Tensor]:
     return x, torch.as_tensor(y)
 
 
-def every(work: Path, execution: Execution, part: str = "all") -> dict[str, Method]:
+def every(work: Path, execution: Execution, part: str = "all", card: Path | None = None) -> dict[str, Method]:
     """All methods by name; the last is the router of interest."""
-    found = methods(load_pool(), work, execution, part)
+    found = methods(load_pool(), work, execution, part, card=card)
     chosen = found.pop(BEST, None)
     if part != "best":
         found[BUNDLED] = (load_router(execution), "tree")
@@ -75,19 +86,20 @@ def certify(args: argparse.Namespace) -> None:
         images, labels = read_idx(args.data, "t10k", slice(args.first, args.first + args.images))
     part = tuple(int(v) for v in args.part.split("/"))
     certify_all(
-        every(args.work, Execution(dtype=args.dtype), args.methods),
+        every(args.work, Execution(dtype=args.dtype), args.methods, args.card),
         from_arrays(images, labels, name="Fashion-MNIST test set" + (f" from row {args.first}" if args.first else "")),
         args.work / "tables",
         seed=SEED,
         count=len(labels),
         part=(part[0], part[1]),
         n=args.n,
+        kept=args.card and args.card / "tables",
     )
 
 
 def table(args: argparse.Namespace) -> None:
-    names = list(every(args.work, Execution()))
-    tables = merged(names, args.work / "tables")
+    names = list(every(args.work, Execution(), card=args.card))
+    tables = study_tables(names, args)
     published = []
     for path in sorted(args.published.glob("*.tsv")) if args.published else ():
         whole = read_table(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -70,6 +71,12 @@ def a_run(folder: Path) -> Path:
     return folder
 
 
+def a_place(folder: Path) -> Path:
+    """The folder, whose parents are made."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @pytest.mark.parametrize("study", ["study_fashion_mnist", "study_cifar10"], indirect=True)
 def test_a_routing_study_trains_certifies_and_reports(study, tmp_path, monkeypatch, capsys):
     own = ["--experts", "unused"] if study.__name__ == "study_cifar10" else []
@@ -117,6 +124,25 @@ def test_a_routing_study_trains_certifies_and_reports(study, tmp_path, monkeypat
     page = (tmp_path / "report" / "index.html").read_text()
     assert page.count("<details") == 6
     assert "Runs side by side" in page
+    if own:
+        return
+    # another session, which finds the routers and half of the rows on the card
+    card, work = tmp_path / "card", tmp_path / "work"
+    for name in ("flat", "own", "cascade", "deferral"):
+        (work / name).rename(a_place(card / ("router" if name == "deferral" else f"compared/{name}")))
+    for shard in (work / "tables").glob("*.1.*"):
+        shard.unlink()
+    run("table", "--out", str(card), "--card", str(card), "--keep")
+    assert json.loads((card / "table.json").read_text())["images"] == 1
+    assert len(list((card / "tables").glob("*.run1.tsv"))) == len(tables)
+    shutil.rmtree(work / "tables")
+    printed = run(*few, "--card", str(card))
+    assert "shard 1 deferral" in printed
+    assert "shard 0" not in printed
+    run("table", "--out", str(tmp_path / "again"), "--card", str(card))
+    again = json.loads((tmp_path / "again" / "table.json").read_text())
+    assert again["images"] == summary["images"]
+    assert again["methods"]["deferral"]["accuracy"] == summary["methods"]["deferral"]["accuracy"]
 
 
 def test_what_the_statistics_cost(monkeypatch, capsys):

@@ -1,0 +1,52 @@
+"""Votes that are simulated from few: what they promise at radii that only nearly unanimous votes reach."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rsrouter.training.chains import SHAPES, SimulatedVotes, accuracy, dissent_shape, expert_radius
+
+SIGMA, PLAN, FAR = 0.66, 100_000, 2.0
+
+
+def shares(a: float, b: float, rng: np.random.Generator, count: int = 1000) -> np.ndarray:
+    """`(N, 10)`: the true class first, dissent from Beta(a, b) spread over the others."""
+    dissent = rng.beta(a, b, count)
+    return np.column_stack([1 - dissent, dissent[:, None] * rng.dirichlet(np.full(9, 0.3), count)])
+
+
+def drawn(each: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    return np.stack([rng.multinomial(n, row) for row in each])
+
+
+def far(votes: SimulatedVotes) -> float:
+    """Share of images that one expert certifies at the far radius."""
+    return float(accuracy(*expert_radius(votes, 1e-3), np.zeros(len(votes.counts), dtype=np.int64), (FAR,))[0])
+
+
+@pytest.mark.parametrize(("a", "b", "n"), [(0.05, 3.0, 100), (0.2, 5.0, 100), (0.4, 5.0, 400), (0.7, 8.0, 400)])
+def test_few_votes_promise_what_many_hold(a: float, b: float, n: int) -> None:
+    promised, held, shape = [], [], []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        each = shares(a, b, rng)
+        held.append(far(SimulatedVotes(drawn(each, PLAN, rng), drawn(each, 100, rng), PLAN, 100, SIGMA)))
+        few = drawn(each, n, rng)
+        shape.append(dissent_shape(few))
+        promised.append(far(SimulatedVotes.draw(few, SIGMA, PLAN, 100, rng)))
+    # four standard errors of the mean; a fixed prior of .02 an outcome is off by .05 to .18 here, but for a = .2
+    assert np.mean(promised) == pytest.approx(np.mean(held), abs=max(0.012, 4 * np.std(np.subtract(promised, held)) / 8**0.5))
+    assert np.mean(shape) == pytest.approx(a, rel=0.25)
+
+
+def test_the_shape_stays_within_its_range() -> None:
+    unanimous = np.array([[50, 0, 0]] * 20)
+    assert dissent_shape(unanimous) == SHAPES[0]
+    assert dissent_shape(np.array([[30, 20, 0]] * 20)) == SHAPES[0]  # nobody is sure
+    assert dissent_shape(np.array([[47, 2, 1]] * 20)) == pytest.approx(SHAPES[1], rel=1e-3)
+
+
+def test_a_voter_that_is_always_sure_stays_so() -> None:
+    rng = np.random.default_rng(0)
+    assert far(SimulatedVotes.draw(np.array([[400, *[0] * 9]] * 200), SIGMA, PLAN, 100, rng)) > 0.98
