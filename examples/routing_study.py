@@ -30,6 +30,7 @@ from rsrouter.jobs import certify_table
 from rsrouter.report import write_report
 from rsrouter.report.curves import average_certified_radius, certified_correct
 from rsrouter.results import Table, merge_tables, read_table
+from rsrouter.results.metadata import describe, differences
 from rsrouter.results.table import ARRAYS, align
 from rsrouter.router.chain import Voter
 from rsrouter.sampling import Execution, VoteMemo
@@ -147,13 +148,14 @@ def train_all(
 
 def choose_chain(
     pool: ExpertPool,
-    networks: Sequence[Path],
+    networks: Sequence[tuple[Path, tuple[float, ...]]],
     like: str,
     sigmas: Sequence[float],
     validation: Labelled,
     out: Path,
     *,
     copies: int,
+    stages: int = 3,
     confidences: Sequence[float] = (),
     heads: tuple[DeferralRecipe, Labelled] | None = None,
     **settings: Any,
@@ -163,23 +165,25 @@ def choose_chain(
 
     Args:
         pool: the experts.
-        networks: runs of a trainer (`model.safetensors`, `config.json`), asked before the experts or among them.
+        networks: runs of a trainer (`model.safetensors`, `config.json`), asked before the experts or among them, each with the
+            noise levels at which it may be asked; without any, at `sigmas`.
         like: the expert whose preprocessing they share.
-        sigmas: noise levels at which each may be asked.
+        sigmas: noise levels of the networks that name none.
         validation: images that nothing was trained on, and their labels.
         out: folder of the router.
         copies: votes per validation image and network.
+        stages: the longest chain.
         confidences: softmax probability that a vote for a class needs (`DeferralRecipe.confidences`).
         heads: heads to train beside them: the recipe, and images and labels that they are trained on.
         settings: further fields of `Training`.
     """
     voters, notes = [], []
-    for folder in networks:
+    for folder, levels in networks:
         config = json.loads((folder / "config.json").read_text())
         network = build_architecture(config["architecture"], config["num_classes"], config["kwargs"])
         network.load_state_dict(load_file(folder / "model.safetensors"))
         head = "own" if len(networks) == 1 else folder.name.replace(".", "_")
-        voters += [(Voter(like, sigma, head, whole=True), network.eval()) for sigma in sigmas]
+        voters += [(Voter(like, sigma, head, whole=True), network.eval()) for sigma in levels or sigmas]
         notes.append(config["training"])
     recipe, images = heads or (DeferralRecipe(heads=()), (validation[0][:2], validation[1][:2]))
     train_router(
@@ -187,7 +191,7 @@ def choose_chain(
         "deferral",
         *images,
         validation=validation,
-        recipe=replace(recipe, tune_copies=copies, confidences=tuple(confidences)),
+        recipe=replace(recipe, tune_copies=copies, stages=stages, confidences=tuple(confidences)),
         networks=voters,
         out=out,
         notes={"network": notes[0] if len(notes) == 1 else notes},
@@ -200,9 +204,14 @@ def choose_chain(
 def chain_arguments(parser: argparse.ArgumentParser, like: str) -> None:
     """What a command line says of `choose_chain`."""
     parser.add_argument(
-        "--network", type=Path, nargs="+", required=True, help="folders that the trainer wrote, one for each network"
+        "--network",
+        type=network_levels,
+        nargs="+",
+        required=True,
+        metavar="FOLDER[=SIGMA,SIGMA]",
+        help="folders that the trainer wrote, one for each network; =SIGMA,SIGMA: noise levels of its own",
     )
-    parser.add_argument("--sigmas", type=float, nargs="+", required=True, help="noise levels at which each may be asked")
+    parser.add_argument("--sigmas", type=float, nargs="+", required=True, help="noise levels at which the others may be asked")
     parser.add_argument(
         "--confidences",
         type=float,
@@ -213,7 +222,18 @@ def chain_arguments(parser: argparse.ArgumentParser, like: str) -> None:
     parser.add_argument("--like", default=like, help="the expert it started as")
     parser.add_argument("--copies", type=int, default=500, help="votes per validation image and network")
     parser.add_argument("--images", type=int, default=1000, help="validation images")
+    parser.add_argument("--stages", type=int, default=3, help="the longest chain")
     parser.add_argument("--floor", type=float, default=0.915, help="least ratio to the experts' envelope wanted")
+
+
+def network_levels(text: str) -> tuple[Path, tuple[float, ...]]:
+    """A network's folder, and the noise levels that are named for it alone.
+
+    >>> network_levels("runs/catrs_0.6=0.5,0.6")[1], network_levels("runs/catrs_0.6")[1]
+    ((0.5, 0.6), ())
+    """
+    folder, _, levels = text.partition("=")
+    return Path(folder), tuple(float(level) for level in levels.split(",")) if levels else ()
 
 
 def outer(pool: ExpertPool) -> ExpertPool:
@@ -285,7 +305,10 @@ def certify_all(
     """
     shards = shards or SHARDS
     out.mkdir(parents=True, exist_ok=True)
-    done = {name: {int(i) for table in kept_tables(name, kept) for i in table.idx} for name in methods}
+    done = {
+        name: {i for table in kept_tables(name, kept, by, images) for i in table.idx.tolist()}
+        for name, (by, _) in methods.items()
+    }
     for shard in range(part[0], shards, part[1]):
         memo, start = VoteMemo(), time.time()
         for name, (smoothed, rule) in methods.items():
@@ -335,10 +358,17 @@ def study_tables(names: Sequence[str], args: argparse.Namespace, shards: int | N
     return tables
 
 
-def kept_tables(method: str, folder: Path | None) -> list[Table]:
-    """A method's tables of earlier runs, in the order of the runs."""
+def kept_tables(
+    method: str, folder: Path | None, smoothed: Smooth | RoutedSmooth | None = None, images: Any = None
+) -> list[Table]:
+    """A method's tables of earlier runs, in the order of the runs; SystemExit where they are not of `smoothed` on `images`."""
     paths = [] if folder is None else sorted(folder.glob(f"{file_name(method)}.run*.tsv"))
-    return [read_table(path, name=method) for path in paths]
+    tables = [read_table(path, name=method) for path in paths]
+    for path, table in zip(paths, tables, strict=True):
+        about = table.described()
+        if smoothed is not None and (about.digest, about.data["fingerprint"]) != (smoothed.digest, images.fingerprint):
+            raise SystemExit(f"{path} is a table of another classifier or of other images: remove it, or leave --card out")
+    return tables
 
 
 def keep_tables(methods: Sequence[str], work: Path, folder: Path) -> None:
@@ -357,6 +387,11 @@ def joined(tables: Sequence[Table], name: str) -> Table:
     if not tables:
         raise SystemExit(f"{name}: no shard is finished; run certify first")
     first = tables[0]
+    for table in tables[1:]:
+        if found := [
+            d for d in differences(first.metadata, table.metadata) if not d[0].startswith(("info.", "versions.", "shard"))
+        ]:
+            raise SystemExit(f"{name}: the runs are not of one job: {describe(found)}")
     arrays = {column: np.concatenate([getattr(table, column) for table in tables]) for column in ARRAYS}
     rows = np.unique(arrays["idx"], return_index=True)[1]
     return replace(first, name=name, **{column: array[rows] for column, array in arrays.items()})

@@ -80,6 +80,7 @@ def choose(args: argparse.Namespace) -> None:
         args.work / BEST,
         heads=(RECIPE, part_of(args.data, "experts", 42_000)) if args.heads else None,
         copies=args.copies,
+        stages=args.stages,
         confidences=args.confidences,
         plan_n=N,
         floor=args.floor,

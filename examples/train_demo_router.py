@@ -41,6 +41,7 @@ def main() -> None:
         (images, torch.as_tensor(labels)),
         args.out,
         copies=args.copies,
+        stages=args.stages,
         confidences=args.confidences,
         plan_n=args.n,
         floor=args.floor,

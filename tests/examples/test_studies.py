@@ -95,7 +95,7 @@ def test_a_routing_study_trains_certifies_and_reports(study, tmp_path, monkeypat
     if own:
         network = a_run(tmp_path / "network")
         chosen = run(
-            "choose", *data, "--network", str(network), "--sigmas", "0.5", "0.6", "--copies", "20", "--images", "6", "--heads"
+            "choose", *data, "--network", f"{network}=0.5,0.6", "--sigmas", "0.5", "--copies", "20", "--images", "6", "--heads"
         )
         assert '"network": {"recipe": "none"}' in chosen
         assert RoutedSmooth.from_pretrained(tmp_path / "work" / "deferral").router.kind == "deferral"
