@@ -23,12 +23,12 @@ from rsrouter.core.certify import VoteRequest
 from rsrouter.core.errors import PlanError
 from rsrouter.core.patience import LEVELS, PatienceCost, patience_costs
 from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
+from rsrouter.core.posterior import posterior_shares
 from rsrouter.core.terms import Terms
 from rsrouter.core.tree import Tree
 from rsrouter.jobs.certify import check_order, settled_batch, take_shard, with_batch
 from rsrouter.jobs.devices import check_threads, first_device
 from rsrouter.jobs.driver import Images, Reader, make_executor
-from rsrouter.results.patience import posterior_shares
 from rsrouter.sampling.engine import Engine, image_identity
 from rsrouter.smooth import RoutedSmooth, Smooth
 

@@ -10,23 +10,11 @@ from rsrouter.core.bounds import Array
 from rsrouter.core.errors import ResultsError
 from rsrouter.core.patience import LEVELS, PatienceCost, patience_costs
 from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
+from rsrouter.core.posterior import posterior_shares
 from rsrouter.core.tree import Tree
 from rsrouter.results.about import TableMetadata
 from rsrouter.results.table import Table
 from rsrouter.results.verify import require_sound
-
-#: Prior weight of each outcome: unanimous votes stay nearly unanimous.
-PRIOR = 0.02
-
-
-def posterior_shares(counts: Array, rng: np.random.Generator) -> Array:
-    """Vote probabilities `(N, L)` drawn from their posterior given votes `(N, L)`; rows without votes say nothing about an image.
-
-    >>> posterior_shares(np.array([[100.0, 0.0]]), np.random.default_rng(0)).round(2).tolist()
-    [[1.0, 0.0]]
-    """
-    weights = rng.standard_gamma(np.asarray(counts, dtype=np.float64) + PRIOR)
-    return np.asarray(weights / weights.sum(1, keepdims=True))
 
 
 def adaptive_plan(about: TableMetadata, radii: Sequence[float] = ()) -> AdaptivePlan:
@@ -108,4 +96,4 @@ def _votes(table: Table, tree: Tree) -> tuple[dict[str, Array], dict[str, Array]
     return counts, logits
 
 
-__all__ = ["adaptive_plan", "posterior_shares", "table_patience"]
+__all__ = ["adaptive_plan", "table_patience"]

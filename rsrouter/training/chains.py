@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import gammaln, logsumexp, ndtri
+from scipy.special import ndtri
 
 from rsrouter.core.bounds import LOWER_SHARE, AlphaSplit, Array, binom_lower, binom_upper
 from rsrouter.core.certify import CertifyPolicy
 from rsrouter.core.errors import InputError
 from rsrouter.core.plans import FixedPlan
+from rsrouter.core.posterior import dissent_shape, posterior_shares
 from rsrouter.core.requests import SELECT
 from rsrouter.core.tree import Tree
 from rsrouter.experts.pool import ExpertPool
@@ -34,10 +34,6 @@ Chain = tuple[tuple[str, float | None], ...]
 
 #: Votes per expert and validation image that a cascade is tuned on.
 TUNE_VOTES = 400
-#: Dissenting votes, at most, of the images that `dissent_shape` reads.
-FEW_DISSENT = 3
-#: What `dissent_shape` keeps within: .01 where nobody ever dissents, 1 where every share of dissent is as frequent.
-SHAPES = (0.01, 1.0)
 #: Thresholds that are tried.
 TAUS = (0.505, 0.53, 0.56, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.94, 0.97, 0.99)
 
@@ -62,8 +58,7 @@ class SimulatedVotes:
         the posterior. The prior is Dirichlet, each of the other outcomes with its part of `dissent_shape(votes)`, so that an
         image whose few votes agree dissents as often as such images do. Only the first `classes` outcomes are classes."""
         votes = np.maximum(votes, 0)
-        weights = rng.standard_gamma(votes + dissent_shape(votes) / (votes.shape[1] - 1))
-        shares = weights / weights.sum(1, keepdims=True)
+        shares = posterior_shares(votes, rng, dissent_shape(votes) / (votes.shape[1] - 1))
         counts, selection = rng.multinomial(n, shares), rng.multinomial(n0, shares)
         return cls(counts[:, :classes], selection[:, :classes], n, n0, sigma)
 
@@ -76,36 +71,6 @@ class SimulatedVotes:
                 ndtri(binom_upper(k, self.n, alpha))[self.counts],
             )
         return self._bounds[alpha]
-
-
-def dissent_shape(votes: Counts) -> float:
-    """The shape `a` of the density `share^(a - 1)` of dissent among images that a voter is nearly sure of.
-
-    An image of that prior has `k` dissenting votes with a chance proportional to `Gamma(k + a) / k!`, for any number of
-    votes that is large beside `k` (a beta-binomial near 0), so the images with few dissenting votes give `a` by maximum
-    likelihood: empirical Bayes (Robbins 1956). With a fixed prior, votes too few for the share that a large radius needs
-    promised too much: all of 400 votes agree on a third of the images of share .997.
-
-    Args:
-        votes: `(N, L)` counts of each outcome.
-
-    Returns:
-        `a`, within `SHAPES`; the lower one where no image has dissenting votes, or none at all has few.
-
-    >>> dissent_shape(np.array([[100, 0]] * 50 + [[99, 1]] * 10 + [[98, 2]] * 6 + [[60, 40]] * 7)) > 0.1
-    True
-    """
-    dissent = votes.sum(1) - votes.max(1)
-    seen = np.bincount(dissent[dissent <= FEW_DISSENT], minlength=FEW_DISSENT + 1)
-    k = np.arange(FEW_DISSENT + 1)
-
-    def loss(log_shape: float) -> float:
-        weights = gammaln(k + np.exp(log_shape)) - gammaln(k + 1)
-        return -float(seen @ (weights - logsumexp(weights)))
-
-    if not seen[1:].any():
-        return SHAPES[0]
-    return float(np.exp(minimize_scalar(loss, bounds=np.log(SHAPES), method="bounded").x))
 
 
 def simulate_pool(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rsrouter.training.chains import SHAPES, SimulatedVotes, accuracy, dissent_shape, expert_radius
+from rsrouter.core.posterior import SHAPES, dissent_shape
+from rsrouter.training.chains import SimulatedVotes, accuracy, expert_radius
 
 SIGMA, PLAN, FAR = 0.66, 100_000, 2.0
 
