@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rsrouter.cli.options import Format, OutputFormat, data_options, echo_json, read_data, told_warnings
+from rsrouter.cli.options import Format, OutputFormat, check_out, data_options, echo_json, read_data, told_warnings
 
 #: Classes, files and pictures that are listed before the rest is counted.
 SHOWN = 12
@@ -46,6 +46,7 @@ def inspect(
     source = read_data(data, reading)
     with told_warnings():
         found = inspect_data(source, images=None if every else images or LOOKED_AT, fingerprint=fingerprint)
+        check_out(contact_sheet)
         sheet = None if contact_sheet is None else draw(source, contact_sheet)
     if format is Format.json:
         echo_json({**found.to_dict(), "contact_sheet": sheet})

@@ -179,7 +179,14 @@ def echo_json(value: Any) -> None:
 
 
 def check_out(out: Path | None) -> None:
-    """Refuses, before any work, an output file whose folder is not there."""
+    """Refuses, before any work, an output file whose folder is not there, or that exists: it may be what is read."""
+    if out is not None and out.is_file():
+        raise InputError(
+            "The output file exists",
+            expected="a new file",
+            received=str(out),
+            remedy="nothing was overwritten; give another --out",
+        )
     if out is not None and (out.is_dir() or not out.expanduser().parent.is_dir()):
         raise InputError(
             "The output file cannot be written",

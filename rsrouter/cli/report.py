@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 from zipfile import is_zipfile
@@ -81,6 +81,19 @@ class _Lazy(Mapping[int, Any]):
         return len(self._data)
 
 
+def _check_certified(source: Any, tables: Iterable[Any]) -> None:
+    """Refuses images that are not those of the tables, which would stand beside the wrong rows."""
+    for table in tables:
+        stored = None if table.about is None else table.about.data.get("fingerprint")
+        if stored is not None and stored != source.fingerprint:
+            raise InputError(
+                f"The images are not those of the table {table.name!r}",
+                expected=f"the data set that was certified, {table.about.data.get('name')}",
+                received=f"{source.name}, whose content has another fingerprint",
+                remedy="give the --data, --split and rows of the certify command, or leave --data out",
+            )
+
+
 @data_options
 def report(
     tables: Annotated[
@@ -117,6 +130,7 @@ def report(
     images, classes = None, None
     if data is not None:
         source = read_data(data, reading)
+        _check_certified(source, loaded)
         images, classes = _Lazy(source), source.classes
     options: dict[str, Any] = {"routed": routed, "experts": expert, "radii": chosen, "confidence": confidence, "common": common}
     page = write_report(loaded, out, title=title, images=images, classes=classes, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaincinv, gammaln, logsumexp
 
 from rsrouter.core.bounds import Array
 
@@ -17,15 +17,36 @@ FEW_DISSENT = 3
 SHAPES = (0.01, 1.0)
 
 
-def posterior_shares(counts: Array | NDArray[np.int64], rng: np.random.Generator, prior: float = PRIOR) -> Array:
-    """Vote probabilities `(N, L)` drawn from their posterior given votes `(N, L)`, under a Dirichlet prior of `prior` an outcome;
-    rows without votes say nothing about an image.
+def posterior_shares(
+    counts: Array | NDArray[np.int64], rng: np.random.Generator, prior: float = PRIOR, *, levels: Array | None = None
+) -> Array:
+    """Vote probabilities `(N, L)` drawn from their posterior given votes, under a Dirichlet prior.
+
+    Args:
+        counts: `(N, L)` votes; rows without votes say nothing about an image.
+        rng: draws, where `levels` are not given.
+        prior: weight of each outcome.
+        levels: `(N, M)` in [0, 1), M at least L + 2: at which quantiles an image's shares stand. The law is the same (a Dirichlet
+            law is a gamma variable each for the top outcome and for all others together, and these divided by a Dirichlet law of
+            their own), but voters that take the same levels are as sure of an image together as their votes allow.
 
     >>> posterior_shares(np.array([[100.0, 0.0]]), np.random.default_rng(0)).round(2).tolist()
     [[1.0, 0.0]]
     """
-    weights = rng.standard_gamma(np.asarray(counts, dtype=np.float64) + prior)
-    return np.asarray(weights / weights.sum(1, keepdims=True))
+    shape = np.asarray(counts, dtype=np.float64) + prior
+    if levels is None:
+        weights = rng.standard_gamma(shape)
+        return np.asarray(weights / weights.sum(1, keepdims=True))
+    rows, top = np.arange(len(shape)), shape.argmax(1)
+    others = shape.copy()
+    others[rows, top] = 0.0
+    sure, dissent = gammaincinv(shape[rows, top], levels[:, 0]), gammaincinv(others.sum(1), levels[:, 1])
+    parts = np.where(others > 0.0, gammaincinv(np.maximum(others, prior), levels[:, 2 : 2 + shape.shape[1]]), 0.0)
+    # a gamma variable of a tiny shape may be 0 in float64: where all are, the parts are those of the prior mean
+    parts = np.where(parts.sum(1, keepdims=True) > 0.0, parts, others)
+    shares: Array = (dissent / (sure + dissent))[:, None] * parts / parts.sum(1, keepdims=True)
+    shares[rows, top] = sure / (sure + dissent)
+    return shares
 
 
 def dissent_shape(votes: NDArray[np.int64]) -> float:

@@ -52,13 +52,24 @@ class SimulatedVotes:
 
     @classmethod
     def draw(
-        cls, votes: Counts, sigma: float, n: int, n0: int, rng: np.random.Generator, classes: int | None = None
+        cls,
+        votes: Counts,
+        sigma: float,
+        n: int,
+        n0: int,
+        rng: np.random.Generator,
+        classes: int | None = None,
+        levels: Array | None = None,
     ) -> SimulatedVotes:
         """What `n` votes might look like after the few in `votes (N, L)`: multinomial counts at probabilities from
         the posterior. The prior is Dirichlet, each of the other outcomes with its part of `dissent_shape(votes)`, so that an
-        image whose few votes agree dissents as often as such images do. Only the first `classes` outcomes are classes."""
+        image whose few votes agree dissents as often as such images do. Only the first `classes` outcomes are classes.
+
+        Voters of one chain take the same `levels (N, M)` (`posterior_shares`): a chain holds as far as its surest
+        stage does, and would promise the luckiest of several draws if each stage had its own.
+        """
         votes = np.maximum(votes, 0)
-        shares = posterior_shares(votes, rng, dissent_shape(votes) / (votes.shape[1] - 1))
+        shares = posterior_shares(votes, rng, dissent_shape(votes) / (votes.shape[1] - 1), levels=levels)
         counts, selection = rng.multinomial(n, shares), rng.multinomial(n0, shares)
         return cls(counts[:, :classes], selection[:, :classes], n, n0, sigma)
 
@@ -73,10 +84,25 @@ class SimulatedVotes:
         return self._bounds[alpha]
 
 
+def shared_levels(images: int, classes: int, rng: np.random.Generator) -> Array:
+    """`levels` for all voters of a chain, whose outcomes are the classes, invalid votes and unsure ones."""
+    return rng.random((images, classes + 4))
+
+
 def simulate_pool(
-    pool: ExpertPool, votes: Counts, *, plan_n: int, rng: np.random.Generator, n0: int = SELECTION_VOTES
+    pool: ExpertPool,
+    votes: Counts,
+    *,
+    plan_n: int,
+    rng: np.random.Generator,
+    n0: int = SELECTION_VOTES,
+    levels: Array | None = None,
 ) -> dict[str, SimulatedVotes]:
-    """`SimulatedVotes` of every expert from few votes `(N, K, classes + 1)`; InputError for another shape."""
+    """`SimulatedVotes` of every expert from few votes `(N, K, classes + 1)`, all at the same `levels`.
+
+    Raises:
+        InputError: votes of another shape.
+    """
     if votes.ndim != 3 or votes.shape[1:] != (len(pool), pool.num_classes + 1):
         raise InputError(
             "Votes do not fit the pool",
@@ -84,7 +110,9 @@ def simulate_pool(
             received=str(votes.shape),
             remedy="pass what label_votes returned",
         )
-    return {e.name: SimulatedVotes.draw(votes[:, k], e.sigma, plan_n, n0, rng, pool.num_classes) for k, e in enumerate(pool)}
+    levels = shared_levels(len(votes), pool.num_classes, rng) if levels is None else levels
+    given = (plan_n, n0, rng, pool.num_classes, levels)
+    return {e.name: SimulatedVotes.draw(votes[:, k], e.sigma, *given) for k, e in enumerate(pool)}
 
 
 def expert_radius(votes: SimulatedVotes, alpha: float) -> tuple[NDArray[np.int64], Array]:

@@ -36,6 +36,7 @@ from rsrouter.training.chains import (
     expert_radius,
     goal_of,
     search_chain,
+    shared_levels,
     simulate_pool,
 )
 from rsrouter.training.features import with_features, without_features
@@ -258,7 +259,9 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
     if training.parent is not None and not isinstance(training.parent.router, FlatRouter):
         parents = dict(training.parent.router.modules.items())
     rng = np.random.default_rng(training.seed)
-    simulated = simulate_pool(pool, training.expert_votes(xv, recipe.tune_copies, TUNE), plan_n=plan_n, rng=rng)
+    sure = shared_levels(len(xv), pool.num_classes, rng)
+    drawn = training.expert_votes(xv, recipe.tune_copies, TUNE)
+    simulated = simulate_pool(pool, drawn, plan_n=plan_n, rng=rng, levels=sure)
     goal = goal_of(simulated, target, grid, alpha, **training.wishes)
     candidates, heads = {e.name: Voter(e.name) for e in pool}, dict[str, nn.Module]()
     levels = dict.fromkeys((0.0, *recipe.confidences))
@@ -270,7 +273,7 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
             unsure = [recipe.tune_copies - counted.sum(1)] if confidence else []
             votes = np.column_stack([counted, *unsure])
             candidates[title] = replace(voter, confidence=confidence)
-            simulated[title] = SimulatedVotes.draw(votes, sigma, plan_n, SELECTION_VOTES, rng, pool.num_classes)
+            simulated[title] = SimulatedVotes.draw(votes, sigma, plan_n, SELECTION_VOTES, rng, pool.num_classes, sure)
         return accuracy(*expert_radius(simulated[name], alpha), target, grid)
 
     for sigma in dict.fromkeys(float(v.sigma or 0.0) for v, _ in wanted):

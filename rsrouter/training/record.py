@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rsrouter.core.errors import InputError
 from rsrouter.experts.expert import Expert
 from rsrouter.experts.pool import ExpertPool
-from rsrouter.inputs import check_images, check_labels
+from rsrouter.inputs import check_images, check_labels, check_seed
 from rsrouter.router.base import Router
 from rsrouter.router.chain import Voter, check_voters
 from rsrouter.sampling.execution import Execution
@@ -122,19 +122,41 @@ class Training:
                 received=repr(self.router),
                 remedy="router='auto'",
             )
+        if not isinstance(self.pool, ExpertPool):
+            raise InputError(
+                "Training needs a pool of experts",
+                expected="an ExpertPool",
+                received=type(self.pool).__name__,
+                remedy='ExpertPool([expert, other]), or ExpertPool("pool.json")',
+            )
+        if check_seed(self.seed) < 0:
+            raise InputError(
+                "A training's seed is negative", expected="0 or more", received=repr(self.seed), remedy="leave it out"
+            )
         for expert in self.pool:
             expert.check_unchanged()
         images, labels = self._labelled(self.images, self.labels)
-        grid = tuple(sorted({float(r) for r in self.radii}))
+        try:
+            grid = tuple(sorted({float(r) for r in self.radii})) if not isinstance(self.radii, str) else ()
+        except (TypeError, ValueError):
+            grid = ()
         if not grid or not all(0.0 <= r < float("inf") for r in grid):
             raise InputError(
                 "Training needs the radii you care about",
                 expected="finite radii >= 0",
-                received=repr(list(self.radii)),
+                received=repr(self.radii),
                 remedy="radii=[0, 0.25, 0.5, ...]",
             )
         validation, routing = self.validation, self.routing_labels
         if validation is not None:
+            if not (isinstance(validation, tuple | list) and len(validation) == 2 and len(validation[0])):
+                raise InputError(
+                    "Validation images cannot be read",
+                    expected="a pair (images, labels) of one image or more",
+                    received=type(validation).__name__
+                    + (f" of {len(validation)}" if isinstance(validation, tuple | list) else ""),
+                    remedy="validation=(images, labels), or leave it out",
+                )
             validation = self._labelled(*validation)
         elif self.kind != "flat":
             cut = len(images) - len(images) // 5

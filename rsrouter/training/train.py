@@ -101,7 +101,16 @@ def _recipe(training: Training) -> Any:
     """The recipe that fits the kind of router; None where nothing is trained by one."""
     if isinstance(training.router, FlatRouter) or training.router == "flat":
         return named_recipe(training.recipe, "utility", RECIPES, Recipe)
-    return deferral_recipe(training) if training.router in ("auto", "deferral") else None
+    if training.router in ("auto", "deferral"):
+        return deferral_recipe(training)
+    if training.recipe is not None:
+        raise InputError(
+            f"A router of kind {training.kind!r} has no recipe",
+            expected="no recipe: its thresholds are chosen on the validation images",
+            received=repr(training.recipe),
+            remedy="leave the recipe out, or ask for the kind 'auto', 'deferral' or 'flat'",
+        )
+    return None
 
 
 def _trained(run: Training) -> Router:

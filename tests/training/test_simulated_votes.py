@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import ks_2samp
 
-from rsrouter.core.posterior import SHAPES, dissent_shape
-from rsrouter.training.chains import SimulatedVotes, accuracy, expert_radius
+from rsrouter.core.posterior import SHAPES, dissent_shape, posterior_shares
+from rsrouter.training.chains import SimulatedVotes, accuracy, chain_radius, expert_radius, shared_levels
 
 SIGMA, PLAN, FAR = 0.66, 100_000, 2.0
 
@@ -51,3 +52,27 @@ def test_the_shape_stays_within_its_range() -> None:
 def test_a_voter_that_is_always_sure_stays_so() -> None:
     rng = np.random.default_rng(0)
     assert far(SimulatedVotes.draw(np.array([[400, *[0] * 9]] * 200), SIGMA, PLAN, 100, rng)) > 0.98
+
+
+def test_levels_do_not_change_the_law() -> None:
+    rng = np.random.default_rng(3)
+    votes = np.tile([97, 2, 1, 0], (4000, 1))
+    free = posterior_shares(votes, rng, 0.1)
+    tied = posterior_shares(votes, rng, 0.1, levels=rng.random((4000, 6)))
+    assert tied.sum(1) == pytest.approx(1.0)
+    for outcome in range(4):
+        assert ks_2samp(free[:, outcome], tied[:, outcome]).pvalue > 1e-4
+
+
+def test_stages_that_read_the_same_votes_are_sure_of_the_same_images() -> None:
+    """A chain is as sure as its surest stage: three draws from the posterior of the same votes would promise the luckiest."""
+    rng = np.random.default_rng(0)
+    few, labels = drawn(shares(0.3, 5.0, rng), 200, rng), np.zeros(1000, dtype=np.int64)
+    levels, chain = shared_levels(1000, 10, rng), (("a", 0.505), ("b", 0.53), ("c", None))
+    tied = {k: SimulatedVotes.draw(few, SIGMA, PLAN, 100, rng, levels=levels) for k in "abc"}
+    free = {k: SimulatedVotes.draw(few, SIGMA, PLAN, 100, rng) for k in "abc"}
+    spread = [np.abs(v["a"].counts[:, 0] - v["b"].counts[:, 0]) / PLAN for v in (tied, free)]
+    assert np.quantile(spread[0], 0.99) < 0.01  # 100,000 votes differ by chance
+    assert np.quantile(spread[1], 0.5) > np.quantile(spread[0], 0.9)
+    reached = [accuracy(*chain_radius(voters, chain, 1e-3), labels, (FAR,))[0] for voters in (tied, free)]
+    assert reached[1] > reached[0] + 0.008
