@@ -313,7 +313,11 @@ def test_the_verb_and_its_exit_status(
     cells = cells_of(run)
     cells[1][3] = "1.5"
     write_cells(run, cells)
-    capsys.readouterr()
+    before = (tmp_path / "audit.json").read_bytes()
+    assert status() == 2
+    assert "The output file exists" in capsys.readouterr().err
+    assert (tmp_path / "audit.json").read_bytes() == before  # it might have been the table, or the images
+    (tmp_path / "audit.json").unlink()
     assert status("--format", "json") == 1
     assert json.loads(capsys.readouterr().out)["findings"][0]["check"] == "radii"
     monkeypatch.setattr("sys.argv", ["rsrouter", "audit", str(tmp_path / "nowhere")])

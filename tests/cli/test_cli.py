@@ -85,6 +85,19 @@ def test_certify_writes_a_table_and_goes_on_with_it(call, files, tmp_path):
     assert (tmp_path / "t.tsv").read_bytes() == before
 
 
+def test_a_report_shows_no_images_of_another_data_set(call, files, tmp_path):
+    table = tmp_path / "t.tsv"
+    images = files / "test.npz"
+    assert call("certify", files / "router", "--data", images, "--out", table, "--n", 300, "--radii", "0,0.5")[0] == 0
+    with np.load(images) as held:
+        np.savez(tmp_path / "other.npz", images=held["images"][::-1], labels=held["labels"])
+    status, _, err = call("report", table, "--data", tmp_path / "other.npz", "--out", tmp_path / "page")
+    assert status == 2
+    assert "not those of the table" in err
+    assert not (tmp_path / "page").exists()
+    assert call("report", table, "--data", images, "--out", tmp_path / "page")[0] == 0
+
+
 def test_certify_one_expert_of_a_pool_as_cohen(call, files, tmp_path):
     status, _, _ = call(
         "certify",

@@ -296,3 +296,26 @@ def test_a_flat_router_says_what_it_reaches() -> None:
     assert found["least"] <= found["coverage"]
     assert found["best_expert"]["name"] in pool().names
     assert isinstance(router, FlatRouter)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"seed": -3}, "seed is negative"),
+        ({"recipe": "quik"}, "has no recipe"),
+        ({"validation": (images(1)[0][:0], images(1)[1][:0])}, "Validation images cannot be read"),
+        ({"validation": images(4)[0]}, "Validation images cannot be read"),
+        ({"radii": 0.5}, "the radii you care about"),
+        ({"radii": "0,0.5"}, "the radii you care about"),
+    ],
+)
+def test_what_a_training_cannot_use_is_told_before_it_begins(wrong: dict[str, Any], told: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"radii": RADII, "validation": images(20, 1), "out": tmp_path / "router", **wrong}
+    with pytest.raises(InputError, match=told):
+        train_router(pool(), "cascade", *images(), **given)
+    assert not (tmp_path / "router").exists()
+
+
+def test_experts_without_a_pool_are_told() -> None:
+    with pytest.raises(InputError, match="needs a pool"):
+        train_router(list(pool()), "cascade", *images(), radii=RADII)  # type: ignore[arg-type]
