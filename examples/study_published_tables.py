@@ -62,10 +62,11 @@ from rsrouter.results import Table
 from rsrouter.router import FlatRouter, HeadedTrunk
 from rsrouter.sampling import Engine, Execution, VoteModel, image_identity
 from rsrouter.training import Labels, Training
-from rsrouter.training.chains import Goal, SimulatedVotes
+from rsrouter.training.chains import Goal
 from rsrouter.training.features import noisy_features
 from rsrouter.training.flat import RECIPES, train_flat
 from rsrouter.training.label_files import labels_from_tables
+from rsrouter.training.simulated import SimulatedVotes
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 KWARGS = {"in_channels": 3, "width": 24, "blocks": [[48, 2], [64, 2], [96, 2]]}

@@ -43,10 +43,10 @@ def inspect(
     from rsrouter.data import inspect_data
     from rsrouter.data.inspection import LOOKED_AT
 
+    check_out(contact_sheet, "--contact-sheet")
     source = read_data(data, reading)
     with told_warnings():
         found = inspect_data(source, images=None if every else images or LOOKED_AT, fingerprint=fingerprint)
-        check_out(contact_sheet)
         sheet = None if contact_sheet is None else draw(source, contact_sheet)
     if format is Format.json:
         echo_json({**found.to_dict(), "contact_sheet": sheet})

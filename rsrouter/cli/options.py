@@ -178,21 +178,21 @@ def echo_json(value: Any) -> None:
     typer.echo(json.dumps(_plain(value), allow_nan=False))
 
 
-def check_out(out: Path | None) -> None:
+def check_out(out: Path | None, option: str = "--out") -> None:
     """Refuses, before any work, an output file whose folder is not there, or that exists: it may be what is read."""
-    if out is not None and out.is_file():
+    if out is not None and out.expanduser().is_file():
         raise InputError(
             "The output file exists",
             expected="a new file",
             received=str(out),
-            remedy="nothing was overwritten; give another --out",
+            remedy=f"nothing was overwritten; give another {option}",
         )
     if out is not None and (out.is_dir() or not out.expanduser().parent.is_dir()):
         raise InputError(
             "The output file cannot be written",
             expected="a file in a folder that exists",
             received=str(out),
-            remedy="make the folder first, or give another --out",
+            remedy=f"make the folder first, or give another {option}",
         )
 
 

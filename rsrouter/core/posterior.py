@@ -35,18 +35,23 @@ def posterior_shares(
     """
     shape = np.asarray(counts, dtype=np.float64) + prior
     if levels is None:
-        weights = rng.standard_gamma(shape)
-        return np.asarray(weights / weights.sum(1, keepdims=True))
+        return _proportions(rng.standard_gamma(shape), shape)
     rows, top = np.arange(len(shape)), shape.argmax(1)
     others = shape.copy()
     others[rows, top] = 0.0
-    sure, dissent = gammaincinv(shape[rows, top], levels[:, 0]), gammaincinv(others.sum(1), levels[:, 1])
-    parts = np.where(others > 0.0, gammaincinv(np.maximum(others, prior), levels[:, 2 : 2 + shape.shape[1]]), 0.0)
-    # a gamma variable of a tiny shape may be 0 in float64: where all are, the parts are those of the prior mean
-    parts = np.where(parts.sum(1, keepdims=True) > 0.0, parts, others)
-    shares: Array = (dissent / (sure + dissent))[:, None] * parts / parts.sum(1, keepdims=True)
-    shares[rows, top] = sure / (sure + dissent)
+    both = np.column_stack([shape[rows, top], others.sum(1)])
+    both = _proportions(gammaincinv(both, levels[:, :2]), both)
+    parts = gammaincinv(shape, levels[:, 2 : 2 + shape.shape[1]])
+    parts[rows, top] = 0.0
+    shares = both[:, 1:] * _proportions(parts, others)
+    shares[rows, top] = both[:, 0]
     return shares
+
+
+def _proportions(weights: Array, means: Array) -> Array:
+    """Each row of `weights (N, L)` over its sum; of `means` where all are 0, as gamma variables of tiny shapes are in float64."""
+    weights = np.where(weights.sum(1, keepdims=True) > 0.0, weights, means)
+    return np.asarray(weights / weights.sum(1, keepdims=True))
 
 
 def dissent_shape(votes: NDArray[np.int64]) -> float:
@@ -61,12 +66,14 @@ def dissent_shape(votes: NDArray[np.int64]) -> float:
         votes: `(N, L)` counts of each outcome.
 
     Returns:
-        `a`, within `SHAPES`; the lower one where no image has dissenting votes, or none at all has few.
+        `a`, within `SHAPES`; the lower one where no image has dissenting votes, or none at all has few. Rows without votes do
+        not count.
 
     >>> dissent_shape(np.array([[100, 0]] * 50 + [[99, 1]] * 10 + [[98, 2]] * 6 + [[60, 40]] * 7)) > 0.1
     True
     """
-    dissent = votes.sum(1) - votes.max(1)
+    voted = votes[votes.sum(1) > 0]
+    dissent = voted.sum(1) - voted.max(1, initial=0)
     seen = np.bincount(dissent[dissent <= FEW_DISSENT], minlength=FEW_DISSENT + 1)
     k = np.arange(FEW_DISSENT + 1)
 

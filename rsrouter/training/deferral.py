@@ -26,23 +26,12 @@ from rsrouter.router.deferral import DeferralRouter
 from rsrouter.router.flat import FlatRouter
 from rsrouter.router.trunk import has_grid
 from rsrouter.sampling.execution import Execution
-from rsrouter.training.chains import (
-    Frontier,
-    Goal,
-    SimulatedVotes,
-    accuracy,
-    check_two,
-    chosen_line,
-    expert_radius,
-    goal_of,
-    search_chain,
-    shared_levels,
-    simulate_pool,
-)
+from rsrouter.training.chains import Frontier, Goal, accuracy, check_two, chosen_line, expert_radius, goal_of, search_chain
 from rsrouter.training.features import with_features, without_features
 from rsrouter.training.heads import HeadGoal, HeadRecipe, as_stored, train_head
 from rsrouter.training.labels import target_radii
 from rsrouter.training.record import LABEL, SELECTION_VOTES, TRAIN, TUNE, Training, named_recipe
+from rsrouter.training.simulated import SimulatedVotes, shared_levels, simulate_pool
 from rsrouter.training.whole import WholeRecipe, train_whole, votes_at, whole_votes
 
 

@@ -30,12 +30,13 @@ from rsrouter.experts.pool import ExpertPool
 from rsrouter.process import usual_settings
 from rsrouter.router.flat import STAGE, FlatRouter
 from rsrouter.router.trunk import Trunk
-from rsrouter.training.chains import Goal, SimulatedVotes, accuracy, goal_of, replay, simulate_pool, standing
+from rsrouter.training.chains import Goal, accuracy, goal_of, replay, standing
 from rsrouter.training.flat_network import adapt_flat, default_flat, trainable
 from rsrouter.training.labels import Labels
 from rsrouter.training.losses import consistency_loss, dual_rs_loss, envelope_weights, good_sets, named_radius, utility_loss
 from rsrouter.training.record import LABEL, SELECTION_VOTES, TUNE, Training, named_recipe
 from rsrouter.training.resume import unit_key
+from rsrouter.training.simulated import SimulatedVotes, simulate_pool
 
 #: Validation images of the curve of a flat router with a backbone of its own.
 CURVE_IMAGES = 200

@@ -149,12 +149,12 @@ class Training:
             )
         validation, routing = self.validation, self.routing_labels
         if validation is not None:
-            if not (isinstance(validation, tuple | list) and len(validation) == 2 and len(validation[0])):
+            pair = isinstance(validation, tuple | list) and len(validation) == 2
+            if not pair or (isinstance(validation[0], Tensor) and not len(validation[0])):
                 raise InputError(
                     "Validation images cannot be read",
                     expected="a pair (images, labels) of one image or more",
-                    received=type(validation).__name__
-                    + (f" of {len(validation)}" if isinstance(validation, tuple | list) else ""),
+                    received="no image" if pair else type(validation).__name__,
                     remedy="validation=(images, labels), or leave it out",
                 )
             validation = self._labelled(*validation)

@@ -98,6 +98,15 @@ def test_a_report_shows_no_images_of_another_data_set(call, files, tmp_path):
     assert call("report", table, "--data", images, "--out", tmp_path / "page")[0] == 0
 
 
+def test_a_contact_sheet_replaces_nothing(call, files, tmp_path):
+    weights = tmp_path / "weights.png"
+    weights.write_bytes(b"weights")
+    status, _, err = call("inspect", files / "test.npz", "--contact-sheet", weights)
+    assert status == 2
+    assert "another --contact-sheet" in err
+    assert weights.read_bytes() == b"weights"
+
+
 def test_certify_one_expert_of_a_pool_as_cohen(call, files, tmp_path):
     status, _, _ = call(
         "certify",

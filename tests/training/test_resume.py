@@ -21,13 +21,14 @@ from rsrouter.core.tree import expert_stage, flat_tree
 from rsrouter.experts import build_architecture
 from rsrouter.router import DeferralRouter, Voter
 from rsrouter.training import DeferralRecipe, Labels, ResumeStore, good_sets, label_votes, train, utility_loss
-from rsrouter.training.chains import SimulatedVotes, goal_of, improve_thresholds, parent_chain, replay
+from rsrouter.training.chains import goal_of, improve_thresholds, parent_chain, replay
 from rsrouter.training.features import noisy_features
 from rsrouter.training.flat import FlatCurve
 from rsrouter.training.flat_network import adapt_flat
 from rsrouter.training.heads import HeadRecipe, train_head
 from rsrouter.training.label_files import load_labels, store_tables
 from rsrouter.training.losses import envelope_weights
+from rsrouter.training.simulated import SimulatedVotes
 
 SHORT = Recipe(epochs=12, redraw=5, check=2, patience=4)
 

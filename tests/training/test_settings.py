@@ -32,8 +32,9 @@ from rsrouter import (
 from rsrouter.demo import load_pool, load_slice
 from rsrouter.process import usual_settings
 from rsrouter.training import RECIPES, tune_cascade
-from rsrouter.training.chains import Frontier, Goal, SimulatedVotes, goal_of, search_chain
+from rsrouter.training.chains import Frontier, Goal, goal_of, search_chain
 from rsrouter.training.flat import flat_router
+from rsrouter.training.simulated import SimulatedVotes
 
 SHORT = Recipe("dual-rs", epochs=3, consistency=40.0)
 

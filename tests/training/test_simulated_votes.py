@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import ks_2samp
 
 from rsrouter.core.posterior import SHAPES, dissent_shape, posterior_shares
-from rsrouter.training.chains import SimulatedVotes, accuracy, chain_radius, expert_radius, shared_levels
+from rsrouter.training.chains import accuracy, chain_radius, expert_radius
+from rsrouter.training.simulated import SimulatedVotes, shared_levels
 
 SIGMA, PLAN, FAR = 0.66, 100_000, 2.0
 
@@ -37,7 +38,7 @@ def test_few_votes_promise_what_many_hold(a: float, b: float, n: int) -> None:
         few = drawn(each, n, rng)
         shape.append(dissent_shape(few))
         promised.append(far(SimulatedVotes.draw(few, SIGMA, PLAN, 100, rng)))
-    # four standard errors of the mean; a fixed prior of .02 an outcome is off by .05 to .18 here, but for a = .2
+    # four standard errors of the mean; a fixed prior of .02 an outcome is off by .03 to .18 here, but for a = .2
     assert np.mean(promised) == pytest.approx(np.mean(held), abs=max(0.012, 4 * np.std(np.subtract(promised, held)) / 8**0.5))
     assert np.mean(shape) == pytest.approx(a, rel=0.25)
 
@@ -52,6 +53,20 @@ def test_the_shape_stays_within_its_range() -> None:
 def test_a_voter_that_is_always_sure_stays_so() -> None:
     rng = np.random.default_rng(0)
     assert far(SimulatedVotes.draw(np.array([[400, *[0] * 9]] * 200), SIGMA, PLAN, 100, rng)) > 0.98
+
+
+def test_an_image_without_votes_is_no_reason_to_stop() -> None:
+    """A network that answers NaN for an image has no votes there: the image is not certified, and says nothing of dissent."""
+    rng = np.random.default_rng(0)
+    votes = np.array([[0] * 10] * 5 + [[90, *[0] * 9]] * 20)
+    assert dissent_shape(votes) == SHAPES[0]
+    assert dissent_shape(votes[:5]) == SHAPES[0]
+    for levels in (None, shared_levels(25, 10, rng)):
+        drawn_votes = SimulatedVotes.draw(votes, SIGMA, PLAN, 100, rng, 10, levels)
+        assert drawn_votes.counts.sum(1).tolist() == [0] * 5 + [PLAN] * 20
+        radius = expert_radius(drawn_votes, 1e-3)[1]
+        assert not radius[:5].any()
+        assert np.all(radius[5:] > 1.0)
 
 
 def test_levels_do_not_change_the_law() -> None:

@@ -34,10 +34,11 @@ from rsrouter.jobs import Running, label_table
 from rsrouter.router import DeferralRouter, ResidualHead, Voter
 from rsrouter.sampling import Execution
 from rsrouter.training import DeferralRecipe, Training, good_sets, label_votes, train_deferral, tune_cascade, utility_loss
-from rsrouter.training.chains import TAUS, SimulatedVotes, accuracy, chain_radius, goal_of, search_chain
+from rsrouter.training.chains import TAUS, accuracy, chain_radius, goal_of, search_chain
 from rsrouter.training.heads import HeadRecipe, as_stored
 from rsrouter.training.label_files import labels_from_tables, load_votes
 from rsrouter.training.labels import radii_from_votes, target_radii
+from rsrouter.training.simulated import SimulatedVotes
 from rsrouter.training.train import expert_passes
 
 SHAPE, CLASSES, RADII = (1, 4, 4), 3, (0.0, 0.25, 0.5, 1.0)
