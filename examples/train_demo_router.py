@@ -8,8 +8,9 @@ r"""Choose the router that ships with the package: a network of its own first, t
 
 The network started as the expert of sigma 0.5 and was trained whole, by CAT-RS at a noise level that reaches radius 2, on the
 experts' own training images (the last job of `fashion_jobs.json`). Who is asked, at which noise level, in which order and
-from which share of votes on is chosen here on the bundled validation images, which nothing was trained on. The router keeps
-the network in float16.
+from which share of votes on is chosen here on the bundled validation images, which nothing was trained on; with `--more` also
+on images of the bundled slice `train`, which neither the experts nor the networks of `examples/train_fashion_experts.py` have
+read. The router keeps the network in float16.
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ def main() -> None:
     chain_arguments(parser, "sigma_0.5")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=20_000, help="votes of the certification that is chosen for")
+    parser.add_argument("--more", type=int, default=0, help="further validation images, from the slice that trains flat routers")
     parser.add_argument("--dtype", default="float32", help="in which the networks run, here and where the router certifies")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    images, labels = load_slice("validation").batch(range(args.images))
+    slices = [load_slice("validation").batch(range(args.images)), load_slice("train").batch(range(args.more))]
+    images, labels = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*slices, strict=True))
     choose_chain(
         load_pool(),
         args.network,
         args.like,
         args.sigmas,
-        (images, torch.as_tensor(labels)),
+        (images, labels),
         args.out,
         copies=args.copies,
         stages=args.stages,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ import torch
 from pydantic import AfterValidator, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rsrouter._version import __version__
 from rsrouter.core.errors import CheckpointError, InputError, IntegrityError
@@ -122,6 +122,18 @@ def _written_down(expert: Expert, folder: Path) -> Expert:
     return expert.with_settings(provenance=provenance)
 
 
+def check_savable(pool: ExpertPool, router: Router | None = None, networks: Iterable[nn.Module] = ()) -> None:
+    """Refuses what `save_routed` could not write down, before hours are spent on it.
+
+    Raises:
+        CheckpointError: which module, and what to register.
+    """
+    for module in (*(e.module for e in pool.members if e.provenance is None), *networks):
+        describe_module(module)
+    if router is not None:
+        router.to_config()
+
+
 def save_routed(folder: Path, pool: ExpertPool, router: Router, execution: Execution, noise: str) -> Path:
     """Writes `config.json` and `router.safetensors` into `folder`; returns it. Experts are pinned, not copied
     (those made in memory are written to `experts/`, and must be put on the Hub before publishing).
@@ -130,10 +142,11 @@ def save_routed(folder: Path, pool: ExpertPool, router: Router, execution: Execu
         CheckpointError: a router or expert whose structure cannot be written down.
     """
     folder = Path(os.path.abspath(folder))
+    check_savable(pool)
     router_config = router.to_config()
-    described = [describe_module(e.module) for e in pool.members if e.provenance is None]  # refuse before anything is written
     folder.mkdir(parents=True, exist_ok=True)
-    pinned = ExpertPool([_written_down(e, folder) for e in pool.members]) if described else pool
+    in_memory = any(e.provenance is None for e in pool.members)
+    pinned = ExpertPool([_written_down(e, folder) for e in pool.members]) if in_memory else pool
     content = {
         "schema_version": SCHEMA_VERSION,
         "rsrouter_version": __version__,

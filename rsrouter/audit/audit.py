@@ -82,6 +82,13 @@ def audit(
         raise InputError(
             "An audit needs rows", expected="rows >= 1, or None for all", received=repr(rows), remedy="20 is the default"
         )
+    if isinstance(level, bool) or not isinstance(level, int | float) or not 0.0 < level < 1.0:
+        raise InputError(
+            "An audit's level is out of range",
+            expected="a failure probability between 0 and 1",
+            received=repr(level),
+            remedy="0.001 is the default",
+        )
     settings = Settings(
         rows, fresh_votes, attack_steps, predict_votes, level, secrets.randbits(48) if seed is None else int(seed), device
     )

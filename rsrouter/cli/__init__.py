@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Route between randomized-smoothing experts, and certify the result.\n\n"
-    "The way through: wrap, train, certify, report, publish. Start with: rsrouter demo --out DIR --quick",
+    "In order: wrap, train, certify, report, publish. Start with: rsrouter demo --out DIR --quick",
     epilog="With --format json, stdout holds one JSON value (a result, or an object with the key error) and stderr what people "
     "read.\n\n"
     "Exit codes: 0 done; 1 done, and something was found (audit, doctor); 2 refused: wrong usage or input, nothing there, no "

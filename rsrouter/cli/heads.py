@@ -19,6 +19,7 @@ from rsrouter.cli.options import (
     Radii,
     data_options,
     echo_json,
+    import_words,
     read_data,
     readable_rows,
 )
@@ -135,7 +136,7 @@ def heads(
             return
         typer.echo(f"declaration: {declared.digest}")
         typer.echo(f"{len(declared.heads)} heads, alpha {declared.share:g} each, {declared.n0} + {declared.n} copies an image")
-        typer.echo(f"next: rsrouter heads draw {folder} --trunk {trunk} --expert {declared.trunk} --data DATA")
+        typer.echo(f"next: rsrouter heads draw {folder} --trunk {trunk} --expert {declared.trunk} --data DATA{_imports()}")
         return
     declared = Declaration.load(folder / DECLARATION)
     if step is Step.certify:
@@ -214,6 +215,10 @@ def _draw(
         return
     typer.echo(f"features: {folder / 'features'}")
     typer.echo(f"next: rsrouter heads certify {folder}")
+
+
+def _imports() -> str:
+    return "".join(f" {word}" for word in import_words())
 
 
 def _chosen(declared: Any, names: list[str] | None) -> list[str]:

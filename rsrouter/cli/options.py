@@ -33,7 +33,7 @@ Patience = Annotated[
     typer.Option(
         "--patience",
         metavar="P",
-        help="Chance, from .01 (default) to .5, of missing at a look what more votes would certify: fewer votes, never unsound.",
+        help="Chance, from .01 (default) to .5, of giving up where more votes would certify more: saves votes, is never unsound.",
     ),
 ]
 DEFAULT_RADII = "0:2:0.25"
@@ -82,6 +82,11 @@ def import_modules(names: Iterable[str]) -> None:
                 remedy="install its package, or run the command where the module lies",
             ) from error
         imported.append(name)
+
+
+def import_words() -> list[str]:
+    """The `--import` options that a further command needs, too."""
+    return [word for name in imported for word in ("--import", name)]
 
 
 def importing(command: Callable[..., None]) -> Callable[..., None]:

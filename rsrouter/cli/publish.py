@@ -40,7 +40,7 @@ def publish(
             "--with-experts", metavar="ORG/PREFIX", help="Put experts of this machine on the Hub first, as ORG/PREFIX-NAME."
         ),
     ] = None,
-    message: Annotated[str | None, typer.Option("--message", help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option("--message", help="The commit's message.")] = None,
     licence: Licence = "apache-2.0",
     title: Title = None,
     format: OutputFormat = Format.text,
@@ -109,7 +109,7 @@ def card(
     """
     from rsrouter.publish import write_card
 
-    path = write_card(folder, out, name, certificates=certificates, licence=licence, title=title)
+    path = write_card(folder, out, name, certificates=certificates, licence=licence, title=title, imports=imported)
     if format is Format.json:
         echo_json({"card": path, "files": sorted(p.relative_to(out) for p in Path(out).rglob("*") if p.is_file())})
         return

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 MOST_RADII = 10_000
 
 
-def parse_numbers(text: str, what: str) -> list[float]:
-    """Numbers from `"0.25,0.5"` or `"64/255"`; InputError names the option `what`."""
+def parse_numbers(text: str, what: str, expected: str = "numbers or fractions separated by commas") -> list[float]:
+    """Numbers from `"0.25,0.5"` or `"64/255"`; InputError names the option `what` and what is `expected` of it."""
     try:
         return [_number(part) for part in text.split(",")]
     except (ValueError, ZeroDivisionError) as error:
         raise InputError(
             f"--{what} cannot be read",
-            expected="numbers or fractions separated by commas",
+            expected=expected,
             received=repr(text),
-            remedy="such as 0.25,0.5 or 64/255",
+            remedy="such as 0.25,0.5 or 64/255" if expected.startswith("numbers") else "leave it out to take the default",
         ) from error
 
 
@@ -118,7 +118,7 @@ def parse_radii(text: str) -> tuple[float, ...]:
             "Radii cannot be read",
             expected="'0,0.25,0.5' or 'start:stop:step'",
             received=repr(text),
-            remedy="0:2:0.25 means 0, 0.25, ..., 2",
+            remedy="--radii 0:2:0.25 stands for 0, 0.25, ..., 2",
         ) from error
 
 

@@ -39,8 +39,10 @@ from rsrouter.cli.options import (
     Start,
     data_options,
     echo_json,
+    import_words,
     read_data,
     readable_rows,
+    told_warnings,
 )
 from rsrouter.cli.reading import parse_numbers, parse_radii
 from rsrouter.core.errors import InputError
@@ -154,7 +156,7 @@ def _pairs(texts: Iterable[str], sign: str, option: str, example: str) -> dict[s
 def _by_radius(text: str | None, option: str) -> float | dict[float, float] | None:
     """`"0.95"`, or by radius `"0:0.98,1:0.95"`; InputError for anything else."""
     if text is None or ":" not in text:
-        return None if text is None else parse_numbers(text, option)[0]
+        return None if text is None else parse_numbers(text, option, "one number such as 0.95, or by radius: 0:0.98,1:0.95")[0]
     pairs = _pairs(text.split(","), ":", f"--{option}", f"--{option} 0:0.98,1:0.95")
     return {parse_numbers(key, option)[0]: parse_numbers(value, option)[0] for key, value in pairs.items()}
 
@@ -205,7 +207,7 @@ def train(
     ] = None,
     core_at: Annotated[
         float | None,
-        typer.Option("--core-at", help="Leave to the pool's core what gets less than this share of the last stage's votes: 0.6."),
+        typer.Option("--core-at", help="The core answers where no class has this share of the last stage's votes: 0.6."),
     ] = None,
     parent: Annotated[
         str | None, typer.Option("--from", help="Folder or Hub repository of a router to train further, over other experts too.")
@@ -320,7 +322,7 @@ def train(
         show=True,
         **wishes,
     )
-    with warnings.catch_warnings():
+    with told_warnings():
         warnings.filterwarnings("ignore", message="no head could be trained")  # it is told below
         routed = train_router(training)
     lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
@@ -381,7 +383,7 @@ def _next(routed: Any, out: Path, n: int, radii: str, alpha: float) -> str:
     reached = radii if max(grid) <= reach else ",".join(f"{r:g}" for r in grid if r <= reach)
     words = ["rsrouter", "certify", str(out), "--data", "TEST", "--n", str(n), "--radii", reached]
     words += ["--alpha", f"{alpha:g}"] if alpha != 1e-3 else []
-    return shlex.join([*words, "--experts", "--out", f"{out}-run"])
+    return shlex.join([*words, "--experts", *import_words(), "--out", f"{out}-run"])
 
 
 def _explain(routed: Any) -> list[str]:

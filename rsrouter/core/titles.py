@@ -33,25 +33,32 @@ def stage_titles(stages: Iterable[NamedStage], experts: Collection[str]) -> dict
 
     >>> from rsrouter.core.tree import expert_stage
     >>> asked = [expert_stage("own from a@0.65", 0.65, 10, expert="a"), expert_stage("a+b", 0.5, 10, expert="a"),
-    ...          expert_stage("a itself@0.3", 0.3, 10, expert="a"), expert_stage("a", 0.5, 10, expert="a")]
+    ...          expert_stage("a itself@0.3", 0.3, 10, expert="a"), expert_stage("a", 0.5, 10, expert="a"),
+    ...          expert_stage("a:2", 0.5, 10, network="a", expert="a")]
     >>> for title in stage_titles(asked, ["a", "b"]).values():
     ...     print(title)
     a network of its own at noise 0.65
     head on a and b at noise 0.5
     a at noise 0.3
     a
+    a again
     """
     known, titles = list(stages), {}
     own = [s.name for s in known if _owner(s, experts)]
+    networks = list(dict.fromkeys(_bare(s.network) for s in known if s.name in own))
     bare = [s.name for s in known if _bare(s.network) == f"{s.expert} itself"]
-    heads = [s.name for s in known if s.name not in (*own, *bare) and not is_expert(s) and not _routes(s)]
+    again = [s.name for s in known if s.network == s.expert and _visit(s) and not _routes(s)]
+    heads = [s.name for s in known if s.name not in (*own, *bare, *again) and not is_expert(s) and not _routes(s)]
     for stage in known:
         at = f" at noise {stage.sigma:.3g}"
         if stage.name in own:
-            number = f" {own.index(stage.name) + 1}" if len(own) > 1 else ""
-            titles[stage.name] = f"network{number} of its own{at}" if number else f"a network of its own{at}"
+            which = networks.index(_bare(stage.network)) + 1
+            who = f"network {which} of its own" if len(networks) > 1 else "a network of its own"
+            titles[stage.name] = f"{who}{at}{_visit(stage)}"
         elif stage.name in bare:
             titles[stage.name] = f"{stage.expert}{at}"
+        elif stage.name in again:
+            titles[stage.name] = f"{stage.expert}{_visit(stage)}"
         elif stage.name in heads:
             number = f" {heads.index(stage.name) + 1}" if len(heads) > 1 else ""
             titles[stage.name] = f"head{number} on {' and '.join(_read(stage, experts))}{at}"
@@ -68,6 +75,12 @@ def is_expert(stage: NamedStage) -> bool:
     True
     """
     return stage.name == stage.expert == stage.network
+
+
+def _visit(stage: NamedStage) -> str:
+    """Which time in a chain the network is asked: nothing, " again", " again (3)"."""
+    visit = stage.name.removeprefix(f"{stage.network}:")
+    return "" if visit == stage.name else " again" if visit == "2" else f" again ({visit})"
 
 
 def _routes(stage: NamedStage) -> bool:

@@ -206,7 +206,7 @@ def merge(settings: dict[str, Any], overrides: Mapping[str, Any], checkpoint: We
         names = {"mean": "mean" if "std" in merged else "normalisation"}
         unknown_arch = isinstance(arch, str) and "architecture" in missing
         raise InputError(
-            f"{who} does not say everything that decides its votes",
+            f"{who} lacks settings that its votes depend on",
             expected=", ".join(names.get(key, key) for key in missing),
             received=f"known: {sorted(k for k in merged if k != 'name')}"
             + (f"; arch {arch!r} is neither registered nor one of timm's" if unknown_arch else ""),

@@ -39,12 +39,15 @@ def plan_options(plan: Plan) -> list[str]:
     ['--plan', 'adaptive', '--n', '1000', '--n0', '50', '--radii', '0.1,0.3333333333333333']
     >>> plan_options(FixedPlan(100, 1000))
     ['--plan', 'fixed', '--n', '1000', '--n0', '100']
+    >>> plan_options(AdaptivePlan(1000, (0.0,), 50))[-2:]
+    ['--radii', '0.0']
     """
-    plain: Plan = FixedPlan(plan.n0, plan.n_max) if plan.radii is None else AdaptivePlan(plan.n_max, plan.radii, plan.n0)
+    grid = None if plan.radii is None else plan.radii or (0.0,)  # a plan does not keep radius 0, which always counts
+    plain: Plan = FixedPlan(plan.n0, plan.n_max) if grid is None else AdaptivePlan(plan.n_max, grid, plan.n0)
     if plain.to_dict() != plan.to_dict():
         return ["--plan", json.dumps(plan.to_dict())]
     words = ["--plan", plan.kind, "--n", str(plan.n_max), "--n0", str(plan.n0)]
-    return words if plan.radii is None else [*words, "--radii", ",".join(map(repr, map(float, plan.radii)))]
+    return words if grid is None else [*words, "--radii", ",".join(map(repr, map(float, grid)))]
 
 
 def data_argument(about: TableMetadata) -> str:
@@ -91,13 +94,17 @@ def freedom(about: TableMetadata, router: Router) -> tuple[str, str]:
     numbers = [*getattr(router, "thresholds", ()), *(v.sigma for v in getattr(router, "voters", ()) if v.sigma is not None)]
     digits = sum(len(re.sub(r"[^0-9]", "", repr(float(number)).partition(".")[2])) for number in numbers)
     weights = sum(t.numel() for t in router.modules.state_dict().values())
-    free = [f"{len(numbers)} thresholds and noise levels with {digits} decimals together"] if numbers else []
-    free += [f"{weights:,} trained numbers"] if weights else []
-    free += ["the experts"] if about.role == "routed" else ["the expert"]
+    free = ["the expert"]
+    if about.role == "routed":
+        several = f"one of {len(numbers)} thresholds and noise levels" if len(numbers) > 1 else "the threshold or noise level"
+        free = [f"{several} ({digits} decimals)"] if numbers else []
+        free += [f"one of {weights:,} trained numbers"] if weights else []
+        free += ["an expert"]
+    free += ["that text"] if about.seed_from else []
     mixed = f" and from the public text {printable(about.seed_from)!r}" if about.seed_from else ""
     return (
         f"The seed follows from the classifier by value{mixed}, not from plan, alpha, names or images.",
-        f"To draw other noise, a publisher had to change {', '.join(free)}" + (", or that text" if mixed else "") + f": {price}.",
+        f"To draw other noise, a publisher would have had to change {' or '.join(free)}: {price}.",
     )
 
 

@@ -185,13 +185,14 @@ def write_card(
     certificates: str | Path | None = None,
     licence: str = "apache-2.0",
     title: str | None = None,
+    imports: Sequence[str] = (),
 ) -> Path:
     """What `publish` would send, as a folder on this machine: the card, the tables, the curve, the router's files.
 
     For routers that stay where they are, such as those of `model_cards/`: experts need not be on the Hub.
 
     Args:
-        folder, certificates, licence, title: as in `publish`.
+        folder, certificates, licence, title, imports: as in `publish`.
         out: a new or empty folder.
         repo_id: the name that the card's snippet uses.
 
@@ -219,7 +220,7 @@ def write_card(
         )
     tables = _tables(given, source, certificates)
     with new_folder(target) as fresh:
-        collect(source, fresh, repo_id, tables=tables, licence=licence, title=title, pinned=False)
+        collect(source, fresh, repo_id, tables=tables, licence=licence, title=title, imports=imports, pinned=False)
     return target / "README.md"
 
 

@@ -9,6 +9,7 @@ from rsrouter.core.errors import InputError
 from rsrouter.experts.expert import Expert
 from rsrouter.serialise import origins
 
+_IDENTIFIER = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)|non-?_? ?commercial|research[-_ ]only", re.IGNORECASE)
 
 
@@ -30,8 +31,16 @@ def check_licence(licence: str, experts: Iterable[Expert]) -> None:
     """Refuses a licence that promises more than the experts' own.
 
     Raises:
-        InputError: an expert may not be used commercially, and the router's licence does not say so.
+        InputError: no identifier as the Hub has them, or an expert may not be used commercially, and the router's licence does
+            not say so.
     """
+    if not isinstance(licence, str) or not _IDENTIFIER.fullmatch(licence):
+        raise InputError(
+            "The router's licence is no identifier of the Hub",
+            expected="small letters, digits, dots and hyphens, such as apache-2.0, mit or cc-by-4.0",
+            received=repr(licence),
+            remedy="take one of https://huggingface.co/docs/hub/repositories-licenses, or 'other'",
+        )
     found = restricted(experts)
     if found and not is_non_commercial(licence) and licence != "other":
         raise InputError(

@@ -181,7 +181,7 @@ def render(summary: Summary, title: str, pictures: Mapping[str, Any] | None = No
         titles=summary.titles,
         standings={s.name: s for s in summary.standings},
         notes=summary.notes,
-        loud=[(name, note) for name, note in summary.notes if note.startswith("UNFINISHED")],
+        loud=[(name, note) for name, note in summary.notes if note.startswith(("UNFINISHED", "UNVERIFIED"))],
         printed=[t.name for t in summary.tables if not t.ours],
         zip=zip,
         digits=1 if len(main) >= 2000 else 0,

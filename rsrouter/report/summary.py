@@ -334,11 +334,20 @@ def notes_of(tables: Sequence[Table]) -> list[tuple[str, str]]:
     """What a reader of figures over `tables` must know: unfinished ones, those nobody can recompute, what was unusual in them."""
     notes = [(t.name, f"UNFINISHED: {words}, so every figure is about these only") for t in tables if (words := unfinished(t))]
     notes += [(t.name, note) for t in tables for note in t.notes]
-    published = [t.name for t in tables if t.about is None]
+    bare = [t for t in tables if t.about is None]
+    lost = [t.name for t in bare if any(t.counts_text)]
+    published = [t.name for t in bare if t.name not in lost]
+    if lost:
+        # without it nobody can say what was asked, at which alpha: any radius might be written there
+        notes.append(("", f"UNVERIFIED: {_some(lost)}: votes, but not the JSON that certify writes beside a table, which says "
+                      "what they are of: the radii could not be recomputed, and may be anything"))  # fmt: skip
     if published:
-        some = ", ".join(published[:6]) + (f" and {len(published) - 6} more" if len(published) > 6 else "")
-        notes.append(("", f"{some}: no votes are stored, so the radii cannot be recomputed and stand as published"))
+        notes.append(("", f"{_some(published)}: no votes are stored, so the radii cannot be recomputed and stand as published"))
     return notes + [("", note) for note in compare_votes(tables)]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def plan_radii(table: Table) -> Array | None:

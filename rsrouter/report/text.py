@@ -54,7 +54,7 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     """Prints the headline table, natural accuracies, how routed and best single expert stand against the envelope, and notes."""
     console = console or Console()
     for name, note in summary.notes:
-        loud = note.startswith("UNFINISHED")
+        loud = note.startswith(("UNFINISHED", "UNVERIFIED"))
         console.print(Text(f"{'WARNING' if loud else 'note'}: {name}{': ' if name else ''}{note}", style="bold" if loud else ""))
     console.print()
     what = "Certified accuracy" if summary.labelled else "Certified share"

@@ -246,7 +246,7 @@ def bind_chain(
         if own is None and all(voters[p].head is None for p in positions):
             network += "" if sigma == expert.sigma and not any(confidences) else f" itself@{sigma:g}"
         else:
-            network += "" if own is None and sigma == expert.sigma else f"@{sigma:g}"
+            network += f"@{sigma:g}"  # an expert's bare name is the expert's alone
         titles = [network if k == 0 else f"{network}:{k + 1}" for k in range(len(positions))]
         for title, position in zip(titles, positions, strict=True):
             stages[position] = expert_stage(title, sigma, pool.num_classes, network=network, expert=name, **constants_of(expert))

@@ -4,7 +4,7 @@
 what it calls for each kind.
 """
 
-from rsrouter.training.chains import tune_cascade
+from rsrouter.training.cascade import tune_cascade
 from rsrouter.training.deferral import DEFERRAL_RECIPES, DeferralRecipe, train_deferral
 from rsrouter.training.flat import RECIPES, Recipe, flat_router
 from rsrouter.training.labels import Labels, label_images, label_votes

@@ -17,22 +17,14 @@ from scipy.special import ndtri
 
 from rsrouter.core.bounds import LOWER_SHARE, AlphaSplit, Array
 from rsrouter.core.certify import CertifyPolicy
-from rsrouter.core.errors import InputError
 from rsrouter.core.plans import FixedPlan
 from rsrouter.core.requests import SELECT
 from rsrouter.core.tree import Tree
-from rsrouter.experts.pool import ExpertPool
-from rsrouter.process import usual_settings
-from rsrouter.router.base import Router
-from rsrouter.router.cascade import CascadeRouter
-from rsrouter.training.record import TUNE, Training
-from rsrouter.training.simulated import SimulatedVotes, simulate_pool
+from rsrouter.training.simulated import SimulatedVotes
 
 #: `(voter, tau)` per stage; the last tau is None.
 Chain = tuple[tuple[str, float | None], ...]
 
-#: Votes per expert and validation image that a cascade is tuned on.
-TUNE_VOTES = 400
 #: Thresholds that are tried.
 TAUS = (0.505, 0.53, 0.56, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.94, 0.97, 0.99)
 
@@ -288,20 +280,6 @@ def improve_thresholds(
     return best, value
 
 
-def parent_chain(old: Router, old_pool: ExpertPool, pool: ExpertPool) -> Chain | None:
-    """A cascade's experts and thresholds without the experts that are gone; None where fewer than two are left."""
-    if not isinstance(old, CascadeRouter):
-        return None
-    names = old.order(old_pool)
-    kept: list[tuple[str, float | None]] = []
-    for name, tau in zip(names, (*old.thresholds, None), strict=True):
-        if name in pool.names and (not kept or kept[-1][0] != name):
-            kept.append((name, tau))
-    if len(kept) < 2:
-        return None
-    return (*((n, TAUS[-1] if t is None else t) for n, t in kept[:-1]), (kept[-1][0], None))
-
-
 def standing(goal: Goal, reached: Array) -> dict[str, Any]:
     """What a router reaches on the validation images, for the log: beside it what the best single expert does."""
     found = {
@@ -332,47 +310,3 @@ def chosen_line(
         "images": len(labels),
         "frontier": frontier.points(),
     }
-
-
-def check_two(pool: ExpertPool) -> None:
-    """InputError for a pool of one expert."""
-    if len(pool) < 2:
-        raise InputError(
-            "A router needs two experts", expected="a pool of two or more", received=str(len(pool)), remedy="use Smooth(expert)"
-        )
-
-
-@usual_settings()
-def tune_cascade(training: Training, *, n: int | None = None, max_stages: int = 3) -> CascadeRouter:
-    """Chooses order and thresholds of a cascade on the validation images; a parent's chain is searched further if that is better.
-
-    Args:
-        training: pool, validation images, radii, plan and wishes.
-        n: votes per expert and image that are drawn (purpose "tune": no certificate sees their noise); shares are then scaled to
-            the plan's. None: 400.
-        max_stages: the longest chain.
-
-    Raises:
-        InputError: no validation images, or a pool of one expert.
-    """
-    training = training.checked()
-    pool, (images, classes) = training.pool, training.held_out
-    labels = classes.numpy()
-    check_two(pool)
-    votes = training.expert_votes(images, TUNE_VOTES if n is None else n, TUNE)
-    voters = simulate_pool(pool, votes, plan_n=training.plan_n, rng=np.random.default_rng(training.seed))
-    goal = goal_of(voters, labels, training.radii, training.alpha, **training.wishes)
-    frontier = Frontier(goal)
-    chain, score = search_chain(voters, labels, goal, training.alpha, max_stages=max_stages, frontier=frontier)
-    if len(chain) == 1:  # one expert is best everywhere: ask it, then nobody else can be asked
-        others = [name for name in voters if name != chain[0][0]]
-        chain = ((others[0], TAUS[-1]), chain[0])
-        score = goal.score(accuracy(*chain_radius(voters, chain, training.alpha), labels, goal.radii))
-    parent = training.parent
-    start = None if parent is None else parent_chain(parent.router, parent.pool, pool)
-    if start is not None:
-        further, reached = improve_thresholds(voters, labels, goal, training.alpha, start)
-        training.say({"kind": "cascade", "chain": [list(stage) for stage in further], "score": reached, "start": "parent"})
-        chain = further if reached > score else chain
-    training.say({"kind": "cascade", **chosen_line(goal, voters, labels, training.alpha, chain, frontier)})
-    return CascadeRouter([tau for _, tau in chain if tau is not None], [name for name, _ in chain])

@@ -26,7 +26,9 @@ from rsrouter.router.deferral import DeferralRouter
 from rsrouter.router.flat import FlatRouter
 from rsrouter.router.trunk import has_grid
 from rsrouter.sampling.execution import Execution
-from rsrouter.training.chains import Frontier, Goal, accuracy, check_two, chosen_line, expert_radius, goal_of, search_chain
+from rsrouter.training.cascade import check_two
+from rsrouter.training.chains import Frontier, Goal, accuracy, chosen_line, expert_radius, goal_of, search_chain
+from rsrouter.training.doubts import doubts
 from rsrouter.training.features import with_features, without_features
 from rsrouter.training.heads import HeadGoal, HeadRecipe, as_stored, train_head
 from rsrouter.training.labels import target_radii
@@ -252,6 +254,7 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
     drawn = training.expert_votes(xv, recipe.tune_copies, TUNE)
     simulated = simulate_pool(pool, drawn, plan_n=plan_n, rng=rng, levels=sure)
     goal = goal_of(simulated, target, grid, alpha, **training.wishes)
+    training.doubt(doubts(goal, simulated, target, pool.num_classes))
     candidates, heads = {e.name: Voter(e.name) for e in pool}, dict[str, nn.Module]()
     levels = dict.fromkeys((0.0, *recipe.confidences))
 

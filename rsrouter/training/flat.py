@@ -31,6 +31,7 @@ from rsrouter.process import usual_settings
 from rsrouter.router.flat import STAGE, FlatRouter
 from rsrouter.router.trunk import Trunk
 from rsrouter.training.chains import Goal, accuracy, goal_of, replay, standing
+from rsrouter.training.doubts import doubts
 from rsrouter.training.flat_network import adapt_flat, default_flat, trainable
 from rsrouter.training.labels import Labels
 from rsrouter.training.losses import consistency_loss, dual_rs_loss, envelope_weights, good_sets, named_radius, utility_loss
@@ -143,6 +144,8 @@ class FlatCurve:
         pool, rng = training.pool, np.random.default_rng(training.seed)
         self.experts = simulate_pool(pool, votes, plan_n=training.plan_n, rng=rng)
         self.goal: Goal = goal_of(self.experts, self.labels, training.radii, training.alpha, **training.wishes)
+        if training.kind == "flat":  # as one of several candidates it has been told
+            training.doubt(doubts(self.goal, self.experts, self.labels, pool.num_classes))
         names = router.order(pool)
         self.tree = flat_tree(STAGE, router.sigma, [expert_stage(n, pool[n].sigma, pool.num_classes) for n in names])
         self.width = len(names)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,9 @@ KINDS = ("auto", "deferral", "cascade", "flat")
 TRAIN, LABEL, TUNE = "train", "label", "tune"
 #: Selection votes of the certification that is simulated.
 SELECTION_VOTES = 100
+
+#: A floor is a ratio: above this it was meant in percent.
+MOST_FLOOR = 10.0
 
 R = TypeVar("R")
 
@@ -188,15 +192,27 @@ class Training:
     def _check_wishes(self) -> None:
         floors = self.floor if isinstance(self.floor, Mapping) else dict.fromkeys(self.radii, self.floor)
         weights, experts = self.weights or {}, self.never_below or {}
+        if odd_floors := [v for v in floors.values() if not (isinstance(v, Real) and 0.0 <= v <= MOST_FLOOR)]:
+            raise InputError(
+                "A floor is no share of the experts' envelope",
+                expected=f"numbers from 0 to {MOST_FLOOR:g}: 1 is as much as the best expert certifies at a radius",
+                received=repr(odd_floors[0]),
+                remedy="floor=0.95, or by radius floor={0.0: 0.98, 1.0: 0.95}",
+            )
         strange = [r for r in (*floors, *weights, *experts) if float(r) not in self.radii]
         unknown = sorted(set(experts.values()) - set(self.pool.names))
-        odd = [v for v in (*floors.values(), *weights.values()) if not (isfinite(v) and v >= 0)]
+        odd = [v for v in weights.values() if not (isinstance(v, Real) and isfinite(v) and v >= 0)]
         silent = all(weights.get(r, 1.0) == 0 for r in self.radii)
         if strange or unknown or odd or silent:
             raise InputError(
                 "What the router is to reach cannot be read",
-                expected=f"radii of {list(self.radii)}, ratios and weights >= 0 (not all 0), experts of {self.pool.names}",
-                received=f"radii {strange}, values {odd}, experts {unknown}" if strange or unknown or odd else "weights all 0",
+                expected=f"radii of {list(self.radii)}, weights >= 0 (not all 0), experts of {list(self.pool.names)}",
+                received=", ".join(
+                    f"{what} {values}"
+                    for what, values in (("other radii", strange), ("weights", odd), ("unknown experts", unknown))
+                    if values
+                )
+                or "weights that are all 0",
                 remedy="floor={0.0: 0.98}, weights={1.0: 2.0}, never_below={1.0: 'sigma_1'}",
             )
 
@@ -242,6 +258,11 @@ class Training:
         """A line of the log."""
         if self.log is not None:
             self.log(line)
+
+    def doubt(self, sentences: Iterable[str]) -> None:
+        """Lines of the log that warn of the choice; `train_router` warns in words, too."""
+        for sentence in sentences:
+            self.say({"doubt": sentence})
 
     def expert_votes(self, images: Tensor, n: int, purpose: str) -> NDArray[np.int64]:
         """`(N, K, classes + 1)` votes of every expert on `images (N, C, H, W)`."""

@@ -23,10 +23,12 @@ from rsrouter.process import usual_settings
 from rsrouter.router.base import Router
 from rsrouter.router.flat import FlatRouter
 from rsrouter.router.leaving import check_leaving, leave_to_core
+from rsrouter.serialise import check_savable
 from rsrouter.smooth import RoutedSmooth
 from rsrouter.stored import read_json
-from rsrouter.training.chains import TUNE_VOTES, tune_cascade
+from rsrouter.training.cascade import TUNE_VOTES, tune_cascade
 from rsrouter.training.deferral import deferral_passes, deferral_recipe, train_deferral
+from rsrouter.training.doubts import overlap
 from rsrouter.training.features import with_features
 from rsrouter.training.flat import RECIPES, Recipe, flat_router
 from rsrouter.training.labels import Labels
@@ -57,6 +59,7 @@ def train_router(training: Training | ExpertPool, /, *given: Any, **settings: An
     Raises:
         InputError: images, labels, radii, kind, recipe or wishes that do not fit.
         NetworkError: an expert that was changed after it was wrapped.
+        CheckpointError: with `out`, an expert or network that cannot be written down.
         ResultsError: `out` already holds a router, or an unfinished training of something else; or the disk refuses.
     """
     told = replace(training, **settings) if isinstance(training, Training) else Training(training, *given, **settings)
@@ -73,7 +76,12 @@ def train_router(training: Training | ExpertPool, /, *given: Any, **settings: An
                 received=str(folder),
                 remedy="choose another --out; nothing was overwritten",
             )
+        if folder is not None:
+            given_router = checked.router if isinstance(checked.router, Router) else None
+            check_savable(checked.pool, given_router, [module for _, module in checked.networks])
         with _watched(checked, folder) as (run, lines):
+            if told.validation is not None and (both := overlap(checked.images, checked.held_out[0])) is not None:
+                run.doubt([both])
             router = _trained(run)
             if run.core_at is not None:
                 router = leave_to_core(router, run.pool, run.core_at)
@@ -211,8 +219,9 @@ def _watched(training: Training, folder: Path | None) -> Iterator[tuple[Training
                 step = f"{line['head']}, step {line['step']}" if "head" in line else f"epoch {line['epoch']}"
                 where = f"{step}, loss {line['loss']:.3f}"
                 tell()
-            if "no_head" in line:
-                warnings.warn(line["no_head"], stacklevel=2)
+            for sentence in (line.get("no_head"), line.get("doubt")):
+                if sentence is not None:
+                    warnings.warn(sentence, stacklevel=2)
             training.say(line)
 
         yield replace(training, store=store, votes=votes, log=log), lines

@@ -18,7 +18,7 @@ from rsrouter.cli import app, main
 from rsrouter.core.budget import largest_radius
 from rsrouter.demo import load_pool, load_slice
 from rsrouter.experts import build_architecture
-from rsrouter.training import chains, train
+from rsrouter.training import cascade, train
 from rsrouter.training.deferral import DEFERRAL_RECIPES
 from rsrouter.training.flat import RECIPES
 
@@ -79,7 +79,7 @@ def test_tables_become_labels_and_a_parent_is_trained_on(call: Any, files: Path,
 
 
 def test_a_cascade_goes_on_from_its_parent(call: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chains, "TUNE_VOTES", 40)
+    monkeypatch.setattr(cascade, "TUNE_VOTES", 40)
     monkeypatch.setattr(train, "TUNE_VOTES", 40)
     words = ("--from", files / "cascade", "--kind", "cascade", "--data", files / "train.npz", "--validation", files / "train.npz")
     status, text, err = call("train", *words, "--radii", "0,0.5", "--n", 1000, "--out", tmp_path / "router")
@@ -121,7 +121,7 @@ def test_tables_are_named_and_checked(call: Any, files: Path, tmp_path: Path) ->
 
 
 def test_what_is_wanted_is_read(call: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chains, "TUNE_VOTES", 40)
+    monkeypatch.setattr(cascade, "TUNE_VOTES", 40)
     words = ["train", files / "pool.json", "--kind", "cascade", "--data", files / "train.npz", "--radii", "0,0.5", "--n", 1000]
     wanted = ["--floor", "0:0.5,0.5:2", "--weights", "0:3", "--never-below", "sigma_1@0.5"]
     status, text, err = call(*words, *wanted, "--out", tmp_path / "router")

@@ -6,13 +6,14 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from rsrouter import CascadeRouter, ExpertPool, InputError, RoutedSmooth, Smooth, load_expert
+from rsrouter import AdaptivePlan, CascadeRouter, ExpertPool, InputError, RoutedSmooth, Smooth, Terms, load_expert
 from rsrouter.experts import Diffusion, denoised
 from rsrouter.experts.denoiser_files import load_denoiser
 from rsrouter.experts.registry import build_architecture
@@ -189,6 +190,25 @@ def test_the_card_names_parts_and_papers(tmp_path: Path) -> None:
     assert "--licence cc-by-nc-4.0" in caught.value.remedy
     for licence in ("other", "cc-by-nc-sa-4.0"):
         check_licence(licence, experts)
+
+
+@pytest.mark.parametrize("licence", ["made up", "", "Apache-2.0", "mit\nbase_model: x", None])
+def test_a_licence_is_an_identifier(licence: Any) -> None:
+    with pytest.raises(InputError, match="no identifier of the Hub"):
+        check_licence(licence, [])
+    check_licence("apache-2.0", [])
+
+
+def test_a_card_over_an_expert_that_reaches_no_radius(pool: ExpertPool, tmp_path: Path) -> None:
+    """An adaptive plan whose radii all lie beyond an expert keeps none: the card still gives its command."""
+    terms = Terms(AdaptivePlan(100, [0.0, 0.5], n0=10), alpha=0.001)
+    tables = [
+        certify_table(RoutedSmooth(pool, CascadeRouter((0.6,))), small.images(4), tmp_path / "routed.tsv", terms),
+        certify_table(Smooth(pool[0]), small.images(4), tmp_path / "alone.tsv", Terms(terms.plan.within(0.1), alpha=0.001)),
+    ]
+    assert tables[1].described().plan.radii == ()
+    card = render_card(RoutedSmooth(pool, CascadeRouter((0.6,))), "org/router", tables)
+    assert "--radii 0.0 " in card.text
 
 
 def test_experts_rows_and_standings(pool: ExpertPool, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_what_a_publisher_could_have_varied(router: RoutedSmooth, tmp_path: Path
     derived = certify_table(cascade, small.images(2), tmp_path / "a.tsv", small.PLAN, seed_from="a commit")
     first, second = freedom(derived.described(), cascade.router)
     assert "from the public text 'a commit'" in first
-    assert "1 thresholds and noise levels with 3 decimals" in second
+    assert "the threshold or noise level (3 decimals)" in second
     chosen = certify_table(cascade, small.images(2), tmp_path / "b.tsv", Terms(small.PLAN, seed=7))
     assert "chosen by hand" in freedom(chosen.described(), cascade.router)[0]
 

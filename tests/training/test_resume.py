@@ -21,7 +21,8 @@ from rsrouter.core.tree import expert_stage, flat_tree
 from rsrouter.experts import build_architecture
 from rsrouter.router import DeferralRouter, Voter
 from rsrouter.training import DeferralRecipe, Labels, ResumeStore, good_sets, label_votes, train, utility_loss
-from rsrouter.training.chains import goal_of, improve_thresholds, parent_chain, replay
+from rsrouter.training.cascade import parent_chain
+from rsrouter.training.chains import goal_of, improve_thresholds, replay
 from rsrouter.training.features import noisy_features
 from rsrouter.training.flat import FlatCurve
 from rsrouter.training.flat_network import adapt_flat
