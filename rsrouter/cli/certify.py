@@ -24,6 +24,7 @@ from rsrouter.cli.jobs import (
     Workers,
     parse_shard,
     parse_workers,
+    part_of,
     say_estimate,
 )
 from rsrouter.cli.jobs import ray_address as address_of
@@ -31,12 +32,14 @@ from rsrouter.cli.options import (
     DEFAULT_RADII,
     DEFAULT_VOTES,
     Alpha,
+    Count,
     Data,
     Device,
     Format,
     OutputFormat,
     Patience,
     Radii,
+    Start,
     data_options,
     echo_json,
     read_data,
@@ -136,8 +139,8 @@ def certify(
     ] = "",
     device: Device = "cpu",
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Votes per round; changes no vote.")] = None,
-    start: Annotated[int, typer.Option("--start", min=0, help="First image.")] = 0,
-    count: Annotated[int | None, typer.Option("--count", help="How many images; default all.")] = None,
+    start: Start = 0,
+    count: Count = None,
     every: Annotated[int, typer.Option("--every", min=1, help="Take every k-th image, as --skip does elsewhere.")] = 1,
     shard: Shard = None,
     workers: Workers = None,
@@ -179,12 +182,12 @@ def certify(
     images = read_data(data, reading, expert=smoothed.experts[0])
     if execution or dtype or execution_batch:
         smoothed = smoothed.with_execution(choose_execution(smoothed.execution, execution, dtype, execution_batch))
-    last = len(images) if count is None else min(len(images), start + count)
+    rows = part_of(len(images), start, count, data)[::every]
     terms = Terms(make_plan(plan, n, n0, radii, patience), alpha, rule, sides, seed)
     job: dict[str, Any] = {
         "device": device,
         "batch_size": batch_size,
-        "indices": readable_rows(images, range(start, last, every)),
+        "indices": readable_rows(images, rows),
         "shard": parse_shard(shard),
         "workers": parse_workers(workers),
         "ray": address_of(ray, ray_address),
@@ -271,10 +274,12 @@ def predict(
     data: Data,
     n: Annotated[int, typer.Option("--n", help="Votes per stage that is asked.")] = 1000,
     alpha: Alpha = 1e-3,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise. Default: fresh, which the guarantee needs.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of the noise; default: fresh, which the guarantee needs.")
+    ] = None,
     device: Device = "cpu",
-    start: Annotated[int, typer.Option("--start", min=0, help="First image.")] = 0,
-    count: Annotated[int | None, typer.Option("--count", help="How many images; default all.")] = None,
+    start: Start = 0,
+    count: Count = None,
     execution: ExecutionFile = None,
     dtype: Dtype = None,
     execution_batch: ExecutionBatch = None,
@@ -290,9 +295,8 @@ def predict(
     """
     smoothed, images = load_smoothed(source, expert, revision), read_data(data, reading)
     smoothed = smoothed.with_execution(choose_execution(smoothed.execution, execution, dtype, execution_batch))
-    last = len(images) if count is None else min(len(images), start + count)
     answers, uncertified = dict[int, int](), dict[int, int]()
-    rows = readable_rows(images, range(start, last))
+    rows = readable_rows(images, part_of(len(images), start, count, data))
     for part in (rows[k : k + 256] for k in range(0, len(rows), 256)):
         found = smoothed.predict(images.batch(part)[0], n=n, alpha=alpha, seed=seed, device=device)
         answers.update(zip(part, found.tolist(), strict=True))

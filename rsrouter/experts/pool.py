@@ -47,6 +47,15 @@ class ExpertPool(Sequence[Expert]):
         if isinstance(experts, str | os.PathLike):
             experts = type(self).load(experts)
         experts = experts.members if isinstance(experts, ExpertPool) else experts
+        experts = list(experts) if isinstance(experts, Iterable) else [experts]
+        if odd := [type(e).__name__ for e in experts if not isinstance(e, Expert)]:
+            raise InputError(
+                "A pool is made of experts",
+                expected="Expert objects, or the path of a saved pool",
+                received=", ".join(odd[:3]),
+                remedy="Expert(module, sigma=0.5, num_classes=10, input_shape=(1, 28, 28)) wraps a module; "
+                "load_expert(path, ...) a checkpoint",
+            )
         given = sorted(experts, key=lambda e: (e.sigma, e.name))
         able, cores = [e for e in given if not e.core], [e for e in given if e.core]
         members = [*able, *cores]

@@ -284,7 +284,7 @@ def summarise(
     roles = find_roles(loaded, routed, experts)
     aligned = align(loaded, common=common)
     labelled = all(t.labelled for t in aligned)
-    columns = _columns(aligned) if radii is None else curves.check_radii(radii)
+    columns = _columns(aligned) if radii is None else np.unique(curves.check_radii(radii))
     grid = np.linspace(0.0, _last_radius(aligned, columns), POINTS)
     measure = curves.certified_accuracy if labelled else curves.certified_share
     series = []

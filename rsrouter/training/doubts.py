@@ -1,4 +1,4 @@
-"""What makes a choice on validation images doubtful, told before it is trusted."""
+"""Doubts about a choice on validation images, told before it is trusted."""
 
 from __future__ import annotations
 

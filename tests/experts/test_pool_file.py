@@ -169,6 +169,9 @@ def test_pools_of_experts_that_differ() -> None:
         ExpertPool([make(), make(sigma=1.0)])
     with pytest.raises(InputError, match="needs experts"):
         ExpertPool([])
+    for odd in ([torch.nn.Identity()], torch.nn.Identity(), 3, [make(), "sigma_1"]):
+        with pytest.raises(InputError, match="A pool is made of experts"):
+            ExpertPool(odd)  # type: ignore[arg-type]
 
 
 def test_bundled_experts_are_found_by_any_reader(tmp_path: Path) -> None:

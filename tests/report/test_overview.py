@@ -119,6 +119,11 @@ def test_a_chart_of_an_earlier_report_does_not_stay(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("votes.svg")) + list(tmp_path.glob("who.svg"))
 
 
+def test_columns_are_sorted_and_each_there_once() -> None:
+    table = make_table("a", [0.6, 2.0], [1, 1])
+    assert summarise([table], radii=[1.0, 0.0, 1.0, 0.5]).radii.tolist() == [0.0, 0.5, 1.0]
+
+
 def test_a_table_whose_json_is_gone_is_not_trusted(tmp_path: Path) -> None:
     """Without its JSON nobody can say what the votes are of: an edited radius must not look like a published table's."""
     bare = make_table("routed", [9.0], [1], counts='{"estimate":{"e":[1,99,0]}}', metadata={})
