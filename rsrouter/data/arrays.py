@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -70,6 +71,12 @@ def from_arrays(
         if not (low >= -ROUNDING and high <= 1 + ROUNDING):
             first = next(i for i, image in enumerate(array) if not (image.min() >= -ROUNDING and image.max() <= 1 + ROUNDING))
             raise wrong_range(array[first], low, high, f"image {first} of {name}")
+    elif array.dtype == np.uint8 and array.max() == 1:
+        warnings.warn(
+            f"the uint8 images of {name} hold no value above 1 and are read as values of 0 to 255, so all are nearly black: "
+            "where 1 means white, give truth values or floats",
+            stacklevel=2,
+        )
     reading = reading or Reading()
     given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
     known: tuple[str, ...] | None = None if classes is None else tuple(classes)

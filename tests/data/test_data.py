@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,17 @@ def holds_the_pixels(data: ImageData) -> None:
     assert torch.equal(image, images[4])
     assert label == 1
     assert data[-1][1] == 0
+
+
+def test_eight_bit_images_of_zeros_and_ones_are_doubted() -> None:
+    bits = np.eye(4, dtype=np.uint8)[None]
+    with pytest.warns(UserWarning, match="nearly black"):
+        from_arrays(bits, [0], name="bits")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert from_arrays(bits.astype(bool), [0])[0][0].max() == 1
+        from_arrays(np.zeros_like(bits), [0])  # black may be meant
+        from_arrays(2 * bits, [0])
 
 
 def test_npz(tmp_path: Path) -> None:
