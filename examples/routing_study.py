@@ -155,6 +155,7 @@ def choose_chain(
     out: Path,
     *,
     copies: int,
+    sure_copies: int = 0,
     stages: int = 3,
     confidences: Sequence[float] = (),
     heads: tuple[DeferralRecipe, Labelled] | None = None,
@@ -172,6 +173,7 @@ def choose_chain(
         validation: images that nothing was trained on, and their labels.
         out: folder of the router.
         copies: votes per validation image and network.
+        sure_copies: further votes where nearly all of these agree (`DeferralRecipe.sure_copies`).
         stages: the longest chain.
         confidences: softmax probability that a vote for a class needs (`DeferralRecipe.confidences`).
         heads: heads to train beside them: the recipe, and images and labels that they are trained on.
@@ -191,7 +193,7 @@ def choose_chain(
         "deferral",
         *images,
         validation=validation,
-        recipe=replace(recipe, tune_copies=copies, stages=stages, confidences=tuple(confidences)),
+        recipe=replace(recipe, tune_copies=copies, sure_copies=sure_copies, stages=stages, confidences=tuple(confidences)),
         networks=voters,
         out=out,
         notes={"network": notes[0] if len(notes) == 1 else notes},
@@ -221,6 +223,7 @@ def chain_arguments(parser: argparse.ArgumentParser, like: str) -> None:
     )
     parser.add_argument("--like", default=like, help="the expert it started as")
     parser.add_argument("--copies", type=int, default=500, help="votes per validation image and network")
+    parser.add_argument("--sure-copies", type=int, default=0, help="further votes where nearly all of these agree")
     parser.add_argument("--images", type=int, default=1000, help="validation images")
     parser.add_argument("--stages", type=int, default=3, help="the longest chain")
     parser.add_argument("--floor", type=float, default=0.915, help="least ratio to the experts' envelope wanted")

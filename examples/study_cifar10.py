@@ -80,6 +80,7 @@ def choose(args: argparse.Namespace) -> None:
         args.work / BEST,
         heads=(RECIPE, part_of(args.data, "experts", 42_000)) if args.heads else None,
         copies=args.copies,
+        sure_copies=args.sure_copies,
         stages=args.stages,
         confidences=args.confidences,
         plan_n=N,

@@ -44,6 +44,7 @@ def main() -> None:
         (images, labels),
         args.out,
         copies=args.copies,
+        sure_copies=args.sure_copies,
         stages=args.stages,
         confidences=args.confidences,
         plan_n=args.n,

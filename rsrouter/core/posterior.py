@@ -11,7 +11,7 @@ from rsrouter.core.bounds import Array
 
 #: Prior weight of each outcome: unanimous votes stay nearly unanimous.
 PRIOR = 0.02
-#: Dissenting votes, at most, of the images that `dissent_shape` reads.
+#: Dissenting votes, at most, of an image that is nearly unanimous: what `dissent_shape` reads.
 FEW_DISSENT = 3
 #: What `dissent_shape` keeps within: .01 where nobody ever dissents, 1 where every share of dissent is as frequent.
 SHAPES = (0.01, 1.0)
@@ -52,6 +52,15 @@ def _proportions(weights: Array, means: Array) -> Array:
     """Each row of `weights (N, L)` over its sum; of `means` where all are 0, as gamma variables of tiny shapes are in float64."""
     weights = np.where(weights.sum(1, keepdims=True) > 0.0, weights, means)
     return np.asarray(weights / weights.sum(1, keepdims=True))
+
+
+def nearly_unanimous(counts: NDArray[np.int64], votes: int) -> NDArray[np.bool_]:
+    """`(N,)` whether all but `FEW_DISSENT` of an image's `votes` are for one outcome, by its counts `(N, L)`.
+
+    >>> nearly_unanimous(np.array([[97, 2], [96, 4], [0, 100]]), 100).tolist()
+    [True, False, True]
+    """
+    return np.asarray(counts.max(1, initial=0) >= max(1, votes - FEW_DISSENT))
 
 
 def dissent_shape(votes: NDArray[np.int64]) -> float:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import ndtri
-from torch import Tensor, nn
+from torch import nn
 
-from rsrouter.core.bounds import binom_lower
+from rsrouter.core.bounds import binom_lower, check_whole
 from rsrouter.core.errors import CheckpointError, InputError
 from rsrouter.experts.describe import describe_module
 from rsrouter.experts.pool import ExpertPool
@@ -32,9 +32,10 @@ from rsrouter.training.doubts import doubts
 from rsrouter.training.features import with_features, without_features
 from rsrouter.training.heads import HeadGoal, HeadRecipe, as_stored, train_head
 from rsrouter.training.labels import target_radii
+from rsrouter.training.looks import Look, expert_look, head_look, network_look, with_further
 from rsrouter.training.record import LABEL, SELECTION_VOTES, TRAIN, TUNE, Training, named_recipe
 from rsrouter.training.simulated import SimulatedVotes, shared_levels, simulate_pool
-from rsrouter.training.whole import WholeRecipe, train_whole, votes_at, whole_votes
+from rsrouter.training.whole import WholeRecipe, train_whole, whole_votes
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class DeferralRecipe:
         confidences: heads and the router's own networks are also offered in this way: a vote counts for a class only where its
             softmax probability reaches this, and asks the next voter elsewhere (`Voter.confidence`). .3 to .5 keep more of
             radius 0. The log names such a candidate after it: `own@0.6~0.4`.
+        sure_copies: further noisy copies of the validation images on which nearly all votes of a network agree. At a large
+            radius a few votes in ten thousand decide, which `tune_copies` cannot tell: the choice then rests on a prior, and
+            promises too much there. Ten times `tune_copies` is a reasonable number; 0: none.
         whole: networks of the router's own to train beside the heads, one of each at every noise level; an expert's size each,
             and minutes of training for one of 160,000 weights. Their labels must differ.
     """
@@ -72,9 +76,11 @@ class DeferralRecipe:
     stages: int = 3
     trunks: int = 2
     confidences: tuple[float, ...] = ()
+    sure_copies: int = 0
     whole: tuple[WholeRecipe, ...] = ()
 
     def __post_init__(self) -> None:
+        check_whole("sure_copies", self.sure_copies, 0)
         labels = [*(head.label for head in self.heads), *(how.label for how in self.whole)]
         if len(set(labels)) != len(labels):
             raise InputError(
@@ -204,25 +210,12 @@ def deferral_passes(training: Training) -> int:
     pool, recipe, validation = training.pool, deferral_recipe(training), len(training.held_out[0])
     wanted = head_voters(pool, training.radii, recipe, training.plan_n, training.alpha)
     readers = {voter.sigma: 1 + len(voter.others) for voter, _ in wanted}
-    each = len(training.images) * recipe.copies + validation * recipe.tune_copies
+    tuned = validation * (recipe.tune_copies + recipe.sure_copies)
+    each = len(training.images) * recipe.copies + tuned
     levels = len(own_sigmas(pool, training.radii, recipe, training.plan_n, training.alpha))
     asked = len(pool) + len(training.networks) + levels * len(recipe.whole)
     own = sum(len(training.images) * BEHIND_VOTES + how.steps * how.batch * how.group for how in recipe.whole)
-    return validation * recipe.tune_copies * asked + each * sum(readers.values()) + levels * own
-
-
-def _head_votes(
-    features: Tensor, heads: dict[str, nn.Module], classes: int, confidences: Sequence[float]
-) -> dict[str, NDArray[np.int64]]:
-    """`(M, N, classes)` votes of every head on cached features, counted at each of the M confidences."""
-    votes = {name: np.zeros((len(confidences), len(features), classes), dtype=np.int64) for name in heads}
-    with torch.inference_mode():
-        for i, copies in enumerate(features):
-            for name, head in heads.items():
-                logits = head(copies.float())
-                for k, confidence in enumerate(confidences):
-                    votes[name][k, i] = np.bincount(votes_at(logits, confidence).numpy(), minlength=classes + 1)[:classes]
-    return votes
+    return tuned * asked + each * sum(readers.values()) + levels * own
 
 
 @usual_settings()
@@ -251,18 +244,21 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
         parents = dict(training.parent.router.modules.items())
     rng = np.random.default_rng(training.seed)
     sure = shared_levels(len(xv), pool.num_classes, rng)
-    drawn = training.expert_votes(xv, recipe.tune_copies, TUNE)
+    drawn, looks = training.expert_votes(xv, recipe.tune_copies, TUNE), (recipe.tune_copies, recipe.sure_copies)
+    for k, expert in enumerate(pool):
+        with_further(training, looks, [drawn[None, :, k]], partial(expert_look, training, ExpertPool([expert])))
     simulated = simulate_pool(pool, drawn, plan_n=plan_n, rng=rng, levels=sure)
     goal = goal_of(simulated, target, grid, alpha, **training.wishes)
     training.doubt(doubts(goal, simulated, target, pool.num_classes))
     candidates, heads = {e.name: Voter(e.name) for e in pool}, dict[str, nn.Module]()
     levels = dict.fromkeys((0.0, *recipe.confidences))
 
-    def offer(name: str, voter: Voter, sigma: float, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        """One more candidate, at each confidence, by its counts `(M, N, C)`; what it certifies alone where every vote counts."""
+    def offer(name: str, voter: Voter, sigma: float, counts: NDArray[np.int64], totals: NDArray[np.int64]) -> NDArray[np.float64]:
+        """One more candidate, at each confidence, by its counts `(M, N, C)` of `totals (N,)` votes; what it certifies alone
+        where every vote counts."""
         for confidence, counted in zip(levels, counts, strict=True):
             title = f"{name}~{confidence:g}" if confidence else name
-            unsure = [recipe.tune_copies - counted.sum(1)] if confidence else []
+            unsure = [totals - counted.sum(1)] if confidence else []
             votes = np.column_stack([counted, *unsure])
             candidates[title] = replace(voter, confidence=confidence)
             simulated[title] = SimulatedVotes.draw(votes, sigma, plan_n, SELECTION_VOTES, rng, pool.num_classes, sure)
@@ -288,10 +284,12 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
             )
             trained[name] = as_stored(head)
         del features
-        held_out = training.features(readers, sigma, xv, recipe.tune_copies, TUNE, cells)
+        look: Look = partial(head_look, training, readers, sigma, cells, trained, list(levels))
+        voted = dict(zip(trained, look(xv, recipe.tune_copies, TUNE), strict=True))
+        totals = with_further(training, looks, list(voted.values()), look, len(readers))
         named = {str(voter.head): voter for voter, _ in members}
-        for name, counts in _head_votes(held_out, trained, pool.num_classes, list(levels)).items():
-            reached = offer(name, named[name], sigma, counts)
+        for name, counts in voted.items():
+            reached = offer(name, named[name], sigma, counts, totals)
             training.say({"head": name, "sigma": sigma, "validation": reached.tolist()})
         heads.update(trained)
     for voter, module in (*training.networks, *_own_networks(training, recipe, goal)):
@@ -300,18 +298,11 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
         name = f"{own}@{sigma:g}"
         if own not in heads:
             heads[own] = as_stored(copy.deepcopy(module).eval().requires_grad_(False))
-        counts = whole_votes(
-            *(expert, heads[own], sigma, xv, recipe.tune_copies),
-            seed=training.seed,
-            purpose=TUNE,
-            store=training.store,
-            confidences=tuple(levels),
-            dtype=(training.execution or Execution()).dtype,
-        )
-        reached = offer(name, voter, sigma, counts)
+        look = partial(network_look, training, expert, heads[own], sigma, list(levels))
+        (counts,) = look(xv, recipe.tune_copies, TUNE)
+        totals = with_further(training, looks, [counts], look)
+        reached = offer(name, voter, sigma, counts, totals)
         training.say({"network": own, "sigma": sigma, "validation": reached.tolist()})
-        if training.votes is not None:
-            training.votes(len(xv) * recipe.tune_copies)
     frontier = Frontier(goal)
     last = [name for name, voter in candidates.items() if not voter.confidence]
     chain, _ = search_chain(simulated, target, goal, alpha, max_stages=recipe.stages, last=last, frontier=frontier)

@@ -28,8 +28,9 @@ from rsrouter.training.resume import ResumeStore
 #: Kinds that can be asked for by name. `auto` lets the validation images choose between trained heads, plain experts in a row,
 #: and a flat router.
 KINDS = ("auto", "deferral", "cascade", "flat")
-#: Purposes of noise: what heads are trained on, what routing labels are drawn with, and what chains are chosen with.
-TRAIN, LABEL, TUNE = "train", "label", "tune"
+#: Purposes of noise: what heads are trained on, what routing labels are drawn with, what chains are chosen with, and their
+#: further copies of images whose votes nearly agree.
+TRAIN, LABEL, TUNE, TUNE_SURE = "train", "label", "tune", "tune sure"
 #: Selection votes of the certification that is simulated.
 SELECTION_VOTES = 100
 
@@ -264,10 +265,10 @@ class Training:
         for sentence in sentences:
             self.say({"doubt": sentence})
 
-    def expert_votes(self, images: Tensor, n: int, purpose: str) -> NDArray[np.int64]:
-        """`(N, K, classes + 1)` votes of every expert on `images (N, C, H, W)`."""
+    def expert_votes(self, images: Tensor, n: int, purpose: str, pool: ExpertPool | None = None) -> NDArray[np.int64]:
+        """`(N, K, classes + 1)` votes of every expert (of `pool` instead) on `images (N, C, H, W)`."""
         return label_votes(
-            self.pool,
+            pool or self.pool,
             images,
             n=n,
             seed=self.seed,
