@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
+from test_training import RADII, images, pool
 
 from rsrouter import PlanError, train_router
 from rsrouter.core.posterior import FEW_DISSENT, nearly_unanimous
@@ -18,7 +19,6 @@ from rsrouter.training.heads import HeadRecipe
 from rsrouter.training.looks import SURE_BLOCK, with_further
 from rsrouter.training.simulated import SimulatedVotes
 from rsrouter.training.train import expert_passes
-from tests.training.test_training import RADII, images, pool
 
 HEADS = (HeadRecipe(hidden=8, steps=60), HeadRecipe(hidden=8, steps=60, cross_entropy=0.5))
 
