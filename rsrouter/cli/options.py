@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -309,14 +310,15 @@ data_options = _option_group(_data, "reading")
 
 
 def read_data(source: str, reading: Mapping[str, Any], demo: str = "test", expert: Any = None) -> Any:
-    """`load_data` with a verb's data options, its warnings told on stderr; "demo" is a bundled slice, `--split` or `demo`. With
-    an expert, data that name other classes than it has are told as well."""
+    """`load_data` with a verb's data options, its warnings told on stderr; "demo" is a bundled slice, `--split` or `demo`, and
+    "demo:NAME" the one of that name. With an expert, data that name other classes than it has are told as well."""
     from rsrouter.data import load_data
 
-    if source == DEMO:
+    bundled, _, part = source.partition(":")
+    if bundled == DEMO:
         from rsrouter.demo import load_slice
 
-        return load_slice(reading.get("split") or demo)
+        return load_slice(part or reading.get("split") or demo)
     with told_warnings():
         data = load_data(source, **reading)
         if expert is not None:
@@ -352,11 +354,18 @@ def readable_rows(data: Any, rows: Iterable[int]) -> list[int]:
 
 @contextmanager
 def told_warnings() -> Iterator[None]:
-    """Tells warnings as one line each on stderr."""
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
-            yield
-        finally:
-            for text in dict.fromkeys(str(w.message) for w in told):
+    """Tells warnings as one line each on stderr, each once and when it comes: a training says its doubts before its hours."""
+    from tqdm import tqdm
+
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if (text := str(message)) not in said:
+            said.add(text)
+            with tqdm.external_write_mode(file=sys.stderr):
                 typer.secho(f"warning: {text}", err=True, fg="yellow")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield

@@ -155,8 +155,16 @@ def _pairs(texts: Iterable[str], sign: str, option: str, example: str) -> dict[s
 
 def _by_radius(text: str | None, option: str) -> float | dict[float, float] | None:
     """`"0.95"`, or by radius `"0:0.98,1:0.95"`; InputError for anything else."""
-    if text is None or ":" not in text:
-        return None if text is None else parse_numbers(text, option, "one number such as 0.95, or by radius: 0:0.98,1:0.95")[0]
+    if text is None:
+        return None
+    if ":" not in text:
+        expected = "one number such as 0.95, or by radius: 0:0.98,1:0.95"
+        numbers = parse_numbers(text, option, expected)
+        if len(numbers) != 1:
+            raise InputError(
+                f"--{option} cannot be read", expected=expected, received=text, remedy="say which radius each is for"
+            )
+        return numbers[0]
     pairs = _pairs(text.split(","), ":", f"--{option}", f"--{option} 0:0.98,1:0.95")
     return {parse_numbers(key, option)[0]: parse_numbers(value, option)[0] for key, value in pairs.items()}
 
@@ -184,7 +192,10 @@ def train(
     out: Out = Path("router"),
     kind: Annotated[str, typer.Option("--kind", help="auto, deferral, cascade or flat.")] = "auto",
     validation: Annotated[
-        str | None, typer.Option("--validation", help="Images that choices are made on; default: the last fifth.")
+        str | None,
+        typer.Option(
+            "--validation", help="Images that choices are made on; default: the last fifth (a flat router goes without)."
+        ),
     ] = None,
     radii: Radii = DEFAULT_RADII,
     recipe: Annotated[
@@ -207,7 +218,7 @@ def train(
     ] = None,
     core_at: Annotated[
         float | None,
-        typer.Option("--core-at", help="The core answers where no class has this share of the last stage's votes: 0.6."),
+        typer.Option("--core-at", help="The core answers where no class has this share of the last stage's votes, such as 0.6."),
     ] = None,
     parent: Annotated[
         str | None, typer.Option("--from", help="Folder or Hub repository of a router to train further, over other experts too.")
@@ -327,7 +338,8 @@ def train(
         routed = train_router(training)
     lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
     if format is Format.json:
-        echo_json({"out": out, "kind": routed.router.kind, "digest": routed.router.digest, "last": lines[-1]})
+        doubts = [line["doubt"] for line in lines if "doubt" in line]
+        echo_json({"out": out, "kind": routed.router.kind, "digest": routed.router.digest, "doubts": doubts, "last": lines[-1]})
         return
     for text in (*_found(lines, kind, routed.router.kind), *_explain(routed)):
         typer.echo(text)

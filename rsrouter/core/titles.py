@@ -46,7 +46,7 @@ def stage_titles(stages: Iterable[NamedStage], experts: Collection[str]) -> dict
     known, titles = list(stages), {}
     own = [s.name for s in known if _owner(s, experts)]
     networks = list(dict.fromkeys(_bare(s.network) for s in known if s.name in own))
-    bare = [s.name for s in known if _bare(s.network) == f"{s.expert} itself"]
+    bare = [s.name for s in known if f"{s.expert} itself" in (_bare(s.network), _bare(_unnumbered(s.name)))]
     again = [s.name for s in known if s.network == s.expert and _visit(s) and not _routes(s)]
     heads = [s.name for s in known if s.name not in (*own, *bare, *again) and not is_expert(s) and not _routes(s)]
     for stage in known:
@@ -56,7 +56,7 @@ def stage_titles(stages: Iterable[NamedStage], experts: Collection[str]) -> dict
             who = f"network {which} of its own" if len(networks) > 1 else "a network of its own"
             titles[stage.name] = f"{who}{at}{_visit(stage)}"
         elif stage.name in bare:
-            titles[stage.name] = f"{stage.expert}{at}"
+            titles[stage.name] = f"{stage.expert}{at}{_visit(stage)}"
         elif stage.name in again:
             titles[stage.name] = f"{stage.expert}{_visit(stage)}"
         elif stage.name in heads:
@@ -79,8 +79,14 @@ def is_expert(stage: NamedStage) -> bool:
 
 def _visit(stage: NamedStage) -> str:
     """Which time in a chain the network is asked: nothing, " again", " again (3)"."""
-    visit = stage.name.removeprefix(f"{stage.network}:")
+    first = _unnumbered(stage.name) if _bare(_unnumbered(stage.name)) == f"{stage.expert} itself" else stage.network
+    visit = stage.name.removeprefix(f"{first}:")
     return "" if visit == stage.name else " again" if visit == "2" else f" again ({visit})"
+
+
+def _unnumbered(name: str) -> str:
+    """A stage's name without the number of its visit."""
+    return re.sub(r":\d+$", "", name)
 
 
 def _routes(stage: NamedStage) -> bool:

@@ -40,7 +40,7 @@ def from_arrays(
     """Arrays or tensors as a data set.
 
     Args:
-        images: `(N, C, H, W)`, `(N, H, W, C)` or `(N, H, W)`; uint8, truth values, or floats in [0,1].
+        images: `(N, C, H, W)`, `(N, H, W, C)` or `(N, H, W)`; uint8, booleans, or floats in [0,1].
         labels: `(N,)` or `(N, 1)` integers, names of classes, or None.
         name: for messages and metadata.
         ids: each image's position in its source.
@@ -74,7 +74,7 @@ def from_arrays(
     elif array.dtype == np.uint8 and array.max() == 1:
         warnings.warn(
             f"the uint8 images of {name} hold no value above 1 and are read as values of 0 to 255, so all are nearly black: "
-            "where 1 means white, give truth values or floats",
+            "where 1 means white, give booleans or floats",
             stacklevel=2,
         )
     reading = reading or Reading()

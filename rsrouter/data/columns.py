@@ -228,7 +228,7 @@ def class_indices(
     """Labels as class indices.
 
     Args:
-        values: `(N,)` whole numbers, truth values, or names of classes.
+        values: `(N,)` whole numbers, booleans, or names of classes.
         names: of the classes, by number, if the source has them.
         reading: `classes` gives the names in the experts' order.
         where: names the source.

@@ -246,7 +246,7 @@ class ImageData(Sequence[tuple[Tensor, int]]):
 
 
 def to_unit(pixels: NDArray[Any], who: str) -> Tensor:
-    """An array of uint8, of truth values, or of floats in [0,1], as float32 in [0,1].
+    """An array of uint8, of booleans, or of floats in [0,1], as float32 in [0,1].
 
     Args:
         pixels: `(C, H, W)`, 1 or 3 channels.

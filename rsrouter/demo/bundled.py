@@ -39,6 +39,5 @@ def load_slice(name: str) -> ImageData:
             "Unknown slice", expected=f"one of {SLICES}", received=repr(name), remedy="rsrouter.demo.load_slice('test')"
         )
     data = load_data(ASSETS / "images" / f"{name}.npz", classes=CLASSES)
-    if name == "test":
-        data.name = "demo"  # what stands behind --data in the commands that a card gives
+    data.name = "demo" if name == "test" else f"demo:{name}"  # what stands behind --data in the commands that a card gives
     return data

@@ -125,7 +125,7 @@ def render_card(
             decides=[text_of(line) for line in decides(routed.routed, routed.pool.names)],
             needs=needs or {},
             imports=imports,
-            results=None if summary is None else _results(summary, list(tables), routed, repo_id, figure),
+            results=None if summary is None else _results(summary, list(tables), routed, repo_id, figure, imports),
             noise=routed.noise,
             papers=papers,
             bibtex=[OWN, *(entry for *_, entry in papers)],
@@ -180,7 +180,9 @@ def _expert(expert: Expert) -> list[dict[str, Any]]:
     ]
 
 
-def _results(summary: Summary, tables: list[Table], routed: Saved, repo_id: str, figure: str | None) -> dict[str, Any]:
+def _results(
+    summary: Summary, tables: list[Table], routed: Saved, repo_id: str, figure: str | None, imports: Sequence[str]
+) -> dict[str, Any]:
     main = summary.main.described()
     images = len(summary.main)
     return {
@@ -191,7 +193,7 @@ def _results(summary: Summary, tables: list[Table], routed: Saved, repo_id: str,
         "natural": [text_of(n.words) for n in summary.natural],
         "standings": [text_of(s.words) for s in summary.standings],
         "figure": figure,
-        "runs": [_run(table, routed, repo_id) for table in tables],
+        "runs": [_run(table, routed, repo_id, imports) for table in tables],
         "data_argument": shlex.quote(data_argument(main)),
         "alpha": f"{main.alpha:g}",
         "one_minus_alpha": f"{1 - main.alpha:g}",
@@ -232,7 +234,7 @@ def headline(summary: Summary) -> list[str]:
     return [f"| {line} |" if " | " in line else f"|{line}|" for line in lines]
 
 
-def _run(table: Table, routed: Saved, repo_id: str) -> dict[str, Any]:
+def _run(table: Table, routed: Saved, repo_id: str, imports: Sequence[str]) -> dict[str, Any]:
     about = table.described()
     plan = about.plan
     words = f"{plan.n_max:,} votes a stage" if plan.radii is None else f"adaptive plan, at most {plan.n_max:,} votes a stage"
@@ -248,7 +250,7 @@ def _run(table: Table, routed: Saved, repo_id: str) -> dict[str, Any]:
         "seed_derived": about.seed_derived,
         "freedom": [text_of(line) for line in freedom(about, routed.router)],
         "mean_votes": f"{float(table.n_drawn.mean()):,.0f}",
-        "command": certify_command(table, repo_id),
+        "command": certify_command(table, repo_id, imports),
     }
 
 

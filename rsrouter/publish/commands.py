@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
 
 from rsrouter.core.plans import AdaptivePlan, FixedPlan, Plan
 from rsrouter.results import Table, TableMetadata, printable
@@ -13,8 +14,9 @@ from rsrouter.router.base import Router
 SAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-def certify_command(table: Table, repo_id: str) -> str:
-    """The command that certifies the same images under the same terms: equal plan, seed, and so votes."""
+def certify_command(table: Table, repo_id: str, imports: Sequence[str] = ()) -> str:
+    """The command that certifies the same images under the same terms: equal plan, seed, and so votes. `imports` are modules that
+    register architectures."""
     about = table.described()
     words = ["rsrouter", "certify", repo_id]
     if about.role == "expert":
@@ -29,6 +31,7 @@ def certify_command(table: Table, repo_id: str) -> str:
         words += ["--device", about.device.split(":")[0].split(" ")[0]]
     elif about.threads is not None:
         words += ["--threads", str(about.threads)]
+    words += [word for name in imports for word in ("--import", name)]
     return shlex.join([*words, "--out", f"{SAFE.sub('-', table.name)}.tsv"])
 
 

@@ -256,7 +256,7 @@ def find_roles(tables: Sequence[Table], routed: str | Sequence[str] | None, expe
         )
     roles = {}
     for table in tables:
-        told = table.about.role if table.about else table.metadata.get("role")
+        told = table.about.role if table.about else None  # a JSON that is not ours decides nothing
         if table.name in asked[ROUTED]:
             roles[table.name] = ROUTED
         elif table.name in asked[EXPERT]:
@@ -335,12 +335,17 @@ def notes_of(tables: Sequence[Table]) -> list[tuple[str, str]]:
     notes = [(t.name, f"UNFINISHED: {words}, so every figure is about these only") for t in tables if (words := unfinished(t))]
     notes += [(t.name, note) for t in tables for note in t.notes]
     bare = [t for t in tables if t.about is None]
-    lost = [t.name for t in bare if any(t.counts_text)]
-    published = [t.name for t in bare if t.name not in lost]
+    lost = [t.name for t in bare if t.ours]
+    published = [t.name for t in bare if not t.ours]
     if lost:
-        # without it nobody can say what was asked, at which alpha: any radius might be written there
-        notes.append(("", f"UNVERIFIED: {_some(lost)}: votes, but not the JSON that certify writes beside a table, which says "
-                      "what they are of: the radii could not be recomputed, and may be anything"))  # fmt: skip
+        # with or without votes: nobody can say what was asked, at which alpha
+        notes.append(
+            (
+                "",
+                f"UNVERIFIED: {_some(lost)}: the JSON that certify writes beside a table is missing, so the radii cannot be "
+                "recomputed from votes, and may be anything",
+            )
+        )
     if published:
         notes.append(("", f"{_some(published)}: no votes are stored, so the radii cannot be recomputed and stand as published"))
     return notes + [("", note) for note in compare_votes(tables)]

@@ -247,7 +247,10 @@ def bind_chain(
             network += "" if sigma == expert.sigma and not any(confidences) else f" itself@{sigma:g}"
         else:
             network += f"@{sigma:g}"  # an expert's bare name is the expert's alone
-        titles = [network if k == 0 else f"{network}:{k + 1}" for k in range(len(positions))]
+        # the expert itself keeps that name where heads vote in the same pass
+        alone = own is None and any(voters[p].head is not None for p in positions)
+        bases = [f"{name} itself@{sigma:g}" if alone and voters[p].head is None else network for p in positions]
+        titles = [base if (k := bases[:i].count(base)) == 0 else f"{base}:{k + 1}" for i, base in enumerate(bases)]
         for title, position in zip(titles, positions, strict=True):
             stages[position] = expert_stage(title, sigma, pool.num_classes, network=network, expert=name, **constants_of(expert))
         wanted = [voters[p].head for p in positions]

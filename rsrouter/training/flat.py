@@ -31,7 +31,7 @@ from rsrouter.process import usual_settings
 from rsrouter.router.flat import STAGE, FlatRouter
 from rsrouter.router.trunk import Trunk
 from rsrouter.training.chains import Goal, accuracy, goal_of, replay, standing
-from rsrouter.training.doubts import doubts
+from rsrouter.training.doubts import doubts, wrong_labels
 from rsrouter.training.flat_network import adapt_flat, default_flat, trainable
 from rsrouter.training.labels import Labels
 from rsrouter.training.losses import consistency_loss, dual_rs_loss, envelope_weights, good_sets, named_radius, utility_loss
@@ -410,6 +410,8 @@ def flat_router(
     if labels is None:
         labels = training.targets(training.expert_votes(training.images, label_n, LABEL), training.labels, carried=recipe.carried)
     if training.validation is None:
+        right = dict(zip(pool.names, (labels.predict == training.labels.numpy()[:, None]).mean(0).tolist(), strict=True))
+        training.doubt(wrong_labels(right, len(training.labels), pool.num_classes, "training"))
         train_flat(training, router, recipe, labels)
         return router, None
     images, classes = training.validation

@@ -179,10 +179,9 @@ class Training:
         new = replace(
             self, images=images, labels=labels, radii=grid, validation=validation, routing_labels=routing, execution=execution
         )
-        new._check_wishes()
         if self.networks:
             new._check_networks()
-        return new
+        return replace(new, **new._wishes())
 
     def _labelled(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         x = check_images(images, self.pool.input_shape)
@@ -190,20 +189,35 @@ class Training:
         # tensors made in inference mode cannot take part in training
         return x.clone() if x.is_inference() else x, y.clone() if y.is_inference() else y
 
-    def _check_wishes(self) -> None:
-        floors = self.floor if isinstance(self.floor, Mapping) else dict.fromkeys(self.radii, self.floor)
-        weights, experts = self.weights or {}, self.never_below or {}
-        if odd_floors := [v for v in floors.values() if not (isinstance(v, Real) and 0.0 <= v <= MOST_FLOOR)]:
+    def _wishes(self) -> dict[str, Any]:
+        """`floor`, `weights` and `never_below` by radius as numbers, whatever a radius was written as (JSON has only text)."""
+        remedy = "floor={0.0: 0.98}, weights={1.0: 2.0}, never_below={1.0: 'sigma_1'}"
+        told: dict[str, Any] = {"floor": self.floor, "weights": self.weights, "never_below": self.never_below}
+        wishes = dict[str, dict[float, Any]]()
+        for name, given in told.items():
+            if name == "floor" and not isinstance(given, Mapping):
+                given = dict.fromkeys(self.radii, given)
+            try:
+                wishes[name] = {float(radius): value for radius, value in dict({} if given is None else given).items()}
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"{name} cannot be read",
+                    expected="values by radius" + (", or one number" if name == "floor" else ""),
+                    received=repr(given),
+                    remedy=remedy,
+                ) from None
+        floors, weights, experts = wishes.values()
+        if odd_floors := [v for v in floors.values() if not (isinstance(v, Real) and 0.0 <= float(v) <= MOST_FLOOR)]:
             raise InputError(
-                "A floor is no share of the experts' envelope",
+                "A floor must be a share of the experts' envelope, not a percentage",
                 expected=f"numbers from 0 to {MOST_FLOOR:g}: 1 is as much as the best expert certifies at a radius",
                 received=repr(odd_floors[0]),
                 remedy="floor=0.95, or by radius floor={0.0: 0.98, 1.0: 0.95}",
             )
-        strange = [r for r in (*floors, *weights, *experts) if float(r) not in self.radii]
-        unknown = sorted(set(experts.values()) - set(self.pool.names))
-        odd = [v for v in weights.values() if not (isinstance(v, Real) and isfinite(v) and v >= 0)]
-        silent = all(weights.get(r, 1.0) == 0 for r in self.radii)
+        strange = [r for r in (*floors, *weights, *experts) if r not in self.radii]
+        unknown = [name for name in experts.values() if name not in self.pool.names]
+        odd = [v for v in weights.values() if not (isinstance(v, Real) and isfinite(v) and float(v) >= 0)]
+        silent = not odd and all(weights.get(r, 1.0) == 0 for r in self.radii)
         if strange or unknown or odd or silent:
             raise InputError(
                 "What the router is to reach cannot be read",
@@ -214,8 +228,13 @@ class Training:
                     if values
                 )
                 or "weights that are all 0",
-                remedy="floor={0.0: 0.98}, weights={1.0: 2.0}, never_below={1.0: 'sigma_1'}",
+                remedy=remedy,
             )
+        return {
+            "floor": floors if isinstance(self.floor, Mapping) else self.floor,
+            "weights": weights or None,
+            "never_below": experts or None,
+        }
 
     def _check_networks(self) -> None:
         modules = {voter.head: module for voter, module in self.networks if voter.head is not None}

@@ -27,7 +27,7 @@ from rsrouter.serialise import check_savable
 from rsrouter.smooth import RoutedSmooth
 from rsrouter.stored import read_json
 from rsrouter.training.cascade import TUNE_VOTES, tune_cascade
-from rsrouter.training.deferral import deferral_passes, deferral_recipe, train_deferral
+from rsrouter.training.deferral import DeferralRecipe, deferral_passes, deferral_recipe, train_deferral
 from rsrouter.training.doubts import overlap
 from rsrouter.training.features import with_features
 from rsrouter.training.flat import RECIPES, Recipe, flat_router
@@ -63,6 +63,9 @@ def train_router(training: Training | ExpertPool, /, *given: Any, **settings: An
         ResultsError: `out` already holds a router, or an unfinished training of something else; or the disk refuses.
     """
     told = replace(training, **settings) if isinstance(training, Training) else Training(training, *given, **settings)
+    caller = sys._getframe(1)
+    where = caller.f_code.co_filename, caller.f_lineno
+    del caller
     with usual_settings():
         checked = told.checked()
         if checked.core_at is not None:
@@ -79,8 +82,11 @@ def train_router(training: Training | ExpertPool, /, *given: Any, **settings: An
         if folder is not None:
             given_router = checked.router if isinstance(checked.router, Router) else None
             check_savable(checked.pool, given_router, [module for _, module in checked.networks])
-        with _watched(checked, folder) as (run, lines):
-            if told.validation is not None and (both := overlap(checked.images, checked.held_out[0])) is not None:
+        with _watched(checked, folder, where) as (run, lines):
+            trains = (
+                isinstance(recipe, Recipe) or run.router == "auto" or (recipe is not None and bool(recipe.heads or recipe.whole))
+            )
+            if trains and run.validation is not None and (both := overlap(run.images, run.validation[0])) is not None:
                 run.doubt([both])
             router = _trained(run)
             if run.core_at is not None:
@@ -119,6 +125,13 @@ def _recipe(training: Training) -> Any:
             remedy="leave the recipe out, or ask for the kind 'auto', 'deferral' or 'flat'",
         )
     return None
+
+
+def _learns(training: Training, recipe: Any) -> bool:
+    """Whether weights are trained on the images, or only thresholds are chosen on the validation images."""
+    if isinstance(recipe, DeferralRecipe):
+        return training.router == "auto" or bool(recipe.heads or recipe.whole)
+    return isinstance(recipe, Recipe)
 
 
 def _trained(run: Training) -> Router:
@@ -181,8 +194,9 @@ def expert_passes(training: Training) -> int:
 
 
 @contextmanager
-def _watched(training: Training, folder: Path | None) -> Iterator[tuple[Training, list[dict[str, Any]]]]:
-    """The training with a log, a store and a progress bar, and the log's lines; the state goes when it has succeeded."""
+def _watched(training: Training, folder: Path | None, asked: tuple[str, int]) -> Iterator[tuple[Training, list[dict[str, Any]]]]:
+    """The training with a log, a store and a progress bar, and the log's lines; the state goes when it has succeeded. It warns in
+    the file and line that `asked` for it."""
     lines: list[dict[str, Any]] = []
     store = training.store if folder is None else ResumeStore(folder / STATE, every=SAVE_EVERY)
     if folder is not None:
@@ -221,7 +235,7 @@ def _watched(training: Training, folder: Path | None) -> Iterator[tuple[Training
                 tell()
             for sentence in (line.get("no_head"), line.get("doubt")):
                 if sentence is not None:
-                    warnings.warn(sentence, stacklevel=2)
+                    warnings.warn_explicit(sentence, UserWarning, *asked)  # without a registry: each training is told anew
             training.say(line)
 
         yield replace(training, store=store, votes=votes, log=log), lines

@@ -274,6 +274,15 @@ def test_a_fraction_is_a_number() -> None:
             parse_numbers(text, "sigma")
 
 
+def test_a_bundled_slice_has_a_name_that_can_be_typed():
+    for name in ("test", "validation", "train"):
+        data = load_slice(name)
+        assert len(read_data(data.name, {})) == len(data)
+        assert read_data(data.name, {}).name == data.name
+    with pytest.raises(InputError, match="Unknown slice"):
+        read_data("demo:other", {})
+
+
 def test_some_of_the_experts_classes_are_told(tmp_path, capsys):
     """A folder with three of a network's ten classes counts them from 0, which are other classes of the network."""
     for name in ("ankle", "bag", "coat"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.main import get_command
 
 from rsrouter import CascadeRouter, ExpertPool, FlatRouter, RoutedSmooth
 from rsrouter.cli import app, main
+from rsrouter.cli.options import told_warnings
 from rsrouter.core.budget import largest_radius
 from rsrouter.demo import load_pool, load_slice
 from rsrouter.experts import build_architecture
@@ -129,15 +131,29 @@ def test_what_is_wanted_is_read(call: Any, files: Path, tmp_path: Path, monkeypa
     lines = [json.loads(line) for line in (tmp_path / "router" / "training.jsonl").read_text().splitlines()]
     assert lines[-1]["floor"] == [0.5, 2.0]
     assert "the floor is missed by" in text
+    assert err.count("warning: only 4 validation images") == 1
+    status, text, _ = call(*words, "--format", "json", "--out", tmp_path / "told")
+    assert status == 0
+    assert any(doubt.startswith("only 4 validation images") for doubt in json.loads(text)["doubts"])
     for wrong in (
         ["--floor", "0:0.5,0:0.6"],
         ["--floor", "7:0.5"],
+        ["--floor", "0.5,0.9"],
         ["--never-below", "sigma_9@0.5"],
         ["--weights", "x"],
         ["--never-below", "sigma_1"],
     ):
         status, _, err = call(*words, *wrong, "--out", tmp_path / "other")
         assert status == 2, wrong
+
+
+def test_warnings_are_told_when_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not after the hours that they are about; each once."""
+    with told_warnings():
+        for _ in range(2):
+            warnings.warn("few images", stacklevel=1)
+        assert capsys.readouterr().err == "warning: few images\n"
+    assert capsys.readouterr().err == ""
 
 
 def test_help_names_every_recipe():

@@ -152,6 +152,16 @@ def test_the_command_names_the_certified_images(pool: ExpertPool, tmp_path: Path
     assert "3 of 12 images, one in 3, from number 2 on" in render_card(router, "org/router", [table]).text
 
 
+def test_the_commands_import_what_registers_the_networks(pool: ExpertPool, tmp_path: Path) -> None:
+    router = small.routed(pool)
+    table = certify_table(router, small.images(), tmp_path / "t.tsv", small.PLAN)
+    text = render_card(router, "org/router", [table], imports=["my_nets"]).text
+    commands = [line for line in text.splitlines() if line.startswith(("rsrouter certify", "rsrouter audit"))]
+    assert len(commands) == 2
+    assert all("--import my_nets" in line for line in commands)
+    assert "--import" not in render_card(router, "org/router", [table]).text
+
+
 @pytest.mark.parametrize(
     "text",
     ["a|b", "mit\n# Trusted", "<script>x</script>", "[safe](http://evil)", "http://evil/x", "`x` | `y`", "![i](x)", "**bold**"],
@@ -194,9 +204,20 @@ def test_the_card_names_parts_and_papers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("licence", ["made up", "", "Apache-2.0", "mit\nbase_model: x", None])
 def test_a_licence_is_an_identifier(licence: Any) -> None:
-    with pytest.raises(InputError, match="no identifier of the Hub"):
+    with pytest.raises(InputError, match="not a licence identifier"):
         check_licence(licence, [])
-    check_licence("apache-2.0", [])
+    for known in ("apache-2.0", "openrail++", "cc-by-nc-sa-4.0"):
+        check_licence(known, [])
+
+
+@pytest.mark.parametrize("written", ["CC-BY-NC-4.0", "non-commercial, research only"])
+def test_the_licence_that_is_advised_is_accepted(pool: ExpertPool, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"sigma_0.25": written}
+    monkeypatch.setattr("rsrouter.publish.licences.restricted", lambda experts: told)
+    with pytest.raises(InputError, match="promises more") as caught:
+        check_licence("apache-2.0", pool)
+    for advised in re.findall(r"--licence ([^\s,]+)", caught.value.remedy):
+        check_licence(advised, pool)
 
 
 def test_a_card_over_an_expert_that_reaches_no_radius(pool: ExpertPool, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -124,15 +125,23 @@ def test_columns_are_sorted_and_each_there_once() -> None:
     assert summarise([table], radii=[1.0, 0.0, 1.0, 0.5]).radii.tolist() == [0.0, 0.5, 1.0]
 
 
-def test_a_table_whose_json_is_gone_is_not_trusted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counts", ['{"estimate":{"e":[1,99,0]}}', ""], ids=["votes", "blanked"])
+@pytest.mark.parametrize("metadata", [{}, {"name": "routed", "role": "routed"}], ids=["no JSON", "another JSON"])
+def test_a_table_whose_json_is_gone_is_not_trusted(tmp_path: Path, counts: str, metadata: dict[str, Any]) -> None:
     """Without its JSON nobody can say what the votes are of: an edited radius must not look like a published table's."""
-    bare = make_table("routed", [9.0], [1], counts='{"estimate":{"e":[1,99,0]}}', metadata={})
+    bare = make_table("routed", [9.0], [1], counts=counts, metadata=metadata)
     summary = summarise([bare])
     assert [note for _, note in summary.notes if note.startswith("UNVERIFIED: routed:")]
     assert "no votes are stored" not in str(summary.notes)
-    page = write_report([bare], tmp_path).read_text()
-    assert "UNVERIFIED" in page
-    assert "no votes are stored" in str(summarise([make_table("old", [1.0], [1], metadata={})]).notes)
+    assert summary.roles == {"routed": "expert"}  # it does not say itself what it is
+    assert "UNVERIFIED" in write_report([bare], tmp_path).read_text()
+
+
+def test_a_table_of_the_field_stands_as_published() -> None:
+    field = replace(make_table("old", [1.0], [1], metadata={}), ours=False)
+    notes = str(summarise([field]).notes)
+    assert "no votes are stored" in notes
+    assert "UNVERIFIED" not in notes
 
 
 def test_a_run_in_which_one_expert_answers_says_so(tmp_path: Path) -> None:

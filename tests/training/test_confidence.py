@@ -21,6 +21,7 @@ from rsrouter import (
     train_router,
 )
 from rsrouter.audit.attack import attack
+from rsrouter.core.titles import stage_titles
 from rsrouter.experts.preprocessing import Resize
 from rsrouter.router import CascadeRouter, DeferralRouter, Voter
 from rsrouter.router.chain import bind_chain, reject_unsure
@@ -68,6 +69,18 @@ def test_certificates_hold_at_the_boundary_and_come_near_it():
     (stage, *_), counts = design.smooth.routed.tree.stages.values(), certified[0].counts
     assert counts[stage.name][2] > 1000  # there are unsure votes, and they are neither a class's nor invalid
     assert counts[stage.name][3] == 0
+
+
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_an_expert_in_one_pass_with_heads_keeps_its_name(pool, plain_first):
+    head = torch.nn.Linear(2, 2)
+    voters = [Voter("a"), Voter("a", None, "h"), Voter("a")]
+    voters = voters if plain_first else voters[1:]
+    tree = bind_chain(pool, voters, (0.7,) * (len(voters) - 1), {"h": head}).tree
+    titles = stage_titles([tree.stages[name] for name in reversed(tree.order)], pool.names)
+    own = [f"a at noise {pool['a'].sigma:g}", f"a at noise {pool['a'].sigma:g} again"]
+    on = f"head on a at noise {pool['a'].sigma:g}"
+    assert list(titles.values()) == ([own[0], on, own[1]] if plain_first else [on, own[0]])
 
 
 def test_unsure_votes_lead_where_deferral_leads(pool):

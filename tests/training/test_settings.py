@@ -231,11 +231,23 @@ def test_a_higher_floor_moves_the_choice_along_the_frontier() -> None:
         {"weights": dict.fromkeys(RADII, 0.0)},
         {"never_below": {1.0: "s9"}},
         {"never_below": {9.0: "s1"}},
+        {"never_below": {0.0: "x", 0.25: 3}},
+        {"never_below": "s1"},
+        {"floor": {"a": 0.9}},
+        {"floor": {None: 0.9}},
+        {"weights": 3},
+        {"weights": {0.25: "much"}},
     ],
 )
 def test_wishes_that_cannot_be_read_are_refused(wish: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"cannot be read|is no share"):
+    with pytest.raises(InputError, match=r"cannot be read|must be a share"):
         Training(pool(), "cascade", *images(), radii=RADII, **wish).checked()
+
+
+def test_radii_of_wishes_may_be_text_as_in_json() -> None:
+    wish = {"floor": {"0.25": 0.99, "0.0": 1.1}, "weights": {"0.25": 2}, "never_below": {"0": "s1"}}
+    checked = Training(pool(), "cascade", *images(), radii=RADII, **wish).checked()  # type: ignore[arg-type]
+    assert checked.wishes == {"floor": {0.25: 0.99, 0.0: 1.1}, "weights": {0.25: 2}, "never_below": {0.0: "s1"}}
 
 
 def test_a_record_is_what_the_keywords_say() -> None:
