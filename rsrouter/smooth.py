@@ -312,7 +312,7 @@ class Smooth(Smoothed):
             one stream for all images, which is cheaper and leaves each certificate valid, but not independent of the rest.
 
     Raises:
-        InputError: something that is no `Expert`.
+        InputError: something that is not an `Expert`.
     """
 
     def __init__(self, expert: Expert, *, execution: Execution | None = None, noise: str = "gaussian") -> None:

@@ -157,7 +157,7 @@ def patience_costs(
         seed: of the simulation.
 
     Raises:
-        PlanError: a level out of range, shares that are no probabilities, or do not fit the tree.
+        PlanError: a level out of range, shares that are not probabilities, or do not fit the tree.
 
     >>> tree = Tree.of([Stage("vote", 0.5, leads_to=(0, 1))])
     >>> split = AlphaSplit.even(0.001, tree.paths)

@@ -115,7 +115,7 @@ def recompute(
 
     Returns:
         Per image its certificate, or a PlanError where such votes cannot come from this tree and plan (a sum that
-        is no look of the plan, a stage that does not exist, a selection that stops half way).
+        is not a look of the plan, a stage that does not exist, a selection that stops half way).
 
     Raises:
         PlanError: an unknown rule or side, or a split of another tree.

@@ -35,7 +35,7 @@ class VoteColumns:
     Attributes:
         count: N.
         counts: by purpose, then key, blocks of images `(M,)` and their counts `(M, L)`: one block for each L.
-        others: by purpose, then key, image and values that are no whole numbers of 64 bits.
+        others: by purpose, then key, image and values that are not whole numbers of 64 bits.
 
     >>> columns = VoteColumns.of([{"select": {"a": [9, 1]}}, {"select": {"a": [8, 2]}, "logits": {"b": [0.5, None]}}])
     >>> columns.counts["select"]["a"][0][1].tolist(), columns.others
@@ -83,7 +83,7 @@ class VoteColumns:
         return self.counts.get(purpose, {}).get(key, [])
 
     def rest(self, purpose: str, key: str) -> list[tuple[int, Any]]:
-        """What is stored there and is no whole numbers, with its image."""
+        """What is stored there and is not whole numbers, with its image."""
         return self.others.get(purpose, {}).get(key, [])
 
     def each(self, purpose: str, key: str) -> Iterator[tuple[int, Any]]:

@@ -333,7 +333,7 @@ def _json_lines(content: bytes, what: str) -> list[dict[str, Any]]:
     ]
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(
-            f"{what} is no list of pictures",
+            f"{what} is not a list of pictures",
             expected="one JSON object a line",
             received="none, or another value",
             remedy="mend it",
@@ -348,7 +348,7 @@ def _csv_rows(content: bytes, what: str) -> list[dict[str, Any]]:
         raise InputError(f"{what} is not CSV", expected="UTF-8 text", received=str(error), remedy="write it again") from error
     if not rows or any(None in row for row in rows):
         raise InputError(
-            f"{what} is no table",
+            f"{what} is not a table",
             expected="a head and rows of as many cells",
             received="no rows, or cells too many",
             remedy="mend it",

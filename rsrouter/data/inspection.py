@@ -30,7 +30,7 @@ class Inspection:
     Attributes:
         name, kind, config, split, image, label: the source, and which part and columns were read.
         images, looked_at: how many there are, and how many were decoded for what follows.
-        classes: name (or number) and count of each class, by number; -1 is no label.
+        classes: name (or number) and count of each class, by number; -1 is not a label.
         shapes: `C x H x W` to how many images have it.
         modes: Pillow's format and mode, to how many.
         low, high: least and largest pixel, in [0,1].

@@ -243,7 +243,7 @@ def _chw(value: Any, who: str) -> NDArray[Any]:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"{who} is no array", expected="(C, H, W)", received=type(value).__name__, remedy="stack its rows"
+            f"{who} is not an array", expected="(C, H, W)", received=type(value).__name__, remedy="stack its rows"
         ) from error
     if (
         array.dtype.kind in "iu"

@@ -132,7 +132,7 @@ def outside_values(code: types.CodeType, known: Mapping[str, Any]) -> Iterator[t
             elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in _COMPUTED:
                 wanted[name] = Hidden(f"calls {name!r}, which reads what the code does not name")
             elif step.opname == "IMPORT_NAME" and (level or not _imports_library(name)):
-                wanted[f"import {name}"] = Hidden(f"imports {name or 'from its package'!r}, which is no installed library")
+                wanted[f"import {name}"] = Hidden(f"imports {name or 'from its package'!r}, which is not an installed library")
             if step.opname in ("LOAD_CONST", "LOAD_SMALL_INT") and type(step.argval) is int:
                 level = step.argval
             elif step.opname != "LOAD_CONST":

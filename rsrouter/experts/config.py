@@ -152,7 +152,7 @@ def class_names(content: Mapping[str, Any], what: str, remedy: str) -> tuple[str
         names = {int(key): value for key, value in found.items()}
         ordered = tuple(names[i] for i in range(len(names)))
         if not all(isinstance(name, str) for name in ordered):
-            raise ValueError("names that are no text")
+            raise ValueError("names that are not text")
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{what} has class names that cannot be read",

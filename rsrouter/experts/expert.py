@@ -140,7 +140,7 @@ def same_labels(experts: Sequence[Expert], who: str) -> tuple[str, ...] | None:
 class Expert:
     """A frozen base classifier trained for one noise level, or, with `lipschitz`, for none: one forward pass then certifies.
 
-    With `core` it is no expert that certifies, but the accurate network that answers where a router certifies nothing
+    With `core` it is not an expert that certifies, but the accurate network that answers where a router certifies nothing
     (ACES, Horvath et al. 2022): it stands in an `ExpertPool`, whose `core` it becomes.
 
     Args:

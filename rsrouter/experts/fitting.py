@@ -163,7 +163,7 @@ def _equal(a: Fit, b: Fit) -> bool:
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every entry of a module's state dict (`()` for one that is no tensor)."""
+    """Shape of every entry of a module's state dict (`()` for one that is not a tensor)."""
     return {name: tuple(v.shape) if isinstance(v, Tensor) else () for name, v in module.state_dict().items()}
 
 

@@ -237,7 +237,7 @@ def flags_of(state: dict[str, Tensor]) -> dict[str, int | bool]:
     """What a state dictionary of these UNets tells about their flags; heads, order of attention and schedule it does not.
 
     Returns:
-        `num_channels`, `image_channels`, `learn_sigma`, `use_scale_shift_norm`; empty where it is no such file.
+        `num_channels`, `image_channels`, `learn_sigma`, `use_scale_shift_norm`; empty where it is not such a file.
     """
     first, out, emb = (state.get(k) for k in ("input_blocks.0.0.weight", "out.2.weight", "input_blocks.1.0.emb_layers.1.weight"))
     time, conv = state.get("time_embed.0.weight"), state.get("input_blocks.1.0.in_layers.2.weight")

@@ -212,7 +212,7 @@ def read_weights(path: Path, sha256: str | None, beside: Callable[[str], Path]) 
     names = sorted(set(index.weight_map.values()))
     if not all(name.endswith(".safetensors") for name in names):
         raise CheckpointError(
-            f"{path.name} names shards that are no safetensors files",
+            f"{path.name} names shards that are not safetensors files",
             expected="*.safetensors",
             received=str(names),
             remedy=remedy,

@@ -30,7 +30,7 @@ class ExpertPool(Sequence[Expert]):
 
     Attributes:
         experts: those that can be certified, in the pool's order.
-        core: the network that answers where a router certifies nothing; None without one. It is no part of the sequence.
+        core: the network that answers where a router certifies nothing; None without one. It is not part of the sequence.
         members: all of them, the core last.
         labels: class names; None where they are not known.
 

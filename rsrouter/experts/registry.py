@@ -306,7 +306,7 @@ _STRUCTURES: dict[bytes, str] = {}
 
 def _structure(name: str, made: dict[str, Any], module: nn.Module) -> str:
     """The structure that `name` with these arguments always has; "" where a user's constructor makes it anew each time
-    (a random mask that is no buffer), so that the name does not tell which one it is."""
+    (a random mask that is not a buffer), so that the name does not tell which one it is."""
     structure = structure_of(module).digest
     if name not in _ARCHITECTURES or _is_own(_ARCHITECTURES[name]):
         return structure

@@ -310,7 +310,7 @@ class _Walk:
         elif isinstance(value, types.ModuleType):
             self.put("library", value.__name__)
             if not is_installed(value.__name__):
-                self.cannot(where, f"is the module {value.__name__!r}, which is no installed library")
+                self.cannot(where, f"is the module {value.__name__!r}, which is not an installed library")
         elif isinstance(value, property):
             self.put("property")
             self.visit(value.fget, where)

@@ -183,7 +183,7 @@ def _architecture(content: Mapping[str, Any]) -> str:
     found = next((a for a in stated if a in names), None)
     if found is None:
         raise CheckpointError(
-            "This transformers model is no image classifier",
+            "This transformers model is not an image classifier",
             expected=f"architectures: one of {names}" if names else "a model type with an image classifier",
             received=f"model_type {name!r}, architectures {stated}",
             remedy="use a repository with a trained classification head; a bare backbone has no classes",

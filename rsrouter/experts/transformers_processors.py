@@ -104,7 +104,7 @@ def _processor(path: Path) -> Any:
         content = content["image_processor"]
     if not isinstance(content, dict) or "'auto_map'" in text:
         raise CheckpointError(
-            f"{path.name} brings its own code, or is no image processor",
+            f"{path.name} brings its own code, or is not an image processor",
             expected="an image processor of transformers itself",
             received=text[:200],
             remedy="use a repository without remote code",

@@ -70,7 +70,7 @@ class Reader:
         """One image and its label, checked.
 
         Raises:
-            InputError: an image of another shape, or a label that is no class.
+            InputError: an image of another shape, or a label that is not a class.
         """
         if idx not in self._kept:
             (image,), (label,) = self._read((idx,))
@@ -82,7 +82,7 @@ class Reader:
         """Pixels and labels of some images.
 
         Raises:
-            InputError: labels that are no classes, images that do not stack.
+            InputError: labels that are not classes, images that do not stack.
         """
         images, labels = self._read(ids)
         return Task(tuple(ids), torch.stack(images)), labels

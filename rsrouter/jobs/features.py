@@ -58,7 +58,7 @@ class Cached:
         idx: image id.
         label: copied into tables, and used for nothing else.
         identity: hex name of the image in its noise streams.
-        select, estimate: float32 `(n0, F)` and `(n, F)`; rows of NaN are no votes.
+        select, estimate: float32 `(n0, F)` and `(n, F)`; rows of NaN are not votes.
     """
 
     idx: int

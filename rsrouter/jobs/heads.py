@@ -144,13 +144,13 @@ def feature_width(trunk: Expert) -> int:
     """Width of the features that a head on this expert reads.
 
     Raises:
-        InputError: an expert whose features cannot be taken, or are no vectors.
+        InputError: an expert whose features cannot be taken, or are not vectors.
     """
     probe = copy.deepcopy(Trunk(trunk)).cpu().float().eval()
     pooled, _ = probe(torch.zeros(2, *trunk.input_shape))
     if pooled.dim() != 2:
         raise InputError(
-            f"The features of {trunk.name!r} are no vectors",
+            f"The features of {trunk.name!r} are not vectors",
             expected="(B, F) before the last layer",
             received=str(tuple(pooled.shape)),
             remedy="heads are linear layers on pooled features",

@@ -120,7 +120,7 @@ def read_table(path: str | os.PathLike[str], *, name: str | None = None, check: 
     with uncollected():
         try:
             return require_sound(table)
-        except ValueError:  # votes that are no votes: this names their line
+        except ValueError:  # votes that are not votes: this names their line
             parse_rows(text[:-1].split("\n"), path=path, metadata=metadata, name=called)
             raise
 
@@ -129,7 +129,7 @@ def parse_rows(lines: Sequence[str], *, path: Path, metadata: dict[str, Any], na
     """A table of ours from its lines, the header first; every cell is checked by itself (without `votes`, all but the votes).
 
     Raises:
-        ResultsError: a line that is no row, named by its number.
+        ResultsError: a line that is not a row, named by its number.
     """
     columns = lines[0].rstrip("\r").split("\t")
     rows = lines[1:]

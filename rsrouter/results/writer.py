@@ -144,7 +144,7 @@ class ResultsWriter:
             ids = [int(line.split("\t", 1)[0]) for line in lines[1:]]
             if missing := [idx for idx in ids if idx not in place]:
                 raise ResultsError(
-                    f"{self.path.name} holds an image that is no part of this job",
+                    f"{self.path.name} holds an image that is not part of this job",
                     expected="rows of the job's images",
                     received=f"image {missing[0]}",
                     remedy="give another output",

@@ -80,7 +80,7 @@ class _Votes(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         out = self.inner(x)
         picked = [out if self.single else out[k] for k in self.picks]
-        # what are no logits goes on as it is: the engine says what it wanted
+        # what is not logits goes on as it is: the engine says what it wanted
         fits = [isinstance(o, Tensor) and o.dim() == 2 and o.shape[1] > 1 for o in picked]
         return tuple(reject_unsure(o, c) if c and fit else o for o, c, fit in zip(picked, self.confidences, fits, strict=True))
 

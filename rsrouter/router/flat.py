@@ -38,7 +38,7 @@ class FlatRouter(Router):
             sigma, one forward pass casts both votes.
 
     Raises:
-        InputError: something that is no module, or a sigma that is not positive and finite; where it is bound to a
+        InputError: something that is not a module, or a sigma that is not positive and finite; where it is bound to a
             pool: experts, a trunk or a number of logits that do not fit.
     """
 

@@ -193,7 +193,7 @@ def read_head(head: object, features: int, who: str) -> tuple[Tensor, Tensor]:
 
 def _no_head(who: str, features: int, received: str) -> InputError:
     return InputError(
-        f"{who[0].upper()}{who[1:]} is no linear layer on these features",
+        f"{who[0].upper()}{who[1:]} is not a linear layer on these features",
         expected=f"nn.Linear({features}, K), or a safetensors file with its weight and bias, finite float32",
         received=received,
         remedy="give the last layer alone; head.float() where it is in float64",

@@ -29,7 +29,7 @@ def noisy_outputs(engine: Engine, network: str, image: Tensor, identity: bytes, 
         count: how many copies.
 
     Returns:
-        Float32 `(count, F)` on the CPU; a draw that is no vote is a row of NaN.
+        Float32 `(count, F)` on the CPU; a draw that is not a vote is a row of NaN.
 
     Raises:
         NetworkError: the network fails, or settings were changed meanwhile.

@@ -105,7 +105,7 @@ class Round:
         return table.reshape(-1, 3)
 
 
-#: A batch as the network takes it, per row the line of `counts`, and which rows are no votes.
+#: A batch as the network takes it, per row the line of `counts`, and which rows are not votes.
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -235,7 +235,7 @@ def count(outputs: Outputs, widths: tuple[int, ...], rows: Tensor, bad: Tensor |
         outputs: `(B, width)` logits of each head.
         widths: of the heads.
         rows: `(B,)` lines of `counts`, or `(B, 3)` with them in the last column.
-        bad: which rows are no votes.
+        bad: which rows are not votes.
         counts: int64.
     """
     offset = 0

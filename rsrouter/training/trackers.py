@@ -29,7 +29,7 @@ def log_to(tracker: Any) -> Callable[[dict[str, Any]], None]:
     whole, single = getattr(tracker, "log", None), getattr(tracker, "add_scalar", None)
     if not callable(whole) and not callable(single):
         raise InputError(
-            "This is no tracker",
+            "This is not a tracker",
             expected="log(metrics, step=), or add_scalar(name, value, step)",
             received=type(tracker).__name__,
             remedy="such as trackio.init(...), or tensorboard's SummaryWriter",

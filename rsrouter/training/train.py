@@ -37,7 +37,7 @@ from rsrouter.training.resume import ResumeStore, unit_key, writing
 
 #: Where an unfinished training keeps its state, inside its folder, and how many seconds may be lost.
 STATE, SAVE_EVERY = ".state", 10.0
-#: Seconds between two lines of progress where stderr is no terminal.
+#: Seconds between two lines of progress where stderr is not a terminal.
 LINE_EVERY = 30.0
 #: Training images that `auto`'s flat candidate is labelled and trained on, unless labels are given.
 FLAT_IMAGES = 2000

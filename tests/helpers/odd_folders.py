@@ -139,10 +139,10 @@ FOLDERS: dict[str, Case] = {
     ),
     "metadata, no JSON": case(lambda p: tree(p, {**PAIR, "metadata.jsonl": "{"}), "not JSON"),
     "metadata, deep": case(lambda p: tree(p, {**PAIR, "metadata.jsonl": "[" * 100_000}), "nested too deep|not JSON"),
-    "metadata, a list": case(lambda p: tree(p, {**PAIR, "metadata.jsonl": "[1]"}), "no list of pictures"),
+    "metadata, a list": case(lambda p: tree(p, {**PAIR, "metadata.jsonl": "[1]"}), "not a list of pictures"),
     "metadata, a label missing": case(lambda p: tree(p, {**PAIR, "metadata.jsonl": LINES % (1, "null")}), "missing"),
     "metadata, CSV with cells too many": case(
-        lambda p: tree(p, {**PAIR, "metadata.csv": "file_name,label\na.png,1,2\n"}), "no table"
+        lambda p: tree(p, {**PAIR, "metadata.csv": "file_name,label\na.png,1,2\n"}), "is not a table"
     ),
     "metadata, not UTF-8": case(lambda p: tree(p, {**PAIR, "metadata.csv": b"file_name,label\n\xff,1\n"}), "not CSV"),
     # pictures
