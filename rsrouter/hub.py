@@ -300,7 +300,7 @@ class Hub:
             if (path := self.try_fetch(reference, name)) is not None:
                 return path
         raise HubError(
-            f"{reference.repo_id} has no weight file that is known",
+            f"{reference.repo_id} has no weight file with a known name",
             expected=" or ".join(names),
             received="none of them",
             remedy="give filename=",

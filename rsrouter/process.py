@@ -243,7 +243,7 @@ def check_settings(name: str) -> None:
         )
     if around := modes():
         raise NetworkError(
-            f"Modes that may replace what torch computes were on while network {name!r} was voting",
+            f"Torch function or dispatch modes were active while network {name!r} was voting",
             expected="the functions of torch as they are",
             received=", ".join(around),
             remedy="leave them before, and start again",

@@ -237,7 +237,7 @@ def read_router_config(folder: Path) -> RouterConfig:
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION and isinstance(content, dict):
         raise CheckpointError(
-            f"{CONFIG} has another schema",
+            f"{CONFIG} has an unsupported schema version",
             expected=f"schema_version {SCHEMA_VERSION}",
             received=repr(version),
             remedy="it was written by an unreleased version: train the router again (`rsrouter train`)"

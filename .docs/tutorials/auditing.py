@@ -3,7 +3,7 @@
 #
 # A router from the Hub comes with tables of certificates. Are they what they claim to be? `rsrouter audit` draws rows again,
 # bit for bit where the machine allows it, tests radii against fresh noise, attacks inside the certified balls, and computes every
-# radius from its votes. Here is one that lies in the repository; `org/name` in its place audits one from the Hub.
+# radius from its votes. Here is a router that is in this repository; `org/name` in its place audits one from the Hub.
 
 # %%
 import os
@@ -17,9 +17,9 @@ _ = shutil.copytree(os.path.join(os.environ["RSROUTER_ROOT"], "model_cards", "de
 
 # %% [markdown]
 # Exit status 0 says that all was checked and nothing found, 1 that something was found, 2 that some check could not be made:
-# another processor rounds its sums otherwise, for instance, so votes are then compared to within rounding.
+# another processor, for instance, rounds its sums differently, and votes are then compared only to within rounding.
 #
-# ## A table that was touched
+# ## A table that was tampered with
 #
 # Let us make one radius larger and leave everything else as it is.
 

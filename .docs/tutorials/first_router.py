@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Your first router
 #
-# Three classifiers ship with the package. Each was trained on Fashion-MNIST under noise of its own strength: sigma 0.25, 0.5
+# Three classifiers ship with the package. Each was trained on Fashion-MNIST at its own noise level: sigma 0.25, 0.5
 # and 1. Here they get a router, and the routed classifier is certified. Everything is small, so that it takes a minute on two
 # cores; the figures are those of a first try.
 
@@ -54,8 +54,9 @@ for name, stage in routed.tree.stages.items():
 # %% [markdown]
 # ## Certify
 #
-# A certificate has a class and a radius: nobody can change the answer of the smoothed classifier by moving the image less than
-# that far (L2 distance, pixels in [0, 1]). An adaptive plan draws votes until each image's place among your radii is settled.
+# A certificate has a class and a radius: nobody can change the answer of the smoothed classifier by moving the image by less
+# than that radius (L2 distance, pixels in [0, 1]). An adaptive plan draws votes until each image's place among your radii is
+# settled.
 
 # %%
 from rsrouter import AdaptivePlan

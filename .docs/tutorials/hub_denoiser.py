@@ -1,12 +1,12 @@
 # %% [markdown]
 # # A denoiser and a classifier from the Hub
 #
-# A diffusion model and a classifier that never saw noise are an expert at every noise level (Carlini et al. 2023): the denoiser
-# cleans the noisy image in one step, and the classifier looks at the result. So two repositories of the Hub give a pool, a
+# A diffusion model and a classifier that never saw noise make an expert at every noise level (Carlini et al. 2023): the denoiser
+# cleans the noisy image in one step, and the classifier looks at the result. So two repositories on the Hub give a pool, a
 # router over it is the cascade of Jeong and Shin 2023, and nothing has to be trained.
 #
-# This page runs without a network: a Hub of its own serves two small networks from this machine, trained below on the bundled
-# images. With repositories of the real Hub, leave out this first part.
+# This page runs offline: a stand-in for the Hub serves two small networks from this machine, trained below on the bundled
+# images. With repositories on the real Hub, leave out this first part.
 
 # %%
 import os
@@ -75,9 +75,9 @@ for name, count in (("train", 40), ("validation", 40), ("test", 8)):
 # %% [markdown]
 # ## Wrap
 #
-# One line makes three experts out of two networks. A repository of diffusers says everything about its denoiser. A plain
-# weight file says nothing, so its architecture and schedule are given, as the repository that it comes from states them. The tag
-# becomes the commit that it means now, and every file is pinned by its sha256.
+# One line makes three experts out of two networks. A diffusers repository says everything about its denoiser. A plain weight
+# file says nothing, so its architecture and schedule are given, as the repository that it comes from states them. The tag is
+# resolved to the commit that it points to now, and every file is pinned by its sha256.
 
 # %%
 # !rsrouter wrap --denoiser hf-hub:org/denoiser@v1 --denoiser-filename unet.safetensors \
@@ -87,8 +87,8 @@ for name, count in (("train", 40), ("validation", 40), ("test", 8)):
 #     --data validation.npz --images 40 --out pool.json
 
 # %% [markdown]
-# `t` is the time step whose noise is at least sigma's. The accuracy under noise is measured on the data that was named: it is
-# what each expert starts from.
+# `t` is the first time step whose noise is at least sigma's. The accuracy under noise is measured on the data that was named:
+# it is what each expert starts from.
 #
 # ## Train, certify, report
 #
@@ -112,7 +112,7 @@ SVG("run/report/curve.svg")
 # %% [markdown]
 # ## Publish, and load by name
 #
-# The experts lie on the Hub already, so only the router goes there, with its tables and a card. The card names both parts of
+# The experts are on the Hub already, so only the router goes there, with its tables and a card. The card names both parts of
 # every expert, their commits and their licences.
 
 # %%
@@ -131,5 +131,5 @@ for certificate in theirs.certify(pixels, FixedPlan(n0=50, n=500)):
 hub.stop()
 
 # %% [markdown]
-# Denoisers of diffusers, improved-diffusion and guided-diffusion: [Denoisers](../guide/denoisers.md). Classifiers of timm,
+# Denoisers from diffusers, improved-diffusion and guided-diffusion: [Denoisers](../guide/denoisers.md). Classifiers from timm,
 # transformers, torchvision and open_clip: [Experts as the Hub has them](../guide/hub-experts.md).

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # ImageNet: from a folder to a table, with the costs
 #
-# The way for a data set that does not fit into memory and takes days: look at the folder, estimate, cut the work into shards,
-# merge, report. To run anywhere in a minute, the folder here holds 12 synthetic pictures in 3 classes, and the networks are
-# tiny and random; the commands are the ones for the real thing.
+# How to proceed with a data set that does not fit into memory and takes days: look at the folder, estimate, cut the work into
+# shards, merge, report. To run anywhere in a minute, the folder here holds 12 synthetic pictures in 3 classes, and the networks
+# are tiny and random; the commands are the ones for the real thing.
 
 # %%
 from pathlib import Path
@@ -29,16 +29,17 @@ for k, name in enumerate(("n01440764", "n02102040", "n03028079")):  # folders as
 # !rsrouter inspect val --no-fingerprint
 
 # %% [markdown]
-# A folder with only some of ImageNet's classes counts them from 0, and a network of 1000 classes means others by these numbers:
-# `--classes FILE`, all 1000 folder names in their order, one a line, puts that right. `certify` warns where they do not match.
+# A folder with only some of ImageNet's classes counts them from 0, and a network of 1000 classes means other classes by these
+# numbers: `--classes FILE`, with all 1000 folder names in the network's order, one per line, puts that right. `certify` warns
+# where they do not match.
 #
-# Pictures of several sizes need `--size`: for 224 the short side becomes 256 and the centre is cropped, as the field does on
-# ImageNet. Here 32 does.
+# Pictures of several sizes need `--size`: for 224 the short side becomes 256 and the centre is cropped, as is usual for
+# ImageNet. Here 32 is enough.
 #
 # ## Two experts
 #
-# With timm's names `--architecture` is all that builds a network (`resnet50` for Cohen's ImageNet files). These two are random,
-# so their certificates say nothing but that the commands work.
+# For models that timm knows by name, `--architecture` is enough (`resnet50` for Cohen's ImageNet files). These two are random,
+# so their certificates show only that the commands work.
 
 # %%
 import timm

@@ -22,8 +22,9 @@ for name, count in (("train", 300), ("validation", 80), ("test", 12)):
 # %% [markdown]
 # ## Wrap
 #
-# A checkpoint tells neither the noise it was trained with nor its normalisation, and a wrong one still gives certificates, poor
-# ones. So both are asked for. With `--data` the accuracy under noise is measured, and a normalisation that fits better is named.
+# A checkpoint records neither the noise it was trained with nor its normalisation, and a wrong value still gives certificates,
+# only poor ones. So both are asked for. With `--data` the accuracy under noise is measured, and a normalisation that fits
+# better is named.
 
 # %%
 # !rsrouter wrap noise_0.25/checkpoint.pth.tar noise_0.50/checkpoint.pth.tar noise_1.00/checkpoint.pth.tar \
@@ -42,8 +43,8 @@ for name, count in (("train", 300), ("validation", 80), ("test", 12)):
 # %% [markdown]
 # ## Certify, report
 #
-# `--experts` fills a run: the router's table and each expert's. Interrupted, the same command goes on. `--estimate` would say
-# beforehand how long it takes.
+# `--experts` fills a run: the router's table and each expert's. After an interruption, run the same command again to go on.
+# `--estimate` would say beforehand how long it takes.
 
 # %%
 # !rsrouter certify router --data test.npz --radii 0:1.5:0.25 --n 2000 --experts --out run
@@ -74,5 +75,5 @@ print("repositories of experts:", *(expert["repo_id"] for expert in plan["expert
 print("files of the router:", *(file["path"] for file in plan["files"]), sep="\n  ")
 
 # %% [markdown]
-# The options of every step stand in [From checkpoints to a report](../guide/researcher.md) and
+# The options of every step are in [From checkpoints to a report](../guide/researcher.md) and
 # [Publish](../guide/publish.md).

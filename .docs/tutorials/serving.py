@@ -22,8 +22,8 @@ for n in (20, 100, 1000):
 #
 # ## Over HTTP
 #
-# `examples/serve_fastapi.py` turns a budget of milliseconds into a number of votes, and tells every refusal in one form. Here it
-# is asked within this process; `python examples/serve_fastapi.py org/router --port 8000` serves it.
+# `examples/serve_fastapi.py` turns a budget of milliseconds into a number of votes, and reports every refusal in one form. Here
+# it is called within this process; `python examples/serve_fastapi.py org/router --port 8000` serves it.
 
 # %%
 import io

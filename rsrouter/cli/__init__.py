@@ -36,8 +36,8 @@ app = typer.Typer(
     "In order: wrap, train, certify, report, publish. Start with: rsrouter demo --out DIR --quick",
     epilog="With --format json, stdout holds one JSON value (a result, or an object with the key error) and stderr what people "
     "read.\n\n"
-    "Exit codes: 0 done; 1 done, and something was found (audit, doctor); 2 refused: wrong usage or input, nothing there, no "
-    "access, or an audit that could not check everything; 70 a bug in rsrouter; 130 interrupted.\n\n"
+    "Exit codes: 0 done; 1 done, and something was found (audit, doctor, heads check); 2 refused: wrong usage or input, not "
+    "found, no access, or an audit that could not check everything; 70 a bug in rsrouter; 130 interrupted.\n\n"
     "Shell completion: rsrouter --install-completion",
 )
 
@@ -60,7 +60,7 @@ def _explained(error: Exception) -> RSRouterError | None:
     reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return RSRouterError(
-            "The memory does not suffice", received=reason, remedy="fewer images at once, a smaller model, or another --device"
+            "There is not enough memory", received=reason, remedy="fewer images at once, a smaller model, or another --device"
         )
     if isinstance(error, OSError):
         return RSRouterError(

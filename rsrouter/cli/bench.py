@@ -24,26 +24,29 @@ def bench(
     n_max: Annotated[
         int | None,
         typer.Option(
-            "--n-max", min=1, help="Votes of the fixed plan, and the adaptive plan's most; default 100,000 (--peers: 10,000)."
+            "--n-max",
+            min=1,
+            help="Votes of the fixed plan, and the maximum of the adaptive one; default 100,000 (--peers: 10,000).",
         ),
     ] = None,
     images: Annotated[int | None, typer.Option("--images", min=1, help="Images certified adaptively; default 50.")] = None,
     most: Annotated[
-        int | None, typer.Option("--most", min=1, help="Largest n times images in the cost table; default 1,000,000.")
+        int | None, typer.Option("--most", min=1, help="Largest product of n and images in the cost table; default 1,000,000.")
     ] = None,
     calls: Annotated[
         bool,
-        typer.Option("--calls", help="Only what one call of certify costs, the first and later ones, beside the papers' loop."),
+        typer.Option("--calls", help="Measure only calls of certify, the first and later ones, beside the papers' loop."),
     ] = False,
     peers: Annotated[
         bool,
         typer.Option(
             "--peers",
-            help="Only one certificate, beside the papers' loop and ART's (if installed), on one thread, in turn.",
+            help="Measure only one certificate, beside the papers' loop and ART (if installed), on one thread, in turn.",
         ),
     ] = False,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Only the peak memory of a process that draws 10,000, 100,000 and 1,000,000 votes.")
+        bool,
+        typer.Option("--memory", help="Measure only peak memory, of processes that draw 10,000, 100,000 and 1,000,000 votes."),
     ] = False,
     architecture: Annotated[
         str | None,

@@ -131,17 +131,22 @@ def certify(
     patience: Patience = None,
     alpha: Alpha = 1e-3,
     rule: Annotated[str, typer.Option("--rule", help="tree, or min (Dual RS).")] = "tree",
-    sides: Annotated[str | None, typer.Option("--sides", help="one or two; default two, and one for an expert.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise; default: derived from the classifier.")] = None,
+    sides: Annotated[
+        str | None,
+        typer.Option("--sides", help="Bounds on rivals, one- or two-sided: one or two; default: two, one for an expert."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise; default: derived from the classifier.")] = None,
     seed_from: Annotated[
         str,
-        typer.Option("--seed-from", metavar="TEXT", help="Public text to derive the seed from as well: a later date, a commit."),
+        typer.Option(
+            "--seed-from", metavar="TEXT", help="Public text that also enters the derived seed: a later date, a commit."
+        ),
     ] = "",
     device: Device = "cpu",
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Votes per round; changes no vote.")] = None,
     start: Start = 0,
     count: Count = None,
-    every: Annotated[int, typer.Option("--every", min=1, help="Take every k-th image, as --skip does elsewhere.")] = 1,
+    every: Annotated[int, typer.Option("--every", min=1, help="Take every k-th image, as --skip does in Cohen's code.")] = 1,
     shard: Shard = None,
     workers: Workers = None,
     ray: UseRay = False,
@@ -157,7 +162,7 @@ def certify(
     experts: Annotated[
         bool,
         typer.Option(
-            "--experts", help="Fill a run, the folder --out: the router, its table, and each expert's at the radii it can reach."
+            "--experts", help="Make --out a run folder: the router, its table, and one of each expert at the radii it can reach."
         ),
     ] = False,
     format: OutputFormat = Format.text,
@@ -246,7 +251,10 @@ def _run_folder(source: str, smoothed: Any, out: Path) -> Path:
 
     if not isinstance(smoothed, RoutedSmooth):
         raise InputError(
-            "A run is a router's", expected="a router without --expert", received=source, remedy="leave --experts or --expert out"
+            "--experts needs a router, not one expert",
+            expected="a router without --expert",
+            received=source,
+            remedy="leave --experts or --expert out",
         )
     table = out if out.suffix == ".tsv" else out / "certificates.tsv"
     if table.name != "certificates.tsv":
@@ -263,7 +271,10 @@ def _run_folder(source: str, smoothed: Any, out: Path) -> Path:
             shutil.copytree(given, router, ignore=shutil.ignore_patterns("certificates", "README.md"))
         elif RoutedSmooth.from_pretrained(router).digest != smoothed.digest:
             raise InputError(
-                "The run is another router's", expected=f"{given}", received=str(router), remedy="give another folder as --out"
+                "The run folder belongs to another router",
+                expected=f"{given}",
+                received=str(router),
+                remedy="give another folder as --out",
             )
     return table
 
@@ -289,7 +300,7 @@ def predict(
     *,
     reading: dict[str, Any],
 ) -> None:
-    """Print the smoothed classifier's answer for each image, -1 where it abstains; a core's uncertified answer stands beside it.
+    """Print the smoothed classifier's answer for each image, -1 where it abstains; a core's uncertified answer is added.
 
     Example: rsrouter predict demo/router --data test.npz --count 5
     """

@@ -11,7 +11,7 @@ from rsrouter.cli.options import Device, Format, OutputFormat, Seed, echo_json
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="A new folder, or one of an earlier run to go on with.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder, or that of an earlier run to resume.")],
     quick: Annotated[bool, typer.Option("--quick", help="Fewer images: under a minute on two cores.")] = False,
     device: Device = "cpu",
     seed: Seed = 0,

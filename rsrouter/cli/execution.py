@@ -18,7 +18,7 @@ ExecutionFile = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        "--dtype", help="float32 (tf32 or ieee: with that precision on CUDA), bfloat16 or float16; int8: see --execution."
+        "--dtype", help="float32 (tf32 or ieee: with that precision on CUDA), bfloat16 or float16; for int8 use --execution."
     ),
 ]
 ExecutionBatch = Annotated[
@@ -52,14 +52,14 @@ def calibrate(
         typer.Option("--dtype", help=f"float32, bfloat16, float16, {FASTEST} of the first two, or int8 (with --data)."),
     ] = "float32",
     data: Annotated[
-        str | None, typer.Option("--data", help="For int8: images that tell the ranges of layers; not those to certify.")
+        str | None, typer.Option("--data", help="For int8: images to measure the layers' ranges on; not those to certify.")
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="For int8: how many of them, evenly spread.")] = 64,
     ways: Annotated[
         bool,
         typer.Option(
             "--ways",
-            help="Choose float32 precision and graphs (CUDA), or one thread a pass (CPU), too: other bits, as --dtype.",
+            help="Also choose float32 precision and graphs (CUDA) or one thread per pass (CPU); like --dtype it changes bits.",
         ),
     ] = False,
     device: Device = "cpu",

@@ -35,11 +35,13 @@ def wrap(
         str | None, typer.Option(help="A denoiser before --classifier: hf-hub:org/name@rev or a folder (diffusers), or a file.")
     ] = None,
     classifier: Annotated[
-        str | None, typer.Option(help="The classifier behind --denoiser; the options about a checkpoint are about it.")
+        str | None, typer.Option(help="The classifier behind --denoiser; the options about a checkpoint apply to it.")
     ] = None,
     core: Annotated[
         str | None,
-        typer.Option("--core", help="An accurate, uncertified network, which answers where the router would abstain: as SOURCE."),
+        typer.Option(
+            "--core", help="An accurate, uncertified network that answers where the router would abstain; given like SOURCE."
+        ),
     ] = None,
     timestep: Annotated[
         str | None,

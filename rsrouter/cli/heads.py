@@ -71,21 +71,21 @@ def _refuse_others(step: Step, context: typer.Context) -> None:
 def heads(
     context: typer.Context,
     step: Annotated[Step, typer.Argument(metavar="STEP", help="declare, draw, certify or check.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where declaration, heads, features and tables lie.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the declaration, heads, features and tables.")],
     head: Annotated[
         list[Path] | None,
         typer.Option(
             "--head",
             metavar="FILE",
-            help="A last layer: safetensors with weight and bias (repeatable); its file's name is its own.",
+            help="A last layer: safetensors with weight and bias (repeatable); a head is named after its file.",
         ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Noisy copies of each image that estimate.")] = DEFAULT_VOTES,
-    n0: Annotated[int, typer.Option("--n0", help="Noisy copies that select the class.")] = 100,
+    n: Annotated[int, typer.Option("--n", help="Noisy copies of each image that the bounds use.")] = DEFAULT_VOTES,
+    n0: Annotated[int, typer.Option("--n0", help="Further noisy copies, which select the class.")] = 100,
     alpha: Annotated[float, typer.Option("--alpha", help="Failure probability of all heads together, for each image.")] = 1e-3,
     sides: Annotated[str, typer.Option("--sides", help="one or two.")] = "one",
     seed_from: Annotated[
-        str, typer.Option("--seed-from", metavar="TEXT", help="Public text to derive the seed from as well.")
+        str, typer.Option("--seed-from", metavar="TEXT", help="Public text that also enters the derived seed.")
     ] = "",
     execution: ExecutionFile = None,
     dtype: Dtype = None,
@@ -100,7 +100,7 @@ def heads(
         str | None, typer.Option("--data", help="npz, parquet, image folder, hf-hub:org/name@revision, or demo.")
     ] = None,
     start: Annotated[int, typer.Option("--start", min=0, help="First image.")] = 0,
-    count: Annotated[int | None, typer.Option("--count", min=1, help="How many images; default all.")] = None,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="How many images; default: all.")] = None,
     every: Annotated[int, typer.Option("--every", min=1, help="Take every k-th image.")] = 1,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of each table that check draws again.")] = 5,
     name: Annotated[
@@ -175,7 +175,7 @@ def _declare(folder: Path, smoothed: Any, files: list[Path], told: dict[str, Any
             "Every head needs a name of its own",
             expected="--head a.safetensors --head b.safetensors",
             received=str([str(f) for f in files]),
-            remedy="a head is called like its file",
+            remedy="a head is named after its file",
         )
     terms = Terms(FixedPlan(told["n0"], told["n"]), told["alpha"], sides=told["sides"])
     run = choose_execution(smoothed.execution, told["execution"], told["dtype"], told["execution_batch"])

@@ -22,7 +22,7 @@ def inspect(
         str, typer.Argument(metavar="DATA", help="File, folder or hf-hub:org/name@revision, as any --data takes it.")
     ],
     images: Annotated[
-        int | None, typer.Option("--images", min=1, help="How many images are decoded, spread evenly; default 1000.")
+        int | None, typer.Option("--images", min=1, help="How many images to decode, spread evenly; default 1000.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Decode every image.")] = False,
     fingerprint: Annotated[

@@ -24,7 +24,9 @@ import typer
 from rsrouter.cli.reading import parse_class_names, parse_numbers, parse_resize, parse_shape, parse_sides
 from rsrouter.core.errors import InputError
 
-Device = Annotated[str, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:1; certify, label: cuda:0,cuda:2.")]
+Device = Annotated[
+    str, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:1; certify and label also take cuda:0,cuda:2.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of labelling and training.")]
 Out = Annotated[Path, typer.Option("--out", help="Where to write; nothing there is overwritten.")]
 Alpha = Annotated[float, typer.Option("--alpha", help="Failure probability of each certificate.")]
@@ -34,7 +36,7 @@ Patience = Annotated[
     typer.Option(
         "--patience",
         metavar="P",
-        help="Chance, from .01 (default) to .5, of giving up where more votes would certify more: saves votes, is never unsound.",
+        help="Give up on an image if more votes would certify more with at most this chance: .01 (default) to .5. Always sound.",
     ),
 ]
 DEFAULT_RADII = "0:2:0.25"
@@ -44,7 +46,7 @@ DEFAULT_VOTES = 100_000
 DEMO = "demo"
 Data = Annotated[str, typer.Option("--data", help="npz, parquet, image folder, hf-hub:org/name@revision, or demo.")]
 Start = Annotated[int, typer.Option("--start", min=0, help="First image.")]
-Count = Annotated[int | None, typer.Option("--count", min=1, help="How many images; default all.")]
+Count = Annotated[int | None, typer.Option("--count", min=1, help="How many images; default: all.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
 Licence = Annotated[str, typer.Option("--licence", help="Licence of the router, as the Hub names it.")]
 Title = Annotated[str | None, typer.Option("--title", help="Heading of the card.")]
@@ -238,19 +240,21 @@ def _checkpoint(
     mean: _Numbers = None,
     std: _Numbers = None,
     num_classes: Annotated[
-        int | None, typer.Option("--num-classes", help="Width of the logits, where the file does not tell.")
+        int | None, typer.Option("--num-classes", help="Number of classes (logits), where the file does not say.")
     ] = None,
     input_shape: Annotated[str | None, typer.Option("--input-shape", help="C,H,W, such as 3,32,32.")] = None,
     weights_key: Annotated[
-        str | None, typer.Option("--weights-key", help="Which weights are meant, where a file holds several (raw, averaged).")
+        str | None, typer.Option("--weights-key", help="Which weights to take, where a file holds several (raw, averaged).")
     ] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the weights, if their model card does not say.")] = None,
     input_size: Annotated[
-        str | None, typer.Option("--input-size", help="Size of the data, 32 or 32x48, where the network sees another.")
+        str | None, typer.Option("--input-size", help="Size of the data, 32 or 32x48, where the network takes another size.")
     ] = None,
     resize: Annotated[
         str | None,
-        typer.Option("--resize", help="How data become what the network sees, if its files do not say: 256:224:bicubic, none."),
+        typer.Option(
+            "--resize", help="How images are resized for the network, if its files do not say: 256:224:bicubic, or none."
+        ),
     ] = None,
     class_names: Annotated[
         str | None, typer.Option("--class-names", help="Names of the classes, in the order of the logits: 'cat,dog', or a file.")
@@ -287,9 +291,9 @@ def _data(
     split: Annotated[str | None, typer.Option("--split", help="Part of the data: train, validation, test, ...")] = None,
     config: Annotated[str | None, typer.Option("--config", help="Configuration of a data set that has several.")] = None,
     image: Annotated[str | None, typer.Option("--image", help="Column or array of the images.")] = None,
-    label: Annotated[str | None, typer.Option("--label", help="Column or array of the labels; none: without labels.")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="Column or array of the labels; none: read no labels.")] = None,
     classes: Annotated[
-        str | None, typer.Option("--classes", help="Class names in the experts' order: 'cat,dog', or a file with a name a line.")
+        str | None, typer.Option("--classes", help="Class names in the experts' order: 'cat,dog', or a file with one per line.")
     ] = None,
     size: Annotated[
         int | None, typer.Option("--size", min=1, help="Resize the short side to SIZE * 256 / 224 and crop the centre to SIZE.")

@@ -27,12 +27,14 @@ def plan(
         typer.Option(
             "--patience",
             metavar="P,P,...",
-            help="Also what these levels, .01 to .5, of an adaptive plan save in votes and cost in certified images.",
+            help="Also show what these levels of an adaptive plan, .01 to .5, save in votes and cost in certified images.",
         ),
     ] = None,
     table: Annotated[
         Path | None,
-        typer.Option("--table", help="With --patience: on the images, votes and plan of this table of `rsrouter certify`."),
+        typer.Option(
+            "--table", help="Show --patience on the images, votes and plan of this table, written by `rsrouter certify`."
+        ),
     ] = None,
     format: OutputFormat = Format.text,
 ) -> None:

@@ -37,7 +37,7 @@ def publish(
     with_experts: Annotated[
         str | None,
         typer.Option(
-            "--with-experts", metavar="ORG/PREFIX", help="Put experts of this machine on the Hub first, as ORG/PREFIX-NAME."
+            "--with-experts", metavar="ORG/PREFIX", help="First upload experts on this machine to the Hub, as ORG/PREFIX-NAME."
         ),
     ] = None,
     message: Annotated[str | None, typer.Option("--message", help="The commit's message.")] = None,
@@ -47,7 +47,7 @@ def publish(
 ) -> None:
     """Publish a router, its pinned experts, certificates and card to the Hub, in one commit.
 
-    Run it again to resume: experts that the Hub has already are not sent twice. A dry run ends with status 2 where the
+    Run it again to resume: experts that are on the Hub already are not sent again. A dry run ends with status 2 where the
     publication would be refused.
 
     Examples: rsrouter publish run org/router --dry-run
@@ -129,7 +129,7 @@ def audit(
     fresh_votes: Annotated[int, typer.Option("--fresh-votes", help="Fresh votes per network and row.")] = 2000,
     attack_steps: Annotated[int, typer.Option("--attack-steps", help="Gradient steps per row; 0: no attack.")] = 20,
     level: Annotated[float, typer.Option("--level", help="Failure probability of each statistical check.")] = 1e-3,
-    seed: Annotated[int | None, typer.Option("--seed", help="Repeats an audit; default: fresh entropy.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed, to repeat an audit; default: fresh entropy.")] = None,
     revision: Revision = None,
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option("--out", help="Write the JSON report here.")] = None,

@@ -98,7 +98,7 @@ def _check_certified(source: Any, tables: Iterable[Any]) -> None:
 def report(
     tables: Annotated[
         list[str],
-        typer.Argument(help="Results tables: PATH or NAME=PATH, ours or the field's TSV; or a run's folder.", metavar="TABLE"),
+        typer.Argument(help="Results tables: PATH or NAME=PATH, rsrouter's or Cohen's TSV; or a run's folder.", metavar="TABLE"),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("report"),
     routed: Annotated[
@@ -108,7 +108,8 @@ def report(
     data: Annotated[str | None, typer.Option("--data", help="The data set that was certified, to show images of it.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     radii: Annotated[
-        str | None, typer.Option(help="Columns of the table: '0,0.25,0.5' or 'start:stop:step'; default: the plan's grid.")
+        str | None,
+        typer.Option(help="Radii in the table's columns: '0,0.25,0.5' or 'start:stop:step'; default: the plan's grid."),
     ] = None,
     confidence: Annotated[float, typer.Option(help="Level of the intervals over images.")] = 0.95,
     common: Annotated[bool, typer.Option("--common", help="Compare only the images that all tables hold.")] = False,
@@ -163,7 +164,10 @@ def merge(
 
         if partial:
             raise InputError(
-                "Labels are merged whole", expected="all shards", received="--partial", remedy="label the missing shards"
+                "Labels can be merged only when all shards are there",
+                expected="all shards",
+                received="--partial",
+                remedy="label the missing shards",
             )
         path = merge_labels(tables, out)
         if format is Format.json:

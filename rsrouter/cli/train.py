@@ -73,12 +73,15 @@ def label(
     data: Data = "",
     tables: Annotated[
         list[str] | None,
-        typer.Option("--tables", metavar="NAME=PATH", help="Instead of --data: an expert's own certification table, for each."),
+        typer.Option(
+            "--tables", metavar="NAME=PATH", help="Instead of --data: one expert's certification table; once for each expert."
+        ),
     ] = None,
     n: Annotated[
-        int | None, typer.Option("--n", help="Votes per expert and image (default 100), or those behind --tables (100,000).")
+        int | None,
+        typer.Option("--n", help="Votes per expert and image (default 100); with --tables, the votes behind them (100,000)."),
     ] = None,
-    alpha: Annotated[float, typer.Option("--alpha", help="Failure probability behind --tables.")] = 1e-3,
+    alpha: Annotated[float, typer.Option("--alpha", help="Failure probability of the certificates in --tables.")] = 1e-3,
     start: Start = 0,
     count: Count = None,
     unseen: Annotated[bool | None, typer.Option("--unseen/--seen", help="Whether no expert was trained on these images.")] = None,
@@ -184,7 +187,8 @@ def _told(names: Sequence[str], mean: Any, metadata: dict[str, Any], out: Path, 
 @data_options
 def train(
     pool: Annotated[
-        str | None, typer.Argument(metavar="[POOL]", help="pool.json or a spec file; with --from that router's own pool.")
+        str | None,
+        typer.Argument(metavar="[POOL]", help="pool.json or a spec file; default with --from: that router's own pool."),
     ] = None,
     data: Annotated[
         str, typer.Option("--data", help="Training images, preferably unseen by every expert; demo: the bundled ones.")
@@ -194,7 +198,7 @@ def train(
     validation: Annotated[
         str | None,
         typer.Option(
-            "--validation", help="Images that choices are made on; default: the last fifth (a flat router goes without)."
+            "--validation", help="Images on which choices are made; default: the last fifth of --data (none for a flat router)."
         ),
     ] = None,
     radii: Radii = DEFAULT_RADII,
@@ -206,27 +210,33 @@ def train(
             "deferral-grid, deferral-whole, quick.",
         ),
     ] = None,
-    labels: Annotated[Path | None, typer.Option("--labels", help="Of a flat router: what `rsrouter label` wrote.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="For a flat router: the file that `rsrouter label` wrote.")
+    ] = None,
     floor: Annotated[
         str | None,
-        typer.Option("--floor", help="Least ratio to the best expert wanted, such as 0.95, or by radius: 0:0.98,1:0.95."),
+        typer.Option("--floor", help="Wanted least ratio to the best expert, such as 0.95, or by radius: 0:0.98,1:0.95."),
     ] = None,
-    weights: Annotated[str | None, typer.Option("--weights", help="What radii count, such as 0:2,0.5:1; others count 1.")] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Weights of radii, such as 0:2,0.5:1; others have weight 1.")
+    ] = None,
     never_below: Annotated[
         list[str] | None,
-        typer.Option("--never-below", metavar="NAME@RADIUS", help="At this radius no less than this expert; repeatable."),
+        typer.Option(
+            "--never-below", metavar="NAME@RADIUS", help="Certify no less than this expert at this radius (repeatable)."
+        ),
     ] = None,
     core_at: Annotated[
         float | None,
         typer.Option("--core-at", help="The core answers where no class has this share of the last stage's votes, such as 0.6."),
     ] = None,
     parent: Annotated[
-        str | None, typer.Option("--from", help="Folder or Hub repository of a router to train further, over other experts too.")
+        str | None, typer.Option("--from", help="Folder or Hub repository of a router to train further, also over other experts.")
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of --from.")] = None,
     start: Start = 0,
     count: Count = None,
-    n: Annotated[int, typer.Option("--n", help="Votes per stage of the certification this is tuned for.")] = 10_000,
+    n: Annotated[int, typer.Option("--n", help="Votes per stage of the certification that the router is tuned for.")] = 10_000,
     alpha: Alpha = 1e-3,
     seed: Seed = 0,
     device: Device = "cpu",

@@ -25,10 +25,10 @@ from rsrouter.cli.options import (
 
 @data_options
 def transfer(
-    table: Annotated[Path, typer.Argument(metavar="TABLE", help="Certificates of `rsrouter certify`; they are only read.")],
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="A table written by `rsrouter certify`; it is only read.")],
     router: Annotated[str, typer.Option("--router", help="The router (or pool.json with --expert) that the table is about.")],
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="The new table, with its JSON beside it; it is resumed.")],
+    out: Annotated[Path, typer.Option("--out", help="The new table, with its JSON beside it; an unfinished one is resumed.")],
     execution: ExecutionFile = None,
     dtype: Dtype = None,
     execution_batch: ExecutionBatch = None,

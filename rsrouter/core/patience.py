@@ -220,7 +220,7 @@ def _chances(stage: Stage, shares: Mapping[str, ArrayLike], stages: int) -> Arra
     fits = p.ndim == 2 and p.shape[1] == stage.num_outcomes
     if not fits or not np.all((p >= 0) & (p <= 1)) or not np.allclose(p.sum(1), 1.0, atol=1e-9):
         raise PlanError(
-            f"Vote probabilities of stage {stage.name!r} cannot be",
+            f"The values for stage {stage.name!r} are not vote probabilities",
             expected=f"(N, {stage.num_outcomes}) numbers from 0 to 1, rows summing to 1",
             received=str(p.shape) if not fits else "other sums, or numbers out of range",
             remedy="give the probability of every outcome under noise, invalid votes last",

@@ -200,7 +200,7 @@ class Tree:
         misnamed = [key for key, stage in self.stages.items() if key != stage.name]
         if misnamed:
             raise PlanError(
-                "Stages are filed under another name than their own",
+                "A stage's key differs from its name",
                 expected="the stage's name as key",
                 received=str(misnamed),
                 remedy="use Tree.of(stages)",

@@ -118,7 +118,7 @@ def with_channels(array: NDArray[Any], channels: int | None, who: str) -> NDArra
             f"{who} is in colour",
             expected="one channel",
             received=str(array.shape),
-            remedy="arrays are not made gray: do it before",
+            remedy="rsrouter does not convert arrays to gray: convert them first",
         )
     return np.repeat(array, channels, axis=0)
 

@@ -65,7 +65,7 @@ def find_image(columns: Sequence[str], wanted: str | None, where: str, typed: Se
     found = [c for c in usual if c in typed] or usual or list(typed)
     if not found or (not usual and len(found) > 1):
         raise InputError(
-            f"{where} has no image column that is known",
+            f"{where} has no image column with a known name",
             expected=f"one of {', '.join(IMAGE_COLUMNS[:5])}, ...",
             received=_listed(columns),
             remedy="name it: image= (--image)",
@@ -91,7 +91,7 @@ def find_label(columns: Sequence[str], image: str, wanted: str | None, where: st
         return found[0]
     if any(c != image and c.lower() not in NO_LABELS and c.lower() not in IMAGE_COLUMNS for c in columns):
         raise InputError(
-            f"{where} has no label column that is known",
+            f"{where} has no label column with a known name",
             expected=f"one of {', '.join(LABEL_COLUMNS[:6])}, ...",
             received=_listed(columns),
             remedy=f"name it: label= (--label); --label {NONE} takes the images without labels",

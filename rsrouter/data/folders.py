@@ -349,7 +349,7 @@ def _csv_rows(content: bytes, what: str) -> list[dict[str, Any]]:
     if not rows or any(None in row for row in rows):
         raise InputError(
             f"{what} is not a table",
-            expected="a head and rows of as many cells",
+            expected="a header, and rows with as many cells",
             received="no rows, or cells too many",
             remedy="mend it",
         )

@@ -75,7 +75,7 @@ def load_data(
     reading = Reading(split, config, image, label, _names(classes), size, _channels(channels), bool(skip_unreadable))
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= 1 << 14):
         raise InputError(
-            "The size cannot be", expected="a whole number of pixels", received=repr(size), remedy="such as size=224"
+            "This size cannot be used", expected="a whole number of pixels", received=repr(size), remedy="such as size=224"
         )
     if not isinstance(source, str | os.PathLike):
         return from_object(source, reading)
@@ -110,14 +110,19 @@ def _names(classes: Sequence[str] | None) -> tuple[str, ...] | None:
         return None
     if isinstance(classes, str) or not all(isinstance(c, str) for c in classes) or not len(classes):
         raise InputError(
-            "Classes are names", expected="a list of text", received=repr(classes)[:80], remedy="such as ['cat', 'dog']"
+            "Class names must be a list of text",
+            expected="a list of text",
+            received=repr(classes)[:80],
+            remedy="such as ['cat', 'dog']",
         )
     return tuple(classes)
 
 
 def _channels(channels: int | None) -> int | None:
     if channels not in (None, 1, 3) or isinstance(channels, bool):
-        raise InputError("The channels cannot be", expected="1 or 3", received=repr(channels), remedy="leave them out")
+        raise InputError(
+            "This number of channels cannot be used", expected="1 or 3", received=repr(channels), remedy="leave them out"
+        )
     return channels
 
 

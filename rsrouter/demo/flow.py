@@ -107,7 +107,7 @@ def _prepare(out: Path, settings: Settings) -> None:
             found = None
         if found != wanted:
             raise ResultsError(
-                "The output folder holds something else",
+                "The output folder is not empty and was not written by this command",
                 expected="a new folder, or a demo run with the same settings",
                 received=f"{out}" + (f" with settings {found}" if found else ""),
                 remedy="choose another --out; nothing was overwritten",

@@ -135,7 +135,7 @@ def read_expert_config(path: Path) -> dict[str, Any]:
     if config.schema_version not in (None, SCHEMA_VERSION):
         newer = config.schema_version > SCHEMA_VERSION
         raise CheckpointError(
-            f"{path.name} has another schema",
+            f"{path.name} has an unsupported schema version",
             expected=f"schema_version {SCHEMA_VERSION}",
             received=f"{config.schema_version}" + ("" if newer else ", made by an unreleased version"),
             remedy="upgrade rsrouter" if newer else "write it again with `rsrouter convert`",

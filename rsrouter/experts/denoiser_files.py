@@ -88,7 +88,7 @@ def load_denoiser(
     if folder is not None:
         if architecture not in (None, ARCHITECTURE) or told["kwargs"]:
             raise CheckpointError(
-                f"{folder.title} says itself what it is",
+                f"{folder.title} already describes its own architecture",
                 expected="no architecture and no kwargs for a UNet of diffusers",
                 received=f"architecture {architecture!r}, kwargs {told['kwargs']}",
                 remedy="leave them out",

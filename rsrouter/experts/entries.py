@@ -183,7 +183,7 @@ def experts_from_dict(content: Any, sources: Sources | None = None, *, lazy: boo
     if version != SCHEMA_VERSION and isinstance(content, dict) and "experts" in content:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         raise InputError(
-            "The pool has another schema",
+            "The pool has an unsupported schema version",
             expected=f"schema_version {SCHEMA_VERSION}",
             received=repr(version) + ("" if newer else ", made by an unreleased version"),
             remedy="upgrade rsrouter" if newer else "wrap it again with `rsrouter wrap`",

@@ -52,7 +52,7 @@ def _no_votes(sigma: object, lipschitz: object, who: str) -> float:
     """0, the sigma of a core; InputError where it is to be certified as well."""
     if lipschitz is not None or (sigma is not None and (isinstance(sigma, bool) or sigma != 0)):
         raise InputError(
-            f"{who[0].upper()}{who[1:]} is a core, and has what certificates are made of",
+            f"{who[0].upper()}{who[1:]} is a core, but has a sigma or a Lipschitz constant",
             expected="core=True alone: it answers where nothing is certified, and is never certified itself",
             received=f"sigma={sigma!r}" if lipschitz is None else f"lipschitz={lipschitz!r}"[:200],
             remedy="leave out sigma and lipschitz, or core",

@@ -189,7 +189,7 @@ def build_fitted(
     for name, tensor in fit.tensors.items():
         if state[name].dtype.is_floating_point and not tensor.dtype.is_floating_point:
             raise CheckpointError(
-                f"{filename} holds weights of another kind of number",
+                f"{filename} holds weights of another dtype",
                 expected=f"{name} as {state[name].dtype}",
                 received=str(tensor.dtype),
                 remedy="dequantise the weights where they were made",

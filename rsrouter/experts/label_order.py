@@ -45,7 +45,7 @@ def map_labels(
         if len(set(own)) != len(own) or set(own) != set(wanted):
             only, lacking = sorted(set(own) - set(wanted)), sorted(set(wanted) - set(own))
             raise InputError(
-                f"The classes of expert {expert.name!r} are others",
+                f"Expert {expert.name!r} has different classes",
                 expected=f"the {len(wanted)} classes {', '.join(wanted[:5])}{', ...' if len(wanted) > 5 else ''}",
                 received=f"a name twice in {own[:8]}" if len(set(own)) != len(own) else f"also {only[:5]}, without {lacking[:5]}",
                 remedy='say which name means which: --label-map FILE with {"its name": "the name"} as JSON',

@@ -265,7 +265,7 @@ def with_statements(read: Diffusion, stated: Any, free: tuple[str, ...], who: st
     for name in stated:
         if name not in free and told[name] != getattr(read, name) and not _same(told[name], getattr(read, name)):
             raise CheckpointError(
-                f"{who} says otherwise about {name}",
+                f"{who} contradicts the {name} that was given",
                 expected=f"{getattr(read, name)!r}, as in the file"[:200],
                 received=repr(told[name])[:200],
                 remedy="leave it out: what the file says is used. Where the file is wrong, correct the file",

@@ -72,7 +72,7 @@ def check_order(images: Images, indices: Sequence[int] | None, block: int) -> li
         )
     if len(set(order)) < len(order) or not order:
         raise InputError(
-            "A table holds each image once, and one at least",
+            "A table needs at least one image, and each image only once",
             expected="different indices",
             received=f"{len(order)} indices, {len(set(order))} of them different",
             remedy="check indices, --start and --count",

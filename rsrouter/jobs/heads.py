@@ -92,7 +92,7 @@ def declare_heads(
     plan = terms.plan
     if not isinstance(plan, FixedPlan):
         raise PlanError(
-            "Cached features are drawn whole", expected="a FixedPlan", received=repr(plan), remedy="FixedPlan(n0=100, n=10_000)"
+            "Cached features need a fixed plan", expected="a FixedPlan", received=repr(plan), remedy="FixedPlan(n0=100, n=10_000)"
         )
     if noise not in ("gaussian", "sound"):
         raise InputError("Unknown noise", expected="gaussian or sound", received=repr(noise), remedy="leave it out")

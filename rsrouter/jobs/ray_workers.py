@@ -114,7 +114,7 @@ class RayActors:
         self.slots = possible if number is None else number
         if not 1 <= self.slots <= possible:
             raise InputError(
-                "The Ray cluster has less than the workers need",
+                "The Ray cluster has fewer resources than the workers need",
                 expected=f"{number or 1} workers of {'1 GPU' if self._gpu else f'{self.threads} cores'}",
                 received=f"{there} {'GPUs' if self._gpu else 'cores'}",
                 remedy="ask for fewer workers, or let machines join with `ray start --address`",

@@ -188,7 +188,7 @@ def check_table(table: Table, saved: Saved) -> Table:
         )
     if not derived:
         raise ResultsError(
-            f"The seed of table {table.name!r} was chosen by hand, and seeds can be shopped for",
+            f"The seed of table {table.name!r} was chosen by hand, so it could have been picked for a lucky result",
             expected=f"seed {subject.default_seed(about.seed_from)}, which derives from the classifier",
             received=f"seed {about.seed}",
             remedy="certify again without --seed, or with --seed-from TEXT, a public text such as a date",

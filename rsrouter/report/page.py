@@ -121,7 +121,7 @@ def check_folder(folder: Path) -> None:
     found = sorted(p.name for p in folder.iterdir() if not is_leftover(p, FILES))
     if found:
         raise ResultsError(
-            f"{folder} holds something else",
+            f"{folder} is not empty and was not written by this command",
             expected="an empty folder, or an earlier report",
             received=", ".join(found[:5]),
             remedy="give a folder of its own; nothing was changed",

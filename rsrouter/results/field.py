@@ -156,7 +156,7 @@ def _columns(cells: Sequence[str]) -> list[str]:
 def _check_columns(columns: Sequence[str], path: Path) -> None:
     if any("radius proved" in column for column in columns):
         raise ResultsError(
-            f"{path.name} says whether one radius was certified, and not which one",
+            f"{path.name} says only whether one radius was certified, and has no radius for each image",
             expected="a column radius with each image's own",
             received="radius proved (smoothing-ensembles, adaptive: 1 stands for the radius it was started with)",
             remedy="write that radius into the column where it says 1 and 0 elsewhere, and call the column radius",

@@ -217,7 +217,7 @@ def bind_chain(
             check_thresholds([tau])
     if len(thresholds) < len(voters) and voters[-1].confidence:
         raise InputError(
-            "The last voter has nobody to ask",
+            "The last voter cannot defer: no voter comes after it",
             expected="confidence 0 for a voter that always answers",
             received=f"{voters[-1].confidence:g} for the voter on {voters[-1].expert!r}",
             remedy="give it confidence 0, add a voter behind it, or, over a pool with a core, give it a threshold too",

@@ -56,7 +56,7 @@ def check_votes_fit(end: int) -> None:
     """Raises InputError where a stream would be read past its last vote."""
     if end > MOST_VOTES:
         raise InputError(
-            "A noise stream has no more votes",
+            "The noise stream is exhausted",
             expected=f"at most {MOST_VOTES:,} votes of one image, purpose and network",
             received=f"vote {end - 1:,}",
             remedy="ask for fewer",

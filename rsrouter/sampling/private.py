@@ -84,7 +84,7 @@ def _refuse_unregistered(module: nn.Module, name: str, device: torch.device, dty
             what = f"a tensor of {str(part.dtype).removeprefix('torch.')} on {part.device}"
         if left:
             raise NetworkError(
-                f"Network {name!r} keeps weights where they are not found",
+                f"Network {name!r} keeps weights outside parameters, buffers and registered modules",
                 expected="weights in parameters, buffers and registered modules, which move to "
                 f"{str(dtype).removeprefix('torch.')} on {device} and into eval mode",
                 received=f"{what} in the plain attribute {path!r}",

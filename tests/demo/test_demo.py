@@ -125,11 +125,11 @@ def test_the_same_seed_gives_the_same_bytes_and_a_stopped_run_goes_on(small, tmp
 
 def test_a_folder_of_something_else_is_refused_and_kept(small, tmp_path):
     _, out, _ = small
-    with pytest.raises(ResultsError, match="something else"):
+    with pytest.raises(ResultsError, match="not written by this command"):
         run(out, quick=True, seed=1, show=False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ResultsError, match="something else"):
+    with pytest.raises(ResultsError, match="not written by this command"):
         run(tmp_path / "mine", quick=True, show=False)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     assert len(list((tmp_path / "mine").iterdir())) == 1

@@ -170,7 +170,7 @@ def quantised(t: Tensor) -> Tensor:
         (quantised, "quantised"),
         (lambda t: t.to("meta"), "meta"),
         (lambda t: t.to_sparse(), "sparse"),
-        (lambda t: (t * 10).to(torch.int8), "another kind of number"),
+        (lambda t: (t * 10).to(torch.int8), "another dtype"),
         (lambda t: t * torch.inf, "not finite"),
     ],
 )

@@ -51,7 +51,7 @@ FOLDERS: dict[str, Case] = {
     "classes in the experts' order": case(pets, Read([0, 1], ("dog", "cat"), [2]), classes=["dog", "cat"]),
     "a class that is not there": case(pets, "no folder for a class", classes=["cat", "wolf"]),
     "a class twice": case(pets, "do not fit", classes=["cat", "cat"]),
-    "classes as text": case(pets, "Classes are names", classes="cat"),
+    "classes as text": case(pets, "Class names must be a list of text", classes="cat"),
     "one of the classes": case(pets, Read([0], ("dog",), [2], warns="not asked for"), classes=["dog"]),
     "a note among pictures": case(lambda p: tree(pets(p), {"cat/notes.txt": "x"}), Read([0, 1], CAT_DOG, warns=r"notes\.txt")),
     "a picture beside the classes": case(
@@ -219,8 +219,8 @@ FOLDERS: dict[str, Case] = {
         lambda p: tree(p, {"x/0.png": gray(3), "x/1.png": colour()}), Read([0, 0], ("x",), [3], (1, 8, 8)), channels=1
     ),
     "all as colour": case(lambda p: one(p, gray(3)), Read([0], ("x",), [3], (3, 8, 8)), channels=3),
-    "channels that cannot be": case(pets, "channels cannot be", channels=2),
-    "a size that cannot be": case(pets, "size cannot be", size=0),
+    "channels that cannot be": case(pets, "number of channels cannot be used", channels=2),
+    "a size that cannot be": case(pets, "size cannot be used", size=0),
     "several sizes": case(
         lambda p: tree(p, {"x/0.png": gray(), "x/1.png": encoded(np.zeros((9, 8), np.uint8))}), "differ in size"
     ),

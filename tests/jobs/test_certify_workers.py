@@ -347,7 +347,7 @@ def test_an_actor_killed_in_the_middle_of_an_image(tmp_path: Path, cluster: str)
 
 @pytest.mark.slow
 def test_more_actors_than_cores(tmp_path: Path, cluster: str) -> None:
-    with pytest.raises(InputError, match="less than the workers need"):
+    with pytest.raises(InputError, match="fewer resources than the workers need"):
         certify(tmp_path / "t.tsv", ray=cluster, workers=3, threads=1)
 
 

@@ -255,8 +255,8 @@ def test_a_repository_that_is_refused_leaves_nothing(hub: HubServer, tmp_path: P
     net = "hf-hub:org/classifier"
     for words, match in (
         ((gated, net), "gated"),
-        ((good, net, "--diffusion", '{"prediction": "v_prediction"}'), "says otherwise about prediction"),
-        ((good, net, "--diffusion", '{"schedule": "cosine"}'), "says otherwise about schedule"),
+        ((good, net, "--diffusion", '{"prediction": "v_prediction"}'), "contradicts the prediction that was given"),
+        ((good, net, "--diffusion", '{"schedule": "cosine"}'), "contradicts the schedule that was given"),
         ((pickled, net), "no UNet weights as safetensors"),
         ((flow, net), "prediction one of"),
         (("hf-hub:org/grey", net, *told["grey"]), "different images"),

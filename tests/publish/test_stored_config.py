@@ -87,7 +87,7 @@ def test_nested_deep_and_old(pool: ExpertPool, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not JSON"):
         load_folder(folder)
     (folder / CONFIG).write_text(json.dumps({**content, "schema_version": 1}))
-    with pytest.raises(CheckpointError, match="another schema") as caught:
+    with pytest.raises(CheckpointError, match="unsupported schema version") as caught:
         load_folder(folder)
     assert "unreleased version" in caught.value.remedy
 

@@ -233,7 +233,7 @@ def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
         (folder / name).write_text(content)
-        with pytest.raises(ResultsError, match="something else"):
+        with pytest.raises(ResultsError, match="not written by this command"):
             write_report(tables(), folder)
         assert [(p.name, p.read_text()) for p in folder.iterdir()] == [(name, content)]
     (tmp_path / "file").write_text("mine")

@@ -330,7 +330,7 @@ def test_windows_of_a_swin_transformer_are_certified() -> None:
 def test_plain_tensors_of_another_dtype_are_refused_where_they_would_stay(dtype: str) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     module.offset = [torch.zeros(3)]  # type: ignore[assignment]
-    with pytest.raises(NetworkError, match=r"keeps weights where they are not found.*'offset'.*register_buffer"):
+    with pytest.raises(NetworkError, match=r"keeps weights outside parameters.*'offset'.*register_buffer"):
         votes(engine(module, dtype=dtype))
     assert sum(votes(engine(module))[0]) == 400
 

@@ -96,7 +96,7 @@ class FlipsBelow(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", [Flips, FlipsBelow])
 def test_modes_around_the_call_are_refused(mode: Any) -> None:
-    with mode(), pytest.raises(NetworkError, match=rf"Modes that may replace.*{mode.__name__}.*leave them"):
+    with mode(), pytest.raises(NetworkError, match=rf"modes were active while.*{mode.__name__}.*leave them"):
         votes(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)))
 
 

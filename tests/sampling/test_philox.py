@@ -170,7 +170,7 @@ def test_a_stream_ends_where_its_counter_does():
     x = images(1)
     last = engine.run(x, [image_identity(x[0])], [VoteRequest(0, "net", "estimate", MOST_VOTES - 10, 10)])[0]["net"]
     assert last.sum() == 10
-    with pytest.raises(InputError, match="no more votes"):
+    with pytest.raises(InputError, match="stream is exhausted"):
         engine.run(x, [image_identity(x[0])], [VoteRequest(0, "net", "estimate", MOST_VOTES - 10, 11)])
 
 

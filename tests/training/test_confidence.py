@@ -144,7 +144,7 @@ def test_a_confidence_that_cannot_be(pool, confidence):
 
 
 def test_the_last_voter_has_nobody_to_ask(pool):
-    with pytest.raises(InputError, match="has nobody to ask"):
+    with pytest.raises(InputError, match="cannot defer"):
         bind_chain(pool, [Voter("b"), Voter("a", confidence=0.5)], (0.6,))
 
 
