@@ -101,7 +101,8 @@ def check_seed(state: State, table: Table, run: TableMetadata, subject: Smooth |
     derived, wrong = subject.routed.default_seed(run.seed_from), Found()
     free = seed_freedom(run)
     if run.seed != derived:
-        wrong.append((None, f"seed {run.seed} was chosen by hand; the digests give {derived}. It could have been picked for a lucky result"))
+        lucky = "It could have been picked for a lucky result"
+        wrong.append((None, f"seed {run.seed} was chosen by hand; the digests give {derived}. {lucky}"))
     if run.seed_derived != (run.seed == derived):
         wrong.append((None, f"the table says seed_derived {run.seed_derived}"))
     state.add(
