@@ -207,7 +207,7 @@ def train(
         typer.Option(
             "--recipe",
             help="Flat: utility, coverage, dual-rs, dual-rs-weak, dual-rs-head; others: deferral, deferral-confidence, "
-            "deferral-grid, deferral-whole, quick.",
+            "deferral-grid, deferral-sure, deferral-whole, quick.",
         ),
     ] = None,
     labels: Annotated[

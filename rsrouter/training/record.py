@@ -56,7 +56,7 @@ class Training:
         seed: of noise, initialisation and order.
         recipe: of a flat router a `Recipe` or a name in `RECIPES` (default `"utility"`; `"dual-rs"` as its authors run it), else
             a `DeferralRecipe` or a name in `DEFERRAL_RECIPES` (`"deferral"`, `"deferral-confidence"`, `"deferral-grid"`,
-            `"deferral-whole"`, `"quick"`).
+            `"deferral-sure"`, `"deferral-whole"`, `"quick"`).
         routing_labels: of a flat router: labels made before; None: made here with `label_n` votes per expert and image.
         label_n: see `routing_labels`.
         validation: images and labels that choices are made on; None: the last fifth of `images`, which then train nothing (a
