@@ -109,7 +109,7 @@ BEHIND_VOTES = 24
 #: By name: `deferral` (some ten minutes for 6,000 and 1,000 small images on one core), `deferral-confidence` (heads are also
 #: offered so that only votes of some confidence count for a class; the search is longer), `deferral-grid` (heads see where in the
 #: image something is; for tens of thousands of images), `deferral-whole` (at each noise level also a network of its own; for tens
-#: of thousands of images), `deferral-sure` (many more votes of the images that decide at the largest radii; for a `plan_n` of tens
+#: of thousands of images), `deferral-sure` (many more votes of the images that decide at the largest radii; for `plan_n` of tens
 #: of thousands) and `quick` (about a minute for 6,000 and 400).
 DEFERRAL_RECIPES: dict[str, DeferralRecipe] = {
     "deferral": DeferralRecipe(),
