@@ -322,7 +322,12 @@ def read_data(source: str, reading: Mapping[str, Any], demo: str = "test", exper
     if bundled == DEMO:
         from rsrouter.demo import load_slice
 
-        return load_slice(part or reading.get("split") or demo)
+        split = reading.get("split")
+        if part and split not in (None, part):
+            raise InputError(
+                "Two bundled slices are named", expected="one", received=f"{source}, --split {split}", remedy="leave one out"
+            )
+        return load_slice(part or split or demo)
     with told_warnings():
         data = load_data(source, **reading)
         if expert is not None:

@@ -36,7 +36,10 @@ def load_slice(name: str) -> ImageData:
     the beginning of the official test set."""
     if name not in SLICES:
         raise InputError(
-            "Unknown slice", expected=f"one of {SLICES}", received=repr(name), remedy="rsrouter.demo.load_slice('test')"
+            "Unknown slice",
+            expected=f"one of {SLICES}",
+            received=repr(name),
+            remedy="--data demo:validation",
         )
     data = load_data(ASSETS / "images" / f"{name}.npz", classes=CLASSES)
     data.name = "demo" if name == "test" else f"demo:{name}"  # what stands behind --data in the commands that a card gives

@@ -32,7 +32,7 @@ from rsrouter.training.doubts import doubts
 from rsrouter.training.features import with_features, without_features
 from rsrouter.training.heads import HeadGoal, HeadRecipe, as_stored, train_head
 from rsrouter.training.labels import target_radii
-from rsrouter.training.looks import Look, expert_look, head_look, network_look, with_further
+from rsrouter.training.looks import FEATURE_BLOCK, Look, expert_look, head_look, network_look, with_further
 from rsrouter.training.record import LABEL, SELECTION_VOTES, TRAIN, TUNE, Training, named_recipe
 from rsrouter.training.simulated import SimulatedVotes, shared_levels, simulate_pool
 from rsrouter.training.whole import WholeRecipe, train_whole, whole_votes
@@ -58,7 +58,8 @@ class DeferralRecipe:
             radius 0. The log names such a candidate after it: `own@0.6~0.4`.
         sure_copies: further noisy copies of the validation images on which nearly all votes of a network agree. At a large
             radius a few votes in ten thousand decide, which `tune_copies` cannot tell: the choice then rests on a prior, and
-            promises too much there. Ten times `tune_copies` is a reasonable number; 0: none.
+            promises too much there. Ten times `tune_copies` is a reasonable number; 0: none. The flat candidate of kind `auto`
+            goes without.
         whole: networks of the router's own to train beside the heads, one of each at every noise level; an expert's size each,
             and minutes of training for one of 160,000 weights. Their labels must differ.
     """
@@ -288,7 +289,7 @@ def train_deferral(training: Training) -> DeferralRouter | CascadeRouter:
         del features
         look: Look = partial(head_look, training, readers, sigma, cells, trained, list(levels))
         voted = dict(zip(trained, look(xv, recipe.tune_copies, TUNE), strict=True))
-        totals = with_further(training, looks, list(voted.values()), look, len(readers))
+        totals = with_further(training, looks, list(voted.values()), look, len(readers), FEATURE_BLOCK)
         named = {str(voter.head): voter for voter, _ in members}
         for name, counts in voted.items():
             reached = offer(name, named[name], sigma, counts, totals)

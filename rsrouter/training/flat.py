@@ -277,13 +277,7 @@ def train_flat(
         InputError: labels that do not fit, or no training image tells the experts apart.
     """
     pool, x, seed, store = training.pool, training.images, training.seed, training.store
-    if labels.radius.shape != (len(x), len(pool)) or not np.isfinite(labels.radius).all():
-        raise InputError(
-            "Routing labels do not fit",
-            expected=f"finite radii ({len(x)}, {len(pool)})",
-            received=str(labels.radius.shape),
-            remedy="label the images that are trained on",
-        )
+    _check_labels(labels, len(x), len(pool))
     names = router.order(pool)
     columns, sigmas, radii = [pool.names.index(name) for name in names], [pool[name].sigma for name in names], training.radii
     radius = labels.radius[:, columns]
@@ -383,6 +377,17 @@ def train_flat(
 
 
 @usual_settings()
+def _check_labels(labels: Labels, images: int, experts: int) -> None:
+    shapes = (labels.radius.shape, labels.predict.shape)
+    if shapes != ((images, experts),) * 2 or not np.isfinite(labels.radius).all():
+        raise InputError(
+            "Routing labels do not fit",
+            expected=f"finite radii and classes ({images}, {experts})",
+            received=f"{shapes[0]} and {shapes[1]}",
+            remedy="label the images that are trained on",
+        )
+
+
 def flat_router(
     training: Training, recipe: Recipe | None = None, *, label_n: int | None = None, copies: int = 50, tune_n: int | None = None
 ) -> tuple[FlatRouter, dict[str, Any] | None]:
@@ -409,6 +414,7 @@ def flat_router(
     labels = training.routing_labels
     if labels is None:
         labels = training.targets(training.expert_votes(training.images, label_n, LABEL), training.labels, carried=recipe.carried)
+    _check_labels(labels, len(training.images), len(pool))
     if training.validation is None:
         right = dict(zip(pool.names, (labels.predict == training.labels.numpy()[:, None]).mean(0).tolist(), strict=True))
         training.doubt(wrong_labels(right, len(training.labels), pool.num_classes, "training"))

@@ -198,16 +198,19 @@ class Training:
             if name == "floor" and not isinstance(given, Mapping):
                 given = dict.fromkeys(self.radii, given)
             try:
-                wishes[name] = {float(radius): value for radius, value in dict({} if given is None else given).items()}
-            except (TypeError, ValueError):
+                by_radius = dict({} if given is None else given)
+                wishes[name] = {float(radius): value for radius, value in by_radius.items()}
+                if len(wishes[name]) < len(by_radius):  # 0 and "0"
+                    raise ValueError
+            except (TypeError, ValueError, OverflowError):
                 raise InputError(
                     f"{name} cannot be read",
-                    expected="values by radius" + (", or one number" if name == "floor" else ""),
+                    expected="values by radius, each radius once" + (", or one number" if name == "floor" else ""),
                     received=repr(given),
                     remedy=remedy,
                 ) from None
         floors, weights, experts = wishes.values()
-        if odd_floors := [v for v in floors.values() if not (isinstance(v, Real) and 0.0 <= float(v) <= MOST_FLOOR)]:
+        if odd_floors := [v for v in floors.values() if not (_is_number(v) and 0.0 <= v <= MOST_FLOOR)]:
             raise InputError(
                 "A floor must be a share of the experts' envelope, not a percentage",
                 expected=f"numbers from 0 to {MOST_FLOOR:g}: 1 is as much as the best expert certifies at a radius",
@@ -216,7 +219,7 @@ class Training:
             )
         strange = [r for r in (*floors, *weights, *experts) if r not in self.radii]
         unknown = [name for name in experts.values() if name not in self.pool.names]
-        odd = [v for v in weights.values() if not (isinstance(v, Real) and isfinite(v) and float(v) >= 0)]
+        odd = [v for v in weights.values() if not (_is_number(v) and v >= 0.0)]
         silent = not odd and all(weights.get(r, 1.0) == 0 for r in self.radii)
         if strange or unknown or odd or silent:
             raise InputError(
@@ -341,3 +344,11 @@ def named_recipe(given: Any, default: str, recipes: Mapping[str, R], kind: type[
             remedy="flat routers take a Recipe, the others a DeferralRecipe",
         )
     return found
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a real number that float64 holds."""
+    try:
+        return isinstance(value, Real) and isfinite(value)
+    except OverflowError:
+        return False

@@ -83,10 +83,11 @@ def train_router(training: Training | ExpertPool, /, *given: Any, **settings: An
             given_router = checked.router if isinstance(checked.router, Router) else None
             check_savable(checked.pool, given_router, [module for _, module in checked.networks])
         with _watched(checked, folder, where) as (run, lines):
-            trains = (
-                isinstance(recipe, Recipe) or run.router == "auto" or (recipe is not None and bool(recipe.heads or recipe.whole))
-            )
-            if trains and run.validation is not None and (both := overlap(run.images, run.validation[0])) is not None:
+            if (
+                _learns(run, recipe)
+                and run.validation is not None
+                and (both := overlap(run.images, run.validation[0])) is not None
+            ):
                 run.doubt([both])
             router = _trained(run)
             if run.core_at is not None:

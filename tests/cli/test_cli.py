@@ -281,6 +281,8 @@ def test_a_bundled_slice_has_a_name_that_can_be_typed():
         assert read_data(data.name, {}).name == data.name
     with pytest.raises(InputError, match="Unknown slice"):
         read_data("demo:other", {})
+    with pytest.raises(InputError, match="Two bundled slices"):
+        read_data("demo:train", {"split": "validation"})
 
 
 def test_some_of_the_experts_classes_are_told(tmp_path, capsys):

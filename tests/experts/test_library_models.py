@@ -74,7 +74,7 @@ def test_identity_is_that_of_the_files(models: Path, tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"auto_map": {"AutoModelForImageClassification": "modeling.Own"}}, "its own code"),
-        ({"architectures": ["ViTModel"]}, "no image classifier"),
+        ({"architectures": ["ViTModel"]}, "not an image classifier"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"num_hidden_layers": 3}, "does not fit"),
         ({"image_size": 64}, "cannot load|does not fit|disagree"),

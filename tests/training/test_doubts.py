@@ -6,12 +6,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_training import CLASSES, SHAPE, images, pool
 from torch import nn
 
 from rsrouter import CheckpointError, Expert, ExpertPool, InputError, train_router
+from rsrouter.training import Labels
 
 RADII = (0.0, 0.25, 0.5)
 
@@ -106,6 +108,15 @@ class Private(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(self.fc(x.flatten(1)))
+
+
+@pytest.mark.parametrize("cut", [(slice(1), slice(None)), (slice(None), slice(1)), (slice(None), slice(None))])
+def test_labels_of_other_images_or_experts_are_refused(cut: tuple[slice, slice]) -> None:
+    x, y = images()
+    whole = np.zeros((len(x), len(pool())))
+    labels = Labels(whole[cut], whole.astype(np.int64)[:, :1])
+    with pytest.raises(InputError, match="Routing labels do not fit"):
+        train_router(pool(), "flat", x, y, radii=RADII, routing_labels=labels)
 
 
 def test_what_cannot_be_saved_is_told_before_the_training(tmp_path: Path) -> None:

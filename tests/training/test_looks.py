@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ from rsrouter.router import Voter
 from rsrouter.training import DeferralRecipe, Training
 from rsrouter.training.chains import expert_radius
 from rsrouter.training.heads import HeadRecipe
-from rsrouter.training.looks import SURE_BLOCK, with_further
+from rsrouter.training.looks import SURE_BLOCK, head_look, with_further
+from rsrouter.training.resume import ResumeStore
 from rsrouter.training.simulated import SimulatedVotes
 from rsrouter.training.train import expert_passes
 
@@ -129,3 +132,17 @@ def test_further_copies_are_a_count() -> None:
     for odd in (-1, 1.5, "many"):
         with pytest.raises(PlanError, match="sure_copies"):
             DeferralRecipe(sure_copies=odd)  # type: ignore[arg-type]
+
+
+def test_further_copies_of_heads_are_stored_as_counts(tmp_path: Path) -> None:
+    readers, training = list(pool()), given(8)
+    x = training.held_out[0]
+    width = training.features(readers, 0.7, x[:1], 1, "tune").shape[-1]
+    heads = {"h": torch.nn.Linear(width, 3)}
+    kept = replace(training, store=ResumeStore(tmp_path))
+    first = head_look(kept, readers, 0.7, 1, heads, [0.0], x, 500, "tune sure")
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 8 * 500 * width
+    again = head_look(replace(kept, votes=pytest.fail), readers, 0.7, 1, heads, [0.0], x, 500, "tune sure")  # draws nothing
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    other = head_look(kept, readers, 0.7, 1, {"h": torch.nn.Linear(width, 3)}, [0.0], x, 500, "tune sure")
+    assert (other[0] != first[0]).any()

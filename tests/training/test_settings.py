@@ -237,6 +237,10 @@ def test_a_higher_floor_moves_the_choice_along_the_frontier() -> None:
         {"floor": {None: 0.9}},
         {"weights": 3},
         {"weights": {0.25: "much"}},
+        {"floor": {0.0: 0.9, "0": 0.5}},
+        {"floor": 10**400},
+        {"weights": {10**400: 1.0}},
+        {"weights": {0.25: 10**400}},
     ],
 )
 def test_wishes_that_cannot_be_read_are_refused(wish: dict[str, Any]) -> None:
