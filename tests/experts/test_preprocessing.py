@@ -122,7 +122,7 @@ def test_classes_are_reordered_by_name() -> None:
     first, other = linear("a", NAMES), linear("b", ("Vogel", "cat", "dog"))
     with pytest.raises(InputError, match="names of the classes"):
         ExpertPool([first, other])
-    with pytest.raises(InputError, match="others") as caught:
+    with pytest.raises(InputError, match="has different classes") as caught:
         map_labels([first, other])
     assert "Vogel" in caught.value.received
     mapped = map_labels([first, other], names={"Vogel": "bird"})
