@@ -77,14 +77,14 @@ def check_counts(k: ArrayLike, n: ArrayLike) -> tuple[NDArray[np.int64], NDArray
     return counts, totals
 
 
-def check_whole(name: str, value: object, least: int) -> int:
+def check_whole(name: str, value: object, least: int, remedy: str = "n0 = 100 and n = 100,000 are the field's defaults") -> int:
     """An int from `least` to `MOST_VOTES`; refuses bool, fractions and anything else with a PlanError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= MOST_VOTES:
         raise PlanError(
             f"{name} must be a whole number of at least {least}, and of at most {MOST_VOTES:,}",
             expected=f"{least} <= {name} <= {MOST_VOTES:,}",
             received=repr(value),
-            remedy="n0 = 100 and n = 100,000 are the field's defaults",
+            remedy=remedy,
         )
     return int(value)
 

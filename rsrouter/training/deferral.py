@@ -81,7 +81,7 @@ class DeferralRecipe:
     whole: tuple[WholeRecipe, ...] = ()
 
     def __post_init__(self) -> None:
-        check_whole("sure_copies", self.sure_copies, 0)
+        check_whole("sure_copies", self.sure_copies, 0, remedy="0 for none, or ten times tune_copies")
         labels = [*(head.label for head in self.heads), *(how.label for how in self.whole)]
         if len(set(labels)) != len(labels):
             raise InputError(
